@@ -1,0 +1,72 @@
+"""The attention mechanisms, by the name a YAML calls them.
+
+Adding one takes a file here, a line in ATTENTIONS and a YAML. Imports without ESPnet.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from espnet_kv.attention.base import Attention, HeadSizes
+from espnet_kv.attention.gqa import GroupedQueryAttention
+from espnet_kv.attention.linear import LinearAttention
+from espnet_kv.attention.mha import MultiHeadAttention
+from espnet_kv.attention.mla import MultiHeadLatentAttention
+from espnet_kv.errors import ConfigError
+
+ATTENTIONS: dict[str, type[Attention]] = {
+    "mha": MultiHeadAttention,
+    "gqa": GroupedQueryAttention,
+    "mla": MultiHeadLatentAttention,
+    "linear": LinearAttention,
+}
+
+
+def check_attention(attention_type: str, attention_conf: Mapping[str, Any]) -> type[Attention]:
+    """The class of `attention_type`, having checked that it takes every key of attention_conf.
+
+    Raises:
+        ConfigError (a ValueError): unknown attention_type, or a key it does not take.
+    """
+    if attention_type not in ATTENTIONS:
+        raise ConfigError(
+            f"attention_type: unknown {attention_type!r} (allowed: {', '.join(ATTENTIONS)})"
+        )
+    attention = ATTENTIONS[attention_type]
+    for key in attention_conf:
+        if key not in attention.options:
+            allowed = ", ".join(attention.options) or "nothing"
+            raise ConfigError(
+                f"attention_conf.{key}: {attention_type} does not take it (allowed: {allowed})"
+            )
+    return attention
+
+
+def build_attention(
+    attention_type: str,
+    attention_conf: Mapping[str, Any],
+    n_head: int,
+    n_feat: int,
+    dropout_rate: float = 0.0,
+    rel_pos: bool = True,
+    **espnet_options: Any,
+) -> Attention:
+    """Build one attention module.
+
+    Args:
+        attention_type: a key of ATTENTIONS.
+        attention_conf: that attention's own options.
+        n_head: attention heads H.
+        n_feat: model size D.
+        dropout_rate: dropout on the attention weights.
+        rel_pos: relative positions (ESPnet's "latest") or none.
+        espnet_options: options of ESPnet's attention (zero_triu, qk_norm); off is always fine.
+
+    Raises:
+        ConfigError (a ValueError): names the key, its value and what is allowed.
+    """
+    attention = check_attention(attention_type, attention_conf)
+    for key, value in espnet_options.items():
+        if value and key not in attention.espnet_options:
+            raise ConfigError(f"{key}: {value!r} does not go with attention_type {attention_type}")
+    taken = {k: v for k, v in espnet_options.items() if k in attention.espnet_options}
+    return attention(HeadSizes(n_head, n_feat), dropout_rate, rel_pos, **taken, **attention_conf)

@@ -1,0 +1,229 @@
+"""What every attention shares: ESPnet's call, positions, masks and the softmax kernel.
+
+Shape letters: B batch, H heads, G key/value heads, Q queries, S keys, T frames, D model size,
+d_k head size.
+"""
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from espnet_kv.errors import ConfigError
+from espnet_kv.position import Chunks, rel_shift
+
+# Long utterances are attended in blocks of queries: of the 2T-1 relative positions each block
+# meets only T+block-1, and under a chunk mask only the keys in reach are touched.
+QUERY_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class HeadSizes:
+    """Sizes of an attention layer, checked on construction.
+
+    Raises:
+        ConfigError (a ValueError): the model size is not a multiple of the heads.
+    """
+
+    n_head: int
+    n_feat: int
+
+    def __post_init__(self) -> None:
+        if self.n_head < 1 or self.n_feat % self.n_head:
+            raise ConfigError(
+                f"attention_heads: {self.n_head} does not divide output_size {self.n_feat}"
+            )
+
+    @property
+    def d_k(self) -> int:
+        return self.n_feat // self.n_head
+
+
+class Attention(nn.Module):
+    """Base of the attention modules that ESPnet's encoder blocks can hold.
+
+    Called as ESPnet calls its own: `forward(query, key, value, pos_emb, mask)` with relative
+    positions, `forward(query, key, value, mask)` without. A chunked encoder puts `Chunks` in the
+    place of pos_emb in both cases.
+
+    Args:
+        sizes: heads and model size.
+        dropout_rate: dropout on the attention weights.
+        rel_pos: relative positions (ESPnet's "latest" rel_selfattn) or none (selfattn).
+    """
+
+    # keyword arguments that a user may set in attention_conf
+    options: tuple[str, ...] = ()
+    # options of ESPnet's own attention modules that this one honours too
+    espnet_options: tuple[str, ...] = ()
+
+    def __init__(self, sizes: HeadSizes, dropout_rate: float, rel_pos: bool):
+        super().__init__()
+        self.h, self.d_k = sizes.n_head, sizes.d_k
+        self.dropout_rate = dropout_rate
+        self.rel_pos = rel_pos
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *context) -> Tensor:
+        """Attend.
+
+        Args:
+            query: (B, Q, D).
+            key, value: (B, S, D).
+            context: pos_emb (1, 2T-1, D) or Chunks, where there is one, then the mask:
+                (B, 1, S) or (B, Q, S), nonzero where a key may be seen, or None.
+
+        Returns:
+            (B, Q, D).
+        """
+        position, mask = context if len(context) == 2 else (None, *context)
+        if isinstance(position, Chunks):
+            return self.attend(query, key, value, position.pos_emb, mask, position)
+        return self.attend(query, key, value, position, mask, None)
+
+    @abstractmethod
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        pos_emb: Tensor | None,
+        mask: Tensor | None,
+        chunks: Chunks | None,
+    ) -> Tensor:
+        """What `forward` says, with its context taken apart."""
+
+
+class SoftmaxAttention(Attention):
+    """Scaled dot-product attention over keys and values that a subclass projects.
+
+    Parameters carry the names of ESPnet's MultiHeadedAttention and
+    RelPositionMultiHeadedAttention: linear_q, linear_out, linear_pos, pos_bias_u, pos_bias_v.
+
+    Args:
+        sizes, dropout_rate, rel_pos: see Attention.
+        zero_triu: drop the position term of keys ahead of the query (ESPnet's option).
+    """
+
+    espnet_options: tuple[str, ...] = ("zero_triu",)
+
+    def __init__(
+        self, sizes: HeadSizes, dropout_rate: float, rel_pos: bool, zero_triu: bool = False
+    ):
+        super().__init__(sizes, dropout_rate, rel_pos)
+        self.zero_triu = zero_triu
+        self.linear_q = nn.Linear(sizes.n_feat, sizes.n_feat)
+        self.linear_out = nn.Linear(sizes.n_feat, sizes.n_feat)
+        if rel_pos:
+            self.linear_pos = nn.Linear(sizes.n_feat, sizes.n_feat, bias=False)
+            self.pos_bias_u = nn.Parameter(torch.empty(self.h, self.d_k))
+            self.pos_bias_v = nn.Parameter(torch.empty(self.h, self.d_k))
+            nn.init.xavier_uniform_(self.pos_bias_u)
+            nn.init.xavier_uniform_(self.pos_bias_v)
+
+    @abstractmethod
+    def project_kv(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, each (B, S, D) -> (B, G, S, d_k), G a divisor of the heads."""
+
+    def project_q(self, query: Tensor) -> Tensor:
+        """(B, Q, D) -> (B, Q, H, d_k)."""
+        return self.linear_q(query).view(*query.shape[:2], self.h, self.d_k)
+
+    def attend(self, query, key, value, pos_emb, mask, chunks):
+        q = self.project_q(query)  # (B, Q, H, d_k)
+        k, v = self.project_kv(key, value)  # (B, G, S, d_k)
+        frames = k.size(2)
+        if pos_emb is None:
+            content, position, p = q.transpose(1, 2), None, q
+        else:
+            content = (q + self.pos_bias_u).transpose(1, 2)  # (B, H, Q, d_k)
+            position = (q + self.pos_bias_v).transpose(1, 2)
+            p = self.linear_pos(pos_emb).view(pos_emb.size(0), -1, self.h, self.d_k)
+            p = p.permute(0, 2, 3, 1)  # (1, H, d_k, 2T-1)
+
+        outputs = []
+        for first in range(0, content.size(2), QUERY_BLOCK):
+            last = min(first + QUERY_BLOCK, content.size(2))
+            start, stop = chunks.key_range(first, last, frames) if chunks else (0, frames)
+            visible = _visible(mask, chunks, first, last, start, stop, k.device)
+            bias = visible
+            if position is not None:
+                # (B, H, q, d_k) x (1, H, d_k, q+s-1) -> (B, H, q, q+s-1) -> (B, H, q, s)
+                window = p[..., frames - last + start : frames - 1 - first + stop]
+                scores = torch.matmul(position[:, :, first:last], window)
+                bias = self._position_bias(rel_shift(scores, stop - start), visible, first - start)
+            outputs.append(
+                grouped_attention(
+                    content[:, :, first:last],
+                    k[:, :, start:stop],
+                    v[:, :, start:stop],
+                    bias,
+                    self.dropout_rate if self.training else 0.0,
+                )
+            )
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+        return self.linear_out(out.transpose(1, 2).flatten(2))
+
+    def _position_bias(self, scores: Tensor, visible: Tensor | None, diagonal: int) -> Tensor:
+        """Additive mask of the kernel: scaled position term, hidden keys at the minimum."""
+        bias = scores / math.sqrt(self.d_k)
+        if self.zero_triu:
+            bias = bias.tril(diagonal)
+        if visible is not None:
+            bias = bias.masked_fill(~visible, torch.finfo(bias.dtype).min)
+        return bias
+
+
+def _visible(
+    mask: Tensor | None,
+    chunks: Chunks | None,
+    first: int,
+    last: int,
+    start: int,
+    stop: int,
+    device: torch.device,
+) -> Tensor | None:
+    """(B or 1, 1, q or 1, s) bool for queries [first, last) and keys [start, stop), or None."""
+    visible = None
+    if mask is not None:
+        rows = mask if mask.size(1) == 1 else mask[:, first:last]
+        visible = rows[:, None, :, start:stop] != 0
+    if chunks is not None:
+        queries = torch.arange(first, last, device=device)
+        keys = torch.arange(start, stop, device=device)
+        in_reach = chunks.visible(queries, keys)
+        visible = in_reach[None, None] if visible is None else visible & in_reach
+        # a padded frame out of reach of any real one would softmax over nothing: let it see itself
+        visible = visible | (queries[:, None] == keys[None, :])
+    return visible
+
+
+def grouped_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float
+) -> Tensor:
+    """Scaled dot-product attention in which H query heads share G key/value heads.
+
+    Args:
+        q: (B, H, Q, d_k).
+        k, v: (B, G, S, d_k), G dividing H.
+        bias: broadcastable to (B, H, Q, S): bool (True: visible) or added to the logits.
+        dropout: probability of dropping an attention weight.
+
+    Returns:
+        (B, H, Q, d_k).
+    """
+    groups, heads = k.size(1), q.size(1)
+    if groups == heads:
+        return F.scaled_dot_product_attention(q, k, v, bias, dropout)
+    # heads of one group become further queries of that group: K and V are read once, not copied
+    b, _, queries, d_k = q.shape
+    share = heads // groups
+    q = q.reshape(b, groups, share * queries, d_k)
+    if bias is not None and bias.size(2) > 1:
+        if bias.size(1) == 1:
+            bias = bias.expand(-1, heads, -1, -1)
+        bias = bias.reshape(bias.size(0), groups, share * queries, -1)
+    out = F.scaled_dot_product_attention(q, k, v, bias, dropout)
+    return out.reshape(b, heads, queries, d_k)

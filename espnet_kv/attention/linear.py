@@ -1,0 +1,169 @@
+"""Linear attention (arXiv 2006.16236): a constant state instead of a growing cache.
+
+Shape letters beyond those of `base`: N chunks, C frames in a chunk, f size of the feature map.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from espnet_kv.attention.base import Attention, HeadSizes
+from espnet_kv.errors import ConfigError
+from espnet_kv.position import Chunks
+
+# keeps the normaliser of a frame that sees nothing (padding) away from zero
+EPSILON = 1e-6
+
+
+class EluFeatures(nn.Module):
+    """phi(x) = elu(x) + 1 (arXiv 2006.16236). (..., d_k) -> (..., d_k)."""
+
+    def __init__(self, heads: int, d_k: int):
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.elu(x) + 1
+
+
+class ReluFeatures(nn.Module):
+    """phi(x) = relu(x). (..., d_k) -> (..., d_k)."""
+
+    def __init__(self, heads: int, d_k: int):
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x)
+
+
+class HedgehogFeatures(nn.Module):
+    """phi(x) = softmax([W x, -W x]), W learned per head (arXiv 2402.04347).
+
+    (B, H, T, d_k) -> (B, H, T, 2 d_k).
+    """
+
+    def __init__(self, heads: int, d_k: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(d_k).repeat(heads, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.matmul(x, self.weight)
+        return torch.softmax(torch.cat([x, -x], dim=-1), dim=-1)
+
+
+FEATURE_MAPS = {"elu": EluFeatures, "relu": ReluFeatures, "hedgehog": HedgehogFeatures}
+
+
+class LinearAttention(Attention):
+    """out_i = phi(q_i) S_i / phi(q_i) z_i with S = sum phi(k_j) v_j', z = sum phi(k_j).
+
+    The sums run over the frames that i sees: all of them, or under `Chunks` its own chunk and
+    every chunk before it. The state is S and z, H (f d_k + f) numbers whatever the length; that is
+    why `left` of Chunks does not bound it (a sum cannot forget one of its terms): `decay` does.
+    Relative positions are not used: the convolutions beside the attention supply locality.
+
+    Args:
+        sizes, dropout_rate, rel_pos: see Attention; dropout acts on the output.
+        feature_map: elu, relu or hedgehog.
+        decay: factor in (0, 1] by which what earlier chunks left in the state fades per frame;
+            None: never. Within a chunk nothing fades.
+
+    Raises:
+        ConfigError (a ValueError): unknown feature_map, decay out of range.
+    """
+
+    options = ("feature_map", "decay")
+
+    def __init__(
+        self,
+        sizes: HeadSizes,
+        dropout_rate: float,
+        rel_pos: bool,
+        *,
+        feature_map: str = "elu",
+        decay: float | None = None,
+    ):
+        super().__init__(sizes, dropout_rate, rel_pos)
+        if feature_map not in FEATURE_MAPS:
+            raise ConfigError(
+                f"attention_conf.feature_map: unknown {feature_map!r} "
+                f"(allowed: {', '.join(FEATURE_MAPS)})"
+            )
+        if decay is not None and not (isinstance(decay, (int, float)) and 0 < decay <= 1):
+            raise ConfigError(f"attention_conf.decay: {decay!r} is not in (0, 1] (or null)")
+        self.decay = decay
+        self.feature_map = FEATURE_MAPS[feature_map](self.h, self.d_k)
+        self.linear_q = nn.Linear(sizes.n_feat, sizes.n_feat)
+        self.linear_k = nn.Linear(sizes.n_feat, sizes.n_feat)
+        self.linear_v = nn.Linear(sizes.n_feat, sizes.n_feat)
+        self.linear_out = nn.Linear(sizes.n_feat, sizes.n_feat)
+        self.dropout = nn.Dropout(dropout_rate)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, H, T, d_k)."""
+        return x.view(*x.shape[:2], self.h, self.d_k).transpose(1, 2)
+
+    def attend(self, query, key, value, pos_emb, mask, chunks):
+        q, k = self._heads(self.linear_q(query)), self._heads(self.linear_k(key))
+        v = self._heads(self.linear_v(value))
+        # sums over a long utterance outgrow half precision
+        with torch.autocast(query.device.type, enabled=False):
+            dtype = torch.promote_types(q.dtype, torch.float32)
+            q, k, v = self.feature_map(q.to(dtype)), self.feature_map(k.to(dtype)), v.to(dtype)
+            if mask is not None and mask.size(1) != 1:
+                out = _pairwise(q, k, v, mask, chunks)
+            else:
+                if mask is not None:
+                    k = k * mask[:, :, :, None].ne(0)  # (B, 1, S, 1): padding adds nothing
+                out = _full(q, k, v) if chunks is None else self._chunked(q, k, v, chunks)
+        out = out.to(query.dtype).transpose(1, 2).flatten(2)
+        return self.linear_out(self.dropout(out))
+
+    def _chunked(self, q: Tensor, k: Tensor, v: Tensor, chunks: Chunks) -> Tensor:
+        """Attend chunk by chunk: q, k (B, H, T, f), v (B, H, T, d_k) -> (B, H, T, d_k)."""
+        size, frames = chunks.size, q.size(2)
+        pad = (0, 0, 0, -frames % size)
+        q, k, v = (F.pad(x, pad).unflatten(2, (-1, size)) for x in (q, k, v))  # (B, H, N, C, .)
+        own = torch.matmul(k.transpose(-1, -2), v)  # (B, H, N, f, d_k)
+        own_norm = k.sum(dim=3)  # (B, H, N, f)
+        if self.decay is None or self.decay == 1:
+            state, norm = own.cumsum(dim=2), own_norm.cumsum(dim=2)
+        else:
+            state, norm = _fading(k, v, own, own_norm, self.decay)
+        out = torch.matmul(q, state) / (
+            torch.matmul(q, norm.unsqueeze(-1)) + EPSILON
+        )  # (B, H, N, C, d_k)
+        return out.flatten(2, 3)[:, :, :frames]
+
+
+def _full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Every query sees every key: q (B, H, Q, f), k (B, H, S, f), v (B, H, S, d_k)."""
+    state = torch.matmul(k.transpose(-1, -2), v)  # (B, H, f, d_k)
+    norm = torch.matmul(q, k.sum(dim=2).unsqueeze(-1))  # (B, H, Q, 1)
+    return torch.matmul(q, state) / (norm + EPSILON)
+
+
+def _pairwise(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, chunks: Chunks | None) -> Tensor:
+    """A mask (B, Q, S) of no known structure: quadratic, as softmax attention would be."""
+    visible = mask[:, None].ne(0)
+    if chunks is not None:
+        frames = torch.arange(k.size(2), device=k.device)
+        visible = visible & Chunks(None, chunks.size).visible(frames, frames)
+    weights = torch.matmul(q, k.transpose(-1, -2)) * visible  # (B, H, Q, S)
+    return torch.matmul(weights, v) / (weights.sum(dim=-1, keepdim=True) + EPSILON)
+
+
+def _fading(k: Tensor, v: Tensor, own: Tensor, own_norm: Tensor, decay: float):
+    """Sums seen by each chunk: its own plus what is left of the chunks before it."""
+    size = k.size(3)
+    # a key j frames before the end of its chunk has faded by decay^j when the next one begins
+    ages = torch.arange(size - 1, -1, -1, device=k.device, dtype=k.dtype)
+    left = k * (decay**ages)[:, None]
+    left_state, left_norm = torch.matmul(left.transpose(-1, -2), v), left.sum(dim=3)
+    past, past_norm = torch.zeros_like(own[:, :, 0]), torch.zeros_like(own_norm[:, :, 0])
+    states, norms = [], []
+    for n in range(own.size(2)):
+        states.append(own[:, :, n] + past)
+        norms.append(own_norm[:, :, n] + past_norm)
+        past = past * decay**size + left_state[:, :, n]
+        past_norm = past_norm * decay**size + left_norm[:, :, n]
+    return torch.stack(states, dim=2), torch.stack(norms, dim=2)

@@ -1,0 +1,22 @@
+"""espnet2.bin.asr_train with the plug-in registered: same options, same files."""
+
+import sys
+from collections.abc import Sequence
+
+from espnet_kv.errors import command
+
+
+@command
+def main(cmd: Sequence[str] | None = None) -> None:
+    """Train as espnet2.bin.asr_train does.
+
+    Args:
+        cmd: ESPnet's options; sys.argv when None.
+    """
+    from espnet_kv.task import ASRTask
+
+    ASRTask.main(cmd=cmd)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""ESPnet's Conformer, Branchformer and E-Branchformer with a choice of attention."""

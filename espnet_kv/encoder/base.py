@@ -1,0 +1,205 @@
+"""What the encoders share: attention by name, chunk masks, causal convolution."""
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+from torch import nn
+
+from espnet_kv.attention import build_attention, check_attention
+from espnet_kv.checkpoint import refuse_partial_loads
+from espnet_kv.encoder.causal import CausalConv1d
+from espnet_kv.errors import ConfigError
+from espnet_kv.position import Chunks, draw_chunks
+
+
+class KVEncoder:
+    """Mixin in front of an ESPnet encoder class.
+
+    ESPnet builds the encoder, then its attention modules (and, when causal, its convolutions over
+    time) are replaced by ours; blocks and forward stay ESPnet's.
+
+    Args:
+        input_size: size F of the features.
+        attention_type: mha, gqa, mla or linear (`espnet_kv.attention.ATTENTIONS`).
+        attention_conf: options of that attention, e.g. {kv_rank: 64}.
+        chunk_size: frames after subsampling in a chunk; 0 = the whole utterance.
+        left_chunks: chunks before its own that a frame sees; -1 = all.
+        dynamic_chunk_training: draw chunk_size and left_chunks for every training batch, half of
+            them whole utterances (U2, arXiv 2012.05481), so that one model serves every setting.
+        causal: convolutions over time see the past only.
+        espnet_conf: the arguments of the ESPnet class. use_sdpa and use_flash_attn change
+            nothing: attention always runs through torch's scaled_dot_product_attention.
+
+    Raises:
+        ConfigError (a ValueError): names the key, its value and what is allowed.
+    """
+
+    # the argument of the ESPnet class that tells selfattn from rel_selfattn
+    layer_type_key: ClassVar[str]
+    # where a block keeps its attention module
+    attention_slot: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # tools that look at signatures (ESPnet's --print_config) see ESPnet's arguments too
+        own = [p for p in _parameters(KVEncoder) if p.kind is not p.VAR_KEYWORD]
+        names = {p.name for p in own}
+        espnet = [p for p in _parameters(cls._espnet_class()) if p.name not in names]
+        cls.__signature__ = inspect.Signature(own + espnet)  # type: ignore[attr-defined]
+
+    def __init__(
+        self,
+        input_size: int,
+        attention_type: str = "mha",
+        attention_conf: Mapping[str, Any] | None = None,
+        chunk_size: int = 0,
+        left_chunks: int = -1,
+        dynamic_chunk_training: bool = False,
+        causal: bool = False,
+        **espnet_conf: Any,
+    ):
+        attention_conf = dict(attention_conf or {})
+        check_attention(attention_type, attention_conf)
+        _check_whole("chunk_size", chunk_size, 0, "0 (the whole utterance) or more frames")
+        _check_whole("left_chunks", left_chunks, -1, "-1 (all) or more chunks")
+        _check_bool("dynamic_chunk_training", dynamic_chunk_training)
+        _check_bool("causal", causal)
+        conf = self._espnet_arguments(input_size, espnet_conf)
+        chunked = chunk_size > 0 or dynamic_chunk_training
+        ours = self._takes_our_attention(conf, attention_type, chunked)
+        if chunked:
+            self._check_chunked(conf)
+        if causal:
+            self._check_causal(conf)
+
+        super().__init__(input_size, **espnet_conf)  # type: ignore[call-arg]
+        self.chunk_size = chunk_size
+        self.left_chunks = left_chunks
+        self.dynamic_chunk_training = dynamic_chunk_training
+        for block in self.encoders:  # type: ignore[attr-defined]
+            if ours and getattr(block, self.attention_slot) is not None:
+                setattr(
+                    block,
+                    self.attention_slot,
+                    self._build_attention(conf, attention_type, attention_conf),
+                )
+            if causal:
+                for owner, name in self.time_convolutions(block):
+                    setattr(owner, name, CausalConv1d.like(getattr(owner, name)))
+        positions = self._positional_encoding()
+        if positions is not None:
+            positions.register_forward_hook(self._hand_out_chunks)
+        elif chunked:
+            raise ConfigError("input_layer: null adds no positions; chunks need an input layer")
+        # ESPnet loads non-strictly, and would go on with random attention weights
+        self.load_guard = refuse_partial_loads(self)  # type: ignore[arg-type]
+
+    @staticmethod
+    @abstractmethod
+    def time_convolutions(block: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+        """(module, attribute name) of every convolution over time in a block."""
+
+    @classmethod
+    def _espnet_class(cls) -> type:
+        return next(c for c in cls.__mro__ if c.__module__.startswith("espnet2."))
+
+    @classmethod
+    def _espnet_arguments(cls, input_size: int, espnet_conf: dict[str, Any]) -> dict[str, Any]:
+        """Every argument of the ESPnet class with the value it will get."""
+        parameters = {p.name: p for p in _parameters(cls._espnet_class())}
+        for key in espnet_conf:
+            if key not in parameters:
+                raise ConfigError(
+                    f"encoder_conf.{key}: {cls.__name__} has no such argument (allowed: "
+                    f"{', '.join(inspect.signature(cls).parameters)})"
+                )
+        defaults = {name: p.default for name, p in parameters.items()}
+        return defaults | espnet_conf | {"input_size": input_size}
+
+    def _takes_our_attention(self, conf: dict, attention_type: str, chunked: bool) -> bool:
+        """Whether attention modules are replaced: not for kinds that ESPnet alone has."""
+        layer_type = conf[self.layer_type_key]
+        if conf["rel_pos_type"] != "legacy" and layer_type in ("selfattn", "rel_selfattn"):
+            return True
+        if conf["rel_pos_type"] == "legacy" and layer_type == "selfattn":
+            return True
+        if attention_type != "mha" or chunked:
+            raise ConfigError(
+                f"rel_pos_type: {conf['rel_pos_type']!r} with {self.layer_type_key}: "
+                f"{layer_type!r} works only as ESPnet made it (attention_type mha, no chunks); "
+                f"use rel_pos_type: latest with rel_selfattn or selfattn"
+            )
+        return False
+
+    def _build_attention(self, conf: dict, attention_type: str, attention_conf: dict) -> nn.Module:
+        rel_pos = conf[self.layer_type_key] == "rel_selfattn"
+        return build_attention(
+            attention_type,
+            attention_conf,
+            conf["attention_heads"],
+            conf["output_size"],
+            conf["attention_dropout_rate"],
+            rel_pos,
+            # ESPnet's relative attention ignores qk_norm, its other one zero_triu
+            zero_triu=rel_pos and conf["zero_triu"],
+            qk_norm=not rel_pos and conf["qk_norm"],
+        )
+
+    def _check_chunked(self, conf: dict) -> None:
+        """Refuse what looks at the whole utterance and so cannot be chunked."""
+        if conf.get("ctc_trim"):
+            raise ConfigError("ctc_trim: true drops frames, which chunks do not survive; set false")
+        if conf.get("merge_method") == "learned_ave":
+            raise ConfigError(
+                "merge_method: learned_ave pools over the whole utterance, which chunks do not "
+                "see; use concat or fixed_ave"
+            )
+
+    def _check_causal(self, conf: dict) -> None:
+        """Refuse what would still see the future."""
+        for key in ("cnn_module_kernel", "cgmlp_conv_kernel", "merge_conv_kernel"):
+            if key in conf and conf[key] % 2 == 0:
+                raise ConfigError(f"{key}: {conf[key]} is even; causal: true needs an odd kernel")
+        if conf["pos_enc_layer_type"] == "conv":
+            raise ConfigError("pos_enc_layer_type: conv sees the future; set causal: false")
+        if conf.get("positionwise_layer_type") in ("conv1d", "conv1d-linear"):
+            raise ConfigError(
+                f"positionwise_layer_type: {conf['positionwise_layer_type']} sees the future; "
+                "causal: true needs linear"
+            )
+        if conf.get("merge_method") == "learned_ave":
+            raise ConfigError(
+                "merge_method: learned_ave sees the future; causal: true needs concat or fixed_ave"
+            )
+
+    def _positional_encoding(self) -> nn.Module | None:
+        embed = self.embed  # type: ignore[attr-defined]
+        return embed[-1] if isinstance(embed, nn.Sequential) else getattr(embed, "pos_enc", None)
+
+    def _hand_out_chunks(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """Forward hook on the positional encoding: puts Chunks where blocks expect pos_emb.
+
+        ESPnet's blocks pass that slot on to their attention unseen, while the convolutions go on
+        getting the padding mask.
+        """
+        x, pos_emb = output if isinstance(output, tuple) else (output, None)
+        size, left = self.chunk_size, self.left_chunks
+        if self.training and self.dynamic_chunk_training:  # type: ignore[attr-defined]
+            size, left = draw_chunks(x.size(1))
+        return (x, Chunks(pos_emb, size, left)) if size > 0 else output
+
+
+def _parameters(cls: type) -> list[inspect.Parameter]:
+    return list(inspect.signature(cls.__init__).parameters.values())[1:]  # type: ignore[misc]
+
+
+def _check_whole(key: str, value: Any, least: int, allowed: str) -> None:
+    if type(value) is not int or value < least:
+        raise ConfigError(f"{key}: {value!r} is not allowed (allowed: {allowed})")
+
+
+def _check_bool(key: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key}: {value!r} is not allowed (allowed: true, false)")

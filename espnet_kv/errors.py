@@ -1,0 +1,35 @@
+"""Mistakes a user can mend, told in one line."""
+
+import functools
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Bad input: the message names the file, key or option and the way out.
+
+    Commands print it as one line and exit with status 1 (see `command`); library
+    callers catch it like any exception.
+    """
+
+
+class ConfigError(UserError, ValueError):
+    """A key of a model configuration has a value that is not allowed."""
+
+
+def command(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Turn `main` into a console command: a UserError becomes one line on stderr.
+
+    Returns a function that gives the exit status, so that both
+    `sys.exit(main())` and console-script entry points work.
+    """
+
+    @functools.wraps(main)
+    def run(*args, **kwargs) -> int:
+        try:
+            return main(*args, **kwargs) or 0
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+
+    return run

@@ -1,0 +1,54 @@
+"""Training configurations: a YAML of conf/ and, laid over it, an overlay for another size."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from espnet_kv.errors import UserError
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        UserError: the file is missing or is no YAML mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist: choose one of those in conf/") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected keys and values, found {type(content).__name__}")
+    return content
+
+
+def load_config(path: Path, overlay: Path | None = None) -> dict[str, Any]:
+    """A training configuration, with the overlay's keys laid over it.
+
+    An overlay is a YAML of the same keys; below `per_encoder` stand keys for one encoder only,
+    `per_encoder: {kv_conformer: {encoder_conf: ...}}`.
+
+    Raises:
+        UserError: a file is missing or no YAML mapping, or `per_encoder` is no mapping.
+    """
+    config = load_yaml(path)
+    if overlay is None:
+        return config
+    extra = load_yaml(overlay)
+    per_encoder = extra.pop("per_encoder", {})
+    if not isinstance(per_encoder, dict):
+        raise UserError(f"{overlay}: per_encoder must map encoders to keys")
+    config = _merged(config, extra)
+    return _merged(config, per_encoder.get(config.get("encoder"), {}))
+
+
+def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            value = _merged(base[key], value)
+        merged[key] = value
+    return merged

@@ -1,0 +1,177 @@
+"""Downloads that resume and verify, and the archives of OpenSLR that the recipe needs."""
+
+import errno
+import hashlib
+import http.client
+import os
+import re
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import zlib
+from pathlib import Path
+
+from espnet_kv.errors import UserError
+from espnet_kv.recipe.progress import Progress
+
+# Subset -> (OpenSLR's number, MD5 of SUBSET.tar.gz as OpenSLR publishes it).
+ARCHIVES = {
+    "train-clean-100": (12, "2a93770f6d5c6c964bc36631d331a522"),
+    "dev-clean": (12, "42e2234ba48799c1f50f24a7926300a1"),
+    "dev-other": (12, "c8d0bcc9cca99d4f8b62fcc847357931"),
+    "test-clean": (12, "32fa31d27d2e1cad72775fee3f4849a9"),
+    "test-other": (12, "fb5a50374b501bb3bac4815ee91d3135"),
+    "train-clean-5": (31, "5df7d4e78065366204ca6845bb08f490"),
+    "dev-clean-2": (31, "6d7ab67ac6a1d2c993d050e16d61080d"),
+}
+OPENSLR_URL = "https://www.openslr.org/resources"
+_MIB = 1 << 20
+_INSTEAD = "set OPENSLR_URL to a mirror, or LIBRISPEECH to a copy that you have"
+
+
+def download_subset(subset: str, into: Path, base_url: str | None = None) -> Path:
+    """Download and extract a LibriSpeech subset; skip it where that was done before.
+
+    Args:
+        subset: a key of ARCHIVES.
+        into: the folder that gets SUBSET.tar.gz and LibriSpeech/SUBSET.
+        base_url: instead of the environment's OPENSLR_URL, and that of openslr.org.
+
+    Returns:
+        The folder `into`/LibriSpeech.
+    """
+    number, md5 = ARCHIVES[subset]
+    base_url = base_url or os.environ.get("OPENSLR_URL") or OPENSLR_URL
+    tree = into / "LibriSpeech"
+    fetch_and_extract(
+        f"{base_url.rstrip('/')}/{number}/{subset}.tar.gz", into, tree / subset / ".complete", md5
+    )
+    return tree
+
+
+def fetch_and_extract(url: str, into: Path, marker: Path, md5: str | None = None) -> None:
+    """Download a .tar.gz and extract it into the folder `into`, unless `marker` exists.
+
+    The marker is written last, so it says that the extraction is complete. The archive stays.
+
+    Raises:
+        UserError: as `fetch`, or the archive is damaged or would write outside of `into`;
+            it is removed then, so that the next run downloads it again.
+    """
+    if marker.exists():
+        return
+    archive = into / url.rsplit("/", 1)[-1]
+    fetch(url, archive, md5)
+    progress = Progress(f"extract {archive.name} (MiB)", archive.stat().st_size // _MIB)
+    try:
+        with (
+            open(archive, "rb") as compressed,
+            tarfile.open(fileobj=compressed, mode="r:gz") as tar,
+        ):
+            for member in tar:
+                tar.extract(member, into, filter="data")
+                while progress.done < compressed.tell() // _MIB:
+                    progress.step()
+            while tar.fileobj and tar.fileobj.read(_MIB):
+                pass  # the gzip checksum comes after the last member
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise UserError(f"cannot extract {archive}: {error}") from None
+        archive.unlink()
+        raise UserError(
+            f"{archive} is damaged ({error}) and was removed: run again to download it"
+        ) from None
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+
+
+def fetch(
+    url: str, path: Path, md5: str | None = None, *, attempts: int = 5, wait: float = 2.0
+) -> None:
+    """Download `url` to `path`, going on from `path`.part where an earlier run stopped.
+
+    Args:
+        md5: checksum to verify, also that of a file which is there already.
+        attempts: how often in a row to fail without a new byte before giving up.
+        wait: seconds before the second attempt, doubled for each further one.
+
+    Raises:
+        UserError: the server refuses or stays unreachable, or the checksum is wrong
+            (the file is removed).
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.part")
+        _download(url, part, attempts, wait)
+        _verify(part, url, md5)
+        os.replace(part, path)
+    else:
+        _verify(path, url, md5)
+
+
+def _download(url: str, part: Path, attempts: int, wait: float) -> None:
+    print(f"  download {url}", flush=True)
+    failures = 0
+    while True:
+        size = part.stat().st_size if part.exists() else 0
+        try:
+            if _continue(url, part):
+                return
+            problem = "the connection was cut"
+        except urllib.error.HTTPError as error:
+            if error.code < 500 and error.code not in (408, 429):
+                raise UserError(f"{url}: {error.code} {error.reason}; {_INSTEAD}") from None
+            problem = f"{error.code} {error.reason}"
+        except (OSError, http.client.HTTPException) as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
+                raise UserError(f"cannot write {part}: {error}") from None
+            problem = str(error)
+        progressed = part.exists() and part.stat().st_size > size
+        failures = 0 if progressed else failures + 1
+        if failures >= attempts:
+            raise UserError(f"{url}: {problem}, {attempts} times; run again to resume, {_INSTEAD}")
+        print(f"  {problem}; trying again", flush=True)
+        time.sleep(wait * 2**failures)
+
+
+def _continue(url: str, part: Path) -> bool:
+    """Append to `part` what it lacks of `url`. False: the connection ended too early."""
+    done = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:
+            raise
+        # Nothing after `done`: either all is here, or this is no part of that file.
+        if error.headers.get("Content-Range") == f"bytes */{done}":
+            return True
+        part.unlink()
+        return False
+    with response:
+        resumes = re.match(rf"bytes {done}-", response.headers.get("Content-Range", ""))
+        if response.status != 206 or not resumes:
+            done = 0  # the server knows no ranges and sends the whole file
+        length = response.headers.get("Content-Length")
+        total = done + int(length) if length else 0
+        progress = Progress(f"download {part.stem} (MiB)", -(-total // _MIB))
+        progress.done = done // _MIB
+        with open(part, "ab" if done else "wb") as out:
+            while block := response.read(_MIB):
+                out.write(block)
+                done += len(block)
+                progress.step()
+    return done >= total
+
+
+def _verify(file: Path, url: str, md5: str | None) -> None:
+    if md5 is None:
+        return
+    with open(file, "rb") as content:
+        found = hashlib.file_digest(content, "md5").hexdigest()
+    if found != md5:
+        file.unlink()
+        raise UserError(
+            f"{url}: MD5 is {found}, expected {md5}; {file} was removed, run again to download it"
+        )

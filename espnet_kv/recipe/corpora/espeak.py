@@ -1,0 +1,106 @@
+"""Speech from eSpeak NG, through ctypes and the PyPI wheel `espeakng-loader`."""
+
+import ctypes
+import functools
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from espnet_kv.errors import UserError
+
+SAMPLE_RATE = 22050  # of every formant voice of eSpeak NG
+
+# From espeak-ng's speak_lib.h.
+_SYNCHRONOUS, _DONT_EXIT, _UTF8 = 2, 0x8000, 1
+_RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4
+_ON_SAMPLES = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
+)
+
+
+@dataclass(frozen=True)
+class Voice:
+    """How to speak: a voice file such as `gmw/en-US+f2`, and its settings.
+
+    rate: words a minute, 80 to 450. pitch, pitch_range: 0 to 99, 50 is the voice's own.
+    """
+
+    name: str
+    rate: int = 175
+    pitch: int = 50
+    pitch_range: int = 50
+
+
+def speak(text: str, voice: Voice) -> np.ndarray:
+    """Speak `text`; int16 samples (N,) at SAMPLE_RATE, the same on every call.
+
+    eSpeak keeps state from one utterance to the next (flutter, its random numbers), which
+    neither new parameters nor a new initialisation resets. So the process that has loaded
+    it never speaks: each utterance is spoken by a fork of it.
+
+    Raises:
+        UserError: espeakng-loader is not installed, or has no such voice.
+    """
+    library = _library()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.close(reader)
+            with os.fdopen(writer, "wb") as pipe:
+                pipe.write(_speak_here(library, text, voice))
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        samples = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if status != 0 or not samples:
+        raise UserError(
+            f"eSpeak NG cannot say {text!r} with voice {voice.name!r}; "
+            "try: pip install --force-reinstall espeakng-loader"
+        )
+    return np.frombuffer(samples, dtype=np.int16)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    try:
+        import espeakng_loader
+    except ImportError:
+        raise UserError(
+            "the synth corpus is spoken by eSpeak NG: pip install espeakng-loader"
+        ) from None
+    library = ctypes.CDLL(espeakng_loader.get_library_path())
+    data = espeakng_loader.get_data_path()
+    rate = library.espeak_Initialize(_SYNCHRONOUS, 0, data.encode(), _DONT_EXIT)
+    if rate != SAMPLE_RATE:
+        raise UserError(
+            f"eSpeak NG cannot read its data in {data} (it fails on very long paths); "
+            "try: pip install --force-reinstall espeakng-loader"
+        )
+    return library
+
+
+def _speak_here(library: ctypes.CDLL, text: str, voice: Voice) -> bytes:
+    chunks = []
+
+    @_ON_SAMPLES
+    def on_samples(samples, count, _events):
+        if samples and count > 0:
+            chunks.append(ctypes.string_at(samples, 2 * count))
+        return 0
+
+    library.espeak_SetSynthCallback(on_samples)
+    library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # else seeded by the clock
+    results = [library.espeak_SetVoiceByName(voice.name.encode())]
+    settings = {_RATE: voice.rate, _VOLUME: 100, _PITCH: voice.pitch, _RANGE: voice.pitch_range}
+    results += [library.espeak_SetParameter(key, value, 0) for key, value in settings.items()]
+    spoken = text.encode()
+    results.append(library.espeak_Synth(spoken, len(spoken) + 1, 0, 1, 0, _UTF8, None, None))
+    if any(results):
+        raise RuntimeError(f"eSpeak NG error codes {results}")
+    return b"".join(chunks)

@@ -1,0 +1,226 @@
+"""The synth corpus: sentences of a small grammar, spoken by eSpeak NG in many voices.
+
+It comes as a tree in LibriSpeech's layout, so that it is prepared as real data is.
+"""
+
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import zlib
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from espnet_kv.errors import UserError
+from espnet_kv.recipe.corpora import acoustics, espeak
+from espnet_kv.recipe.corpora.grammar import Grammar
+from espnet_kv.recipe.progress import Progress
+
+SAMPLE_RATE = 16000
+STAMP = "synth.json"
+_VERSION = 1  # raise it when the same options come to mean other samples
+
+
+@dataclass(frozen=True)
+class SynthOptions:
+    """Sizes in utterances: `dev` and `test` of dev-clean and dev-other, test-clean and
+    test-other each."""
+
+    train: int = 1000
+    dev: int = 60
+    test: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("train", "dev", "test"):
+            if getattr(self, name) < 1:
+                raise UserError(f"synth option {name}={getattr(self, name)}: must be at least 1")
+        if self.seed < 0:
+            raise UserError(f"synth option seed={self.seed}: must not be negative")
+
+
+def _voices(accents: list[str], variants: list[str]) -> list[str]:
+    return [f"gmw/{accent}{variant}" for variant in variants for accent in accents]
+
+
+# The voices of test-clean and dev-clean are those of training; an "other" voice has a
+# variant (vocal tract and larynx) that training lacks, half of them also a new accent.
+_SEEN = _voices(
+    ["en-US", "en", "en-GB-x-rp", "en-US-nyc"],
+    ["", "+m1", "+m3", "+m7", "+f1", "+f2", "+f3", "+klatt"],
+)
+_UNSEEN = _voices(
+    ["en-US", "en", "en-GB-x-gbclan", "en-GB-scotland"],
+    ["+m2", "+m4", "+m8", "+f4", "+f5", "+klatt3"],
+)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Ranges that each utterance draws from uniformly.
+
+    rate: words a minute. pitch: steps of eSpeak's scale around the voice's own. snr: dB.
+    rt60: seconds. reverb: energy of the room's tail, dB below the direct sound.
+    """
+
+    voices: list[str]
+    rate: tuple[int, int]
+    pitch: tuple[int, int]
+    snr: tuple[float, float]
+    rt60: tuple[float, float]
+    reverb: tuple[float, float]
+
+
+CLEAN = Condition(_SEEN, (170, 220), (-8, 8), (20, 35), (0.1, 0.25), (-20, -12))
+OTHER = Condition(_UNSEEN, (160, 240), (-15, 15), (10, 25), (0.2, 0.4), (-12, -6))
+CONDITIONS = {
+    "train-clean-100": CLEAN,
+    "dev-clean": CLEAN,
+    "dev-other": OTHER,
+    "test-clean": CLEAN,
+    "test-other": OTHER,
+}
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One utterance of the plan. `path` is that of its audio, relative to the tree."""
+
+    id: str
+    path: Path
+    words: str
+    condition: Condition
+    voice: str
+    seed: int
+
+
+def plan(options: SynthOptions) -> list[Utterance]:
+    """Say what the corpus will hold: no sentence twice, every word of dev and test in train.
+
+    Raises:
+        UserError: the sizes do not allow that.
+    """
+    sizes = [options.train, options.dev, options.dev, options.test, options.test]
+    sentences = iter(_sentences(options.train, sum(sizes[1:]), options.seed))
+    utterances = []
+    for number, (subset, size) in enumerate(zip(CONDITIONS, sizes, strict=True), 1):
+        condition = CONDITIONS[subset]
+        order = list(enumerate(condition.voices, 100 if condition is CLEAN else 200))
+        random.Random(f"{options.seed} {subset}").shuffle(order)
+        speakers = itertools.islice(itertools.cycle(order), size)
+        # A voice is a speaker; what it reads in one subset is a chapter.
+        for index, (speaker, voice) in enumerate(speakers):
+            chapter = f"{speaker}-{1000 * number + speaker}"
+            utt = f"{chapter}-{index // len(order):04d}"
+            path = Path(subset, *chapter.split("-"), f"{utt}.flac")
+            utterances.append(Utterance(utt, path, next(sentences), condition, voice, options.seed))
+    return utterances
+
+
+def _sentences(train: int, held_out: int, seed: int) -> list[str]:
+    grammar = Grammar(seed)
+    sentences: dict[str, None] = {}  # an ordered set
+    vocabulary: set[str] = set()
+    for _ in range(300 * (train + held_out)):
+        if len(sentences) == train + held_out:
+            return list(sentences)
+        sentence = grammar.sentence()
+        if len(sentences) < train:
+            vocabulary.update(sentence.split())
+        elif not vocabulary.issuperset(sentence.split()):
+            continue
+        sentences[sentence] = None
+    raise UserError(
+        f"synth option train={train}: too few sentences to cover the words of {held_out} others, "
+        "or more than the grammar has; use 50 to 20000"
+    )
+
+
+def render(utterance: Utterance) -> np.ndarray:
+    """Speak an utterance and put it in its room; int16 samples (N,) at SAMPLE_RATE.
+
+    The samples depend on the utterance alone, not on what was rendered before.
+    """
+    rng = np.random.default_rng([utterance.seed, zlib.crc32(utterance.id.encode())])
+    condition = utterance.condition
+    voice = espeak.Voice(
+        utterance.voice,
+        rate=int(rng.integers(*condition.rate, endpoint=True)),
+        pitch=50 + int(rng.integers(*condition.pitch, endpoint=True)),
+        pitch_range=int(rng.integers(35, 65, endpoint=True)),
+    )
+    speech = espeak.speak(utterance.words, voice) / 32768
+    speech = acoustics.resample(speech, espeak.SAMPLE_RATE, SAMPLE_RATE)
+    before, after = (int(seconds * SAMPLE_RATE) for seconds in rng.uniform(0.05, 0.2, size=2))
+    signal = np.pad(speech, (before, after))
+    signal = acoustics.reverberate(
+        signal, rng.uniform(*condition.rt60), rng.uniform(*condition.reverb), SAMPLE_RATE, rng
+    )
+    kind = str(rng.choice(["white", "pink", "hum"]))
+    signal = acoustics.add_noise(signal, kind, rng.uniform(*condition.snr), SAMPLE_RATE, rng)
+    peak = 10 ** (rng.uniform(-12, -1) / 20)
+    return np.round(signal * (32767 * peak / np.abs(signal).max())).astype(np.int16)
+
+
+def generate(tree: Path, options: SynthOptions, nj: int = 1) -> None:
+    """Write the corpus to the folder `tree` by `nj` processes; skip what is there already.
+
+    The audio does not depend on `nj`. A tree of other options is replaced.
+
+    Raises:
+        UserError: `tree` holds something else, or eSpeak NG is not installed.
+    """
+    try:
+        spoken_by = metadata.version("espeakng-loader")
+    except metadata.PackageNotFoundError:
+        raise UserError(
+            "the synth corpus is spoken by eSpeak NG: pip install espeakng-loader"
+        ) from None
+    stamp = {"version": _VERSION, "espeakng-loader": spoken_by, **dataclasses.asdict(options)}
+    if tree.exists() and any(tree.iterdir()):
+        if not (tree / STAMP).is_file():
+            raise UserError(f"{tree} is no synth corpus: move it away, or name another folder")
+        if json.loads((tree / STAMP).read_text()) == stamp:
+            return
+
+    utterances = plan(options)
+    new = tree.with_name(f".{tree.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    transcripts: dict[Path, list[str]] = {}
+    for utterance in utterances:
+        chapter = new / utterance.path.parent
+        file = chapter / f"{'-'.join(chapter.parts[-2:])}.trans.txt"
+        transcripts.setdefault(file, []).append(f"{utterance.id} {utterance.words.upper()}\n")
+    for file, lines in transcripts.items():
+        file.parent.mkdir(parents=True)
+        file.write_text("".join(lines))
+
+    progress = Progress("synth", len(utterances))
+    jobs = [(utterance, new) for utterance in utterances]
+    if nj == 1:
+        for job in jobs:
+            _write(job)
+            progress.step()
+    else:
+        # Spawned, not forked: the caller may hold threads.
+        with multiprocessing.get_context("spawn").Pool(nj) as pool:
+            for _ in pool.imap_unordered(_write, jobs, chunksize=8):
+                progress.step()
+
+    (new / STAMP).write_text(json.dumps(stamp, indent=2) + "\n")
+    if tree.exists():
+        shutil.rmtree(tree)
+    os.replace(new, tree)
+
+
+def _write(job: tuple[Utterance, Path]) -> None:
+    import soundfile
+
+    utterance, tree = job
+    soundfile.write(tree / utterance.path, render(utterance), SAMPLE_RATE, subtype="PCM_16")

@@ -1,0 +1,105 @@
+"""Names and places: what the recipe's options make of dump, token list and experiments."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the stages put things, named as ESPnet's asr.sh names them.
+
+    args: the options (`espnet_kv.recipe.options.parse`).
+    """
+
+    args: argparse.Namespace
+
+    @property
+    def perturbed(self) -> bool:
+        return self.args.speed_perturb_factors not in ([], [1.0])
+
+    @property
+    def train_set(self) -> str:
+        """The training set after stage 2."""
+        return self.args.train_set + ("_sp" if self.perturbed else "")
+
+    def data(self, name: str) -> Path:
+        return self.args.datadir / name
+
+    def formatted(self, name: str) -> Path:
+        """Stage 3: training and validation sets wait for stage 4 below org/."""
+        kept = name in (self.train_set, self.args.valid_set)
+        return self.args.dumpdir / "raw" / "org" / name if kept else self.dump(name)
+
+    def dump(self, name: str) -> Path:
+        return self.args.dumpdir / "raw" / name
+
+    @property
+    def audio_type(self) -> str:
+        return "kaldi_ark" if self.args.audio_format.endswith("ark") else "sound"
+
+    @property
+    def tokens_name(self) -> str:
+        """bpe5000, or char."""
+        return self.args.token_type + (str(self.args.nbpe) if self.args.token_type == "bpe" else "")
+
+    @property
+    def token_dir(self) -> Path:
+        folder = "char" if self.args.token_type == "char" else f"bpe_{self.args.bpemode}"
+        suffix = "" if self.args.token_type == "char" else str(self.args.nbpe)
+        return self.args.datadir / "token_list" / (folder + suffix)
+
+    @property
+    def token_list(self) -> Path:
+        return self.token_dir / "tokens.txt"
+
+    @property
+    def bpe_model(self) -> Path | None:
+        return self.token_dir / "bpe.model" if self.args.token_type == "bpe" else None
+
+    @property
+    def _suffix(self) -> str:
+        return f"raw_{self.args.lang}_{self.tokens_name}" + ("_sp" if self.perturbed else "")
+
+    @property
+    def stats(self) -> Path:
+        return self.args.expdir / f"asr_stats_{self._suffix}"
+
+    def asr_exp(self, config: Path) -> Path:
+        """The experiment of one training configuration."""
+        tag = self.args.asr_tag or self._asr_tag(config)
+        return self.args.expdir / f"asr_{tag}"
+
+    def _asr_tag(self, config: Path) -> str:
+        parts = [config.stem, self._suffix]
+        if self.args.overlay is not None:
+            parts.append(self.args.overlay.stem)
+        if self.args.asr_args:
+            parts.append("".join(c if c.isalnum() else "_" for c in self.args.asr_args).strip("_"))
+        return "_".join(parts)
+
+    @property
+    def lm_stats(self) -> Path:
+        return self.args.expdir / f"lm_stats_{self.args.lang}_{self.tokens_name}"
+
+    @property
+    def lm_exp(self) -> Path:
+        tag = self.args.lm_tag or f"{self.args.lm_config.stem}_{self.args.lang}_{self.tokens_name}"
+        return self.args.expdir / f"lm_{tag}"
+
+    @property
+    def ngram(self) -> Path:
+        return self.args.expdir / "ngram" / f"{self.args.ngram_num}gram.bin"
+
+    @property
+    def inference_name(self) -> str:
+        """decode_asr_..._asr_model_valid.acc.ave, as ESPnet names a decoding."""
+        if self.args.inference_tag:
+            return f"decode_{self.args.inference_tag}"
+        parts = [self.args.inference_config.stem.removeprefix("decode_")]
+        if self.args.use_lm:
+            parts.append(f"lm_{self.lm_exp.name}_{Path(self.args.inference_lm).stem}")
+        if self.args.use_ngram:
+            parts.append(f"ngram_{self.args.ngram_num}gram")
+        parts.append(f"asr_model_{Path(self.args.inference_asr_model).stem}")
+        return "decode_" + "_".join(parts)

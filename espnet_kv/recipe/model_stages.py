@@ -1,0 +1,293 @@
+"""Stages 10 to 12: statistics, training and decoding of speech recognition models."""
+
+import json
+import shlex
+import shutil
+import subprocess
+import zipfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from espnet_kv.errors import UserError
+from espnet_kv.recipe.atomic import new_directory, write_text
+from espnet_kv.recipe.config import load_config
+from espnet_kv.recipe.datadir import DataDir
+from espnet_kv.recipe.experiment import Layout
+from espnet_kv.recipe.jobs import Job, run_jobs
+from espnet_kv.recipe.stamp import STAMP, digest, once
+
+
+def collect_stats(layout: Layout) -> None:
+    """Stage 10: shapes and feature statistics, shared by all models of one token list."""
+    args = layout.args
+    config = _model_config(layout, args.asr_config[0])
+    train, valid = layout.dump(layout.train_set), layout.dump(args.valid_set)
+
+    def build() -> None:
+        with new_directory(layout.stats) as new:
+            config_file = new / "train.yaml"
+            config_file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+            parts = _split_keys(train, new, args.nj), _split_keys(valid, new, args.nj)
+            outputs = [new / f"stats.{n}" for n in range(1, 1 + min(map(len, parts)))]
+            jobs = []
+            for out, train_keys, valid_keys in zip(outputs, *parts, strict=False):
+                command = [
+                    *_common_options(layout, config_file, train, valid),
+                    *("--collect_stats", "true"),
+                    *("--output_dir", str(out)),
+                    *("--train_shape_file", str(train_keys)),
+                    *("--valid_shape_file", str(valid_keys)),
+                    *("--ngpu", "0"),
+                ]
+                log = args.expdir / f"{layout.stats.name}.log" / f"{out.name}.log"
+                jobs.append(Job(out.name, partial(_train, command), log))
+            run_jobs(jobs, args.nj)
+            _aggregate(outputs, new)
+            for out in outputs:
+                shutil.rmtree(out)
+            vocabulary = len(layout.token_list.read_text(encoding="utf-8").splitlines())
+            for mode in ("train", "valid"):
+                shapes = (new / mode / "text_shape").read_text(encoding="utf-8").splitlines()
+                lines = "".join(f"{line},{vocabulary}\n" for line in shapes)
+                write_text(new / mode / f"text_shape.{args.token_type}", lines)
+
+    once(
+        layout.stats,
+        build,
+        [train, valid, layout.token_dir],
+        frontend=config.get("frontend"),
+        frontend_conf=config.get("frontend_conf"),
+    )
+
+
+def train_models(layout: Layout) -> None:
+    """Stage 11: train every configuration, `train_nj` at a time; resumes what was cut off."""
+    args = layout.args
+    train, valid = layout.dump(layout.train_set), layout.dump(args.valid_set)
+    ngpu = _gpus() if args.ngpu is None else args.ngpu
+    jobs, stamps = [], {}
+    for config_file in args.asr_config:
+        config = _model_config(layout, config_file)
+        exp = layout.asr_exp(config_file)
+        made_from = {
+            "config": config,
+            "asr_args": args.asr_args,
+            "inputs": [digest(train), digest(valid), digest(layout.token_dir)],
+        }
+        stamp = json.dumps(made_from, indent=1, sort_keys=True, default=str) + "\n"
+        if _begun(exp, stamp, args):
+            continue
+        command = [
+            *_common_options(layout, exp / "train.yaml", train, valid),
+            *("--output_dir", str(exp)),
+            *("--resume", "true"),
+            *("--fold_length", "80000", "--fold_length", "150"),
+            *("--ngpu", str(ngpu)),
+            *("--multiprocessing_distributed", "true" if ngpu > 1 else "false"),
+        ]
+        for mode in ("train", "valid"):
+            shapes = layout.stats / mode
+            command += [f"--{mode}_shape_file", str(shapes / "speech_shape")]
+            command += [f"--{mode}_shape_file", str(shapes / f"text_shape.{args.token_type}")]
+        if args.feats_normalize == "global_mvn":
+            stats_file = layout.stats / "train" / "feats_stats.npz"
+            command += ["--normalize", "global_mvn"]
+            command += ["--normalize_conf", f"stats_file={stats_file}"]
+        else:
+            command += ["--normalize", args.feats_normalize]
+        command += shlex.split(args.asr_args)
+        write_text(exp / "train.yaml", yaml.safe_dump(config, sort_keys=False))
+        run = {
+            "command": args.command,
+            "config": str(config_file),
+            "overlay": str(args.overlay) if args.overlay else None,
+            "commit": _commit(),
+        }
+        write_text(exp / "run.json", json.dumps(run, indent=1) + "\n")
+        write_text(exp / "begun.json", stamp)
+        stamps[exp] = stamp
+        jobs.append(
+            Job(
+                exp.name,
+                partial(_train, command),
+                exp / "train.log",
+                epochs=_last_epoch(config, args.asr_args),
+                after=partial(write_text, exp / STAMP, stamp),
+            )
+        )
+    run_jobs(jobs, args.train_nj)
+
+
+def _begun(exp: Path, stamp: str, args: Any) -> bool:
+    """Whether `exp` is trained already; looks after what an earlier run left.
+
+    Raises:
+        UserError: an earlier training there had another configuration or other data.
+    """
+    begun = exp / "begun.json"
+    if begun.exists() and begun.read_text(encoding="utf-8") != stamp:
+        raise UserError(
+            f"{exp} was trained with another configuration or other data: remove it, or name this "
+            f"one with --asr_tag"
+        )
+    if (exp / STAMP).exists() and (exp / args.inference_asr_model).exists():
+        print(f"  {exp} is up to date")
+        return True
+    checkpoint = exp / "checkpoint.pth"
+    if checkpoint.exists() and not _readable(checkpoint):
+        print(f"warning: {checkpoint} was cut off while being written; training starts again")
+        checkpoint.unlink()
+    return False
+
+
+def _readable(checkpoint: Path) -> bool:
+    return zipfile.is_zipfile(checkpoint)
+
+
+def decode(layout: Layout) -> None:
+    """Stage 12: decode every test set with every model in `inference_nj` parallel jobs."""
+    args = layout.args
+    jobs, merges = [], []
+    for config_file in args.asr_config:
+        exp = layout.asr_exp(config_file)
+        model = exp / args.inference_asr_model
+        if not model.exists():
+            raise UserError(f"{model} does not exist: train first (stage 11)")
+        for name in args.test_sets:
+            out, dump = exp / layout.inference_name / name, layout.dump(name)
+            options = _decoding_options(layout, exp, model, dump)
+            made_from = json.dumps(
+                [options, digest(model.resolve()), digest(args.inference_config), digest(dump)]
+            )
+            stamp = out / STAMP
+            if stamp.exists() and stamp.read_text(encoding="utf-8") == made_from:
+                print(f"  {out} is up to date")
+                continue
+            shutil.rmtree(out, ignore_errors=True)
+            parts = _split_keys(dump, out / "logdir", args.inference_nj)
+            for n, keys in enumerate(parts, start=1):
+                part = out / "logdir" / f"output.{n}"
+                command = [*options, "--key_file", str(keys), "--output_dir", str(part)]
+                log = out / "logdir" / f"asr_inference.{n}.log"
+                title = f"{exp.name} {name} {n}/{len(parts)}"
+                jobs.append(Job(title, partial(_infer, command), log))
+            merges.append((out, len(parts), made_from))
+    run_jobs(jobs, args.inference_nj)
+    for out, count, made_from in merges:
+        for file in ("text", "token", "token_int", "score"):
+            lines = []
+            for n in range(1, count + 1):
+                part = out / "logdir" / f"output.{n}" / "1best_recog" / file
+                lines += part.read_text(encoding="utf-8").splitlines()
+            write_text(out / file, "".join(f"{line}\n" for line in sorted(lines)))
+        write_text(out / STAMP, made_from)
+
+
+def _decoding_options(layout: Layout, exp: Path, model: Path, dump: Path) -> list[str]:
+    args = layout.args
+    options = [
+        *("--config", str(args.inference_config)),
+        *("--ngpu", "1" if args.gpu_inference else "0"),
+        *("--data_path_and_name_and_type", f"{dump}/wav.scp,speech,{layout.audio_type}"),
+        *("--asr_train_config", str(exp / "config.yaml")),
+        *("--asr_model_file", str(model)),
+    ]
+    if args.use_lm:
+        options += ["--lm_train_config", str(layout.lm_exp / "config.yaml")]
+        options += ["--lm_file", str(layout.lm_exp / args.inference_lm)]
+    if args.use_ngram:
+        options += ["--ngram_file", str(layout.ngram)]
+    return options + shlex.split(args.inference_args)
+
+
+def _model_config(layout: Layout, config_file: Path) -> dict[str, Any]:
+    config = load_config(config_file, layout.args.overlay)
+    encoder = config.get("encoder")
+    if not isinstance(encoder, str):
+        raise UserError(f"{config_file}: no encoder is named; this is no ASR training config")
+    return config
+
+
+def _common_options(layout: Layout, config: Path, train: Path, valid: Path) -> list[str]:
+    """Options that stages 10 and 11 share."""
+    args = layout.args
+    options = [
+        *("--config", str(config)),
+        *("--use_preprocessor", "true"),
+        *("--token_type", args.token_type),
+        *("--token_list", str(layout.token_list)),
+        *("--non_linguistic_symbols", "none", "--cleaner", "none", "--g2p", "none"),
+    ]
+    if layout.bpe_model is not None:
+        options += ["--bpemodel", str(layout.bpe_model)]
+    for mode, dump in (("train", train), ("valid", valid)):
+        name = f"--{mode}_data_path_and_name_and_type"
+        options += [name, f"{dump}/wav.scp,speech,{layout.audio_type}"]
+        options += [name, f"{dump}/text,text,text"]
+    return options
+
+
+def _split_keys(dump: Path, out: Path, parts: int) -> list[Path]:
+    """Write out/SET.keys.N.scp, the utterances of `dump` in up to `parts` even parts."""
+    keys = sorted(DataDir.read(dump).wav_scp)
+    parts = min(parts, len(keys))
+    out.mkdir(parents=True, exist_ok=True)
+    files = []
+    for n in range(parts):
+        file = out / f"{dump.name}.keys.{n + 1}.scp"
+        chosen = keys[n * len(keys) // parts : (n + 1) * len(keys) // parts]
+        file.write_text("".join(f"{key} x\n" for key in chosen), encoding="utf-8")
+        files.append(file)
+    return files
+
+
+def _aggregate(parts: Sequence[Path], out: Path) -> None:
+    from espnet2.bin.aggregate_stats_dirs import aggregate_stats_dirs
+
+    aggregate_stats_dirs(parts, out, "WARNING", False)
+
+
+def _train(command: list[str]) -> int:
+    from espnet_kv.bin.asr_train import main
+
+    return main(command)
+
+
+def _infer(command: list[str]) -> int:
+    from espnet_kv.bin.asr_inference import main
+
+    return main(command)
+
+
+def _last_epoch(config: dict[str, Any], asr_args: str) -> int:
+    words = shlex.split(asr_args)
+    if "--max_epoch" in words[:-1]:
+        return int(words[words.index("--max_epoch") + 1])
+    return config.get("max_epoch", 40)
+
+
+def _gpus() -> int:
+    """1 where there is a GPU (asked without waking CUDA, which forks would not survive)."""
+    import os
+
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    import torch
+
+    return min(1, torch.cuda.device_count())
+
+
+def _commit() -> str | None:
+    """The commit of the recipe's checkout, with -dirty where files differ from it."""
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,173 @@
+"""The options of the recipe: names and meanings of ESPnet's asr.sh, and a few of our own."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from espnet_kv.errors import UserError
+from espnet_kv.recipe.corpora import CORPORA
+
+STAGES = {
+    1: "data preparation",
+    2: "speed perturbation",
+    3: "format wav.scp",
+    4: "drop long and short utterances",
+    5: "token list",
+    6: "LM statistics",
+    7: "LM training",
+    8: "LM perplexity",
+    9: "n-gram training",
+    10: "ASR statistics",
+    11: "ASR training",
+    12: "decoding",
+    13: "scoring",
+}
+LAST_STAGE = max(STAGES)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def _true_or_false(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text == "true"
+
+
+def _path_or_none(text: str) -> Path | None:
+    return Path(text) if text else None
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser behind `run.sh --help`."""
+    stages = "\n".join(f"  {number:2d}  {name}" for number, name in STAGES.items())
+    p = _Parser(
+        prog="run.sh",
+        description="Train, decode and score speech recognition models with small KV caches.",
+        epilog=f"stages:\n{stages}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+    def add(group, name: str, default, text: str, **kwargs) -> None:
+        shown = "true" if default is True else "false" if default is False else default
+        if isinstance(default, bool):
+            kwargs["type"] = _true_or_false
+        kwargs.setdefault("metavar", name.upper())
+        suffix = f" (default: {shown})" if shown not in (None, "") else ""
+        group.add_argument(f"--{name}", default=default, help=text + suffix, **kwargs)
+
+    cores = os.cpu_count() or 1
+    g = p.add_argument_group("what runs")
+    add(g, "stage", 1, "first stage", type=int)
+    add(g, "stop_stage", LAST_STAGE, "last stage", type=int)
+    add(g, "nj", min(32, cores), "parallel jobs of data stages", type=_positive)
+    add(g, "inference_nj", min(32, cores), "parallel jobs of decoding", type=_positive)
+    add(g, "train_nj", 1, "models trained at the same time", type=_positive)
+    add(g, "ngpu", None, "GPUs of one training; 0 = CPU (default: 1 if there is one)", type=int)
+    add(g, "gpu_inference", False, "decode on the GPU")
+    add(g, "dumpdir", Path("dump"), "formatted audio", type=Path)
+    add(g, "expdir", Path("exp"), "experiments", type=Path)
+    add(g, "datadir", Path("data"), "Kaldi data directories", type=Path)
+
+    g = p.add_argument_group("data")
+    add(g, "corpus", "librispeech_100", f"one of {', '.join(CORPORA)}")
+    add(
+        g,
+        "librispeech",
+        os.environ.get("LIBRISPEECH") or None,
+        "existing tree in LibriSpeech layout, instead of a download (or set LIBRISPEECH)",
+        type=_path_or_none,
+    )
+    add(g, "download_dir", Path("downloads"), "where downloads go", type=Path)
+    add(g, "train_set", "", "data directory for training (default: the corpus's)")
+    add(g, "valid_set", "", "data directory for validation (default: the corpus's)")
+    add(g, "test_sets", "", "data directories to decode (default: the corpus's)")
+    add(g, "synth_train", None, "sentences in synth's training set", type=_positive)
+    add(g, "synth_dev", None, "sentences in each of synth's dev sets", type=_positive)
+    add(g, "synth_test", None, "sentences in each of synth's test sets", type=_positive)
+    add(g, "synth_seed", None, "seed of synth", type=int)
+    add(g, "speed_perturb_factors", "0.9 1.0 1.1", "stage 2; empty: none")
+    add(g, "audio_format", "flac.ark", "flac.ark, flac, wav.ark or wav")
+    add(g, "fs", 16000, "sampling rate of the dump in Hz", type=_positive)
+    add(g, "min_wav_duration", 0.1, "seconds; shorter training utterances go", type=float)
+    add(g, "max_wav_duration", 20.0, "seconds; longer training utterances go", type=float)
+    add(g, "lang", "en", "language, part of names")
+    add(g, "token_type", "bpe", "bpe or char", choices=("bpe", "char"))
+    add(g, "nbpe", 5000, "BPE pieces", type=_positive)
+    add(g, "bpemode", "unigram", "unigram or bpe", choices=("unigram", "bpe"))
+    add(g, "bpe_char_cover", 1.0, "character coverage of the BPE", type=float)
+
+    g = p.add_argument_group("language model")
+    add(g, "use_lm", False, "train a language model and decode with it")
+    add(g, "lm_config", Path("conf/train_lm_transformer.yaml"), "its configuration", type=Path)
+    add(g, "lm_args", "", "more options for espnet2.bin.lm_train")
+    add(g, "lm_tag", "", "name of its experiment (default: made of config and tokens)")
+    add(g, "inference_lm", "valid.loss.ave.pth", "its model file")
+    add(g, "use_ngram", False, "train an n-gram and decode with it (needs KenLM)")
+    add(g, "ngram_num", 4, "order of the n-gram", type=_positive)
+
+    g = p.add_argument_group("speech recognition model")
+    add(
+        g,
+        "asr_config",
+        "conf/train_asr_conformer_mha.yaml",
+        "training configuration, or several, split by spaces",
+    )
+    add(g, "overlay", None, "YAML laid over asr_config, e.g. a smaller size", type=_path_or_none)
+    add(g, "asr_tag", "", "name of the experiment (default: made of config and tokens)")
+    add(g, "asr_args", "", "more options for espnet2.bin.asr_train")
+    add(g, "feats_normalize", "global_mvn", "normalisation of features")
+    add(g, "inference_config", Path("conf/decode_asr.yaml"), "decoding options", type=Path)
+    add(g, "inference_tag", "", "name of the decoding (default: made of config and model)")
+    add(g, "inference_args", "", "more options for espnet2.bin.asr_inference")
+    add(g, "inference_asr_model", "valid.acc.ave.pth", "model file to decode with")
+    add(g, "results", Path("RESULTS.md"), "where stage 13 writes its tables", type=Path)
+    return p
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse and check the options of the recipe.
+
+    Returns:
+        The namespace of `parser`, with train_set, valid_set and test_sets (a list) resolved,
+        asr_config a list of paths, speed_perturb_factors a list of floats.
+
+    Raises:
+        UserError: an unknown option, corpus, configuration or stage.
+    """
+    args = parser().parse_args(arguments)
+    if args.corpus not in CORPORA:
+        raise UserError(f"--corpus {args.corpus}: unknown (allowed: {', '.join(CORPORA)})")
+    for name in ("stage", "stop_stage"):
+        if getattr(args, name) not in STAGES:
+            raise UserError(
+                f"--{name} {getattr(args, name)}: there are stages 1 to {LAST_STAGE} (see --help)"
+            )
+    corpus = CORPORA[args.corpus]
+    args.train_set = args.train_set or corpus.train_set
+    args.valid_set = args.valid_set or corpus.valid_set
+    args.test_sets = args.test_sets.split() or list(corpus.test_sets)
+    try:
+        args.speed_perturb_factors = [float(x) for x in args.speed_perturb_factors.split()]
+    except ValueError as error:
+        raise UserError(f"--speed_perturb_factors: {error}") from error
+    args.asr_config = [Path(name) for name in args.asr_config.split()]
+    for path in (*args.asr_config, args.inference_config, args.overlay):
+        if path is not None and not path.is_file():
+            raise UserError(f"{path} does not exist: choose one of those in conf/")
+    if args.asr_tag and len(args.asr_config) > 1:
+        raise UserError("--asr_tag names one experiment, but --asr_config lists several")
+    args.command = " ".join(["./run.sh", *(sys.argv[1:] if arguments is None else arguments)])
+    return args

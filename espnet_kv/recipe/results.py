@@ -1,0 +1,125 @@
+"""RESULTS.md: every score below exp/ in the tables that ESPnet's recipes publish."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+
+from espnet_kv.errors import UserError
+from espnet_kv.recipe.atomic import write_text
+from espnet_kv.recipe.score import KINDS
+
+BEGIN, END = "<!-- generated -->", "<!-- /generated -->"
+COLUMNS = ("Snt", "Wrd", "Corr", "Sub", "Del", "Ins", "Err", "S.Err")
+
+
+def write_results(expdir: Path, out: Path, header: Iterable[str] = ()) -> None:
+    """Collect the scores of all `expdir/asr_*` into the Markdown file `out`.
+
+    What stands in `out` outside the markers BEGIN and END is kept. Where an experiment has
+    a run.json, its command, config, commit and overlay are stated above its tables.
+
+    Args:
+        header: lines to stand below the list of versions.
+
+    Raises:
+        UserError: nothing is scored yet, or `out`, a result or a run.json is damaged.
+    """
+    experiments = [
+        section
+        for exp in sorted(expdir.glob("asr_*"))
+        if (section := _experiment(exp, f"{expdir.name}/{exp.name}"))
+    ]
+    if not experiments:
+        raise UserError(f"{expdir} holds no scores: decode and score first (stages 12 and 13)")
+    parts = ["# RESULTS", _environments(out.parent), "\n".join(header), *experiments]
+    generated = "\n\n".join(part for part in parts if part)
+    write_text(out, _placed(out, f"{BEGIN}\n{generated}\n{END}"))
+
+
+def _placed(out: Path, block: str) -> str:
+    """The text of `out` with `block` in the place of the earlier one, or at its end."""
+    if not out.exists():
+        return block + "\n"
+    text = out.read_text(encoding="utf-8")
+    marks = text.count(BEGIN), text.count(END)
+    if marks == (0, 0):
+        return f"{text.rstrip()}\n\n{block}\n".lstrip()
+    before, _, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if marks != (1, 1) or not end:
+        raise UserError(f"{out}: keep one line {BEGIN} and below it one line {END}, or neither")
+    return before + block + after
+
+
+def _environments(checkout: Path) -> str:
+    lines = [
+        "## Environments",
+        f"- date: `{datetime.now().astimezone():%a %b %d %H:%M:%S %Z %Y}`",
+        f"- python version: `{' '.join(sys.version.split())}`",
+    ]
+    for package, name in (("espnet", "espnet"), ("torch", "pytorch")):
+        try:
+            lines.append(f"- {name} version: `{name} {metadata.version(package)}`")
+        except metadata.PackageNotFoundError:
+            continue
+    if commit := _git(checkout, "rev-parse", "HEAD"):
+        lines.append(f"- Git hash: `{commit}`")
+        lines.append(f"  - Commit date: `{_git(checkout, 'log', '-1', '--format=%cd')}`")
+    return "\n".join(lines)
+
+
+def _git(checkout: Path, *arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(checkout), *arguments], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _experiment(exp: Path, title: str) -> str:
+    """One experiment's part of the page; empty where nothing of it is scored."""
+    tables = []
+    for kind in KINDS:
+        results = sorted(exp.glob(f"*/*/score_{kind}/result.txt"))
+        if not results:
+            continue
+        rows = [
+            ("dataset", *COLUMNS),
+            ("---",) * (1 + len(COLUMNS)),
+            *((f"{r.parents[2].name}/{r.parents[1].name}", *_figures(r)) for r in results),
+        ]
+        table = "\n".join(f"|{'|'.join(row)}|" for row in rows)
+        tables.append(f"### {kind.upper()}\n\n{table}")
+    if not tables:
+        return ""
+    return "\n\n".join(part for part in (f"## {title}", _provenance(exp), *tables) if part)
+
+
+def _figures(result: Path) -> list[str]:
+    """The figures of the Sum/Avg line, which sclite writes in the same form."""
+    for line in result.read_text(encoding="utf-8").splitlines():
+        name, _, rest = line.strip("| ").partition("|")
+        figures = rest.replace("|", " ").split()
+        if name.strip() == "Sum/Avg" and len(figures) == len(COLUMNS):
+            return figures
+    raise UserError(f"{result} has no line Sum/Avg: remove it and score again (stage 13)")
+
+
+def _provenance(exp: Path) -> str:
+    file = exp / "run.json"
+    if not file.exists():
+        return ""
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+        stated = {
+            key: run[key] for key in ("command", "config", "commit", "overlay") if run.get(key)
+        }
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file} is damaged ({error}): train again (stage 11)") from error
+    return "\n".join(f"- {key}: `{value}`" for key, value in stated.items())

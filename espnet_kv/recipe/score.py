@@ -1,0 +1,153 @@
+"""Stage 13: word, character and token error rates, with alignments to look at."""
+
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jiwer
+
+from espnet_kv.errors import UserError
+from espnet_kv.recipe.atomic import new_directory, write_text
+from espnet_kv.recipe.tokens import SPACE
+
+KINDS = ("wer", "cer", "ter")
+
+
+@dataclass(frozen=True)
+class Score:
+    """The aligned test set, its counts in tokens of `kind` (words, characters or pieces).
+
+    alignment holds hits, substitutions, deletions and insertions; missing is the number of
+    utterances that had no hypothesis.
+    """
+
+    kind: str
+    utterances: list[str]
+    alignment: jiwer.WordOutput
+    missing: int
+
+    @property
+    def words(self) -> int:
+        """Tokens of the reference."""
+        return self.alignment.hits + self.alignment.substitutions + self.alignment.deletions
+
+    @property
+    def errors(self) -> int:
+        counts = self.alignment
+        return counts.substitutions + counts.deletions + counts.insertions
+
+    @property
+    def error_rate(self) -> float:
+        """Errors in per cent of the reference tokens; infinite for insertions into silence."""
+        return _percent(self.errors, self.words)
+
+    @property
+    def sentence_errors(self) -> int:
+        """Utterances with at least one error."""
+        return sum(
+            any(chunk.type != "equal" for chunk in chunks) for chunks in self.alignment.alignments
+        )
+
+    def summary(self) -> str:
+        """The lines of result.txt: ESPnet's Snt Wrd Corr Sub Del Ins Err S.Err, as sclite."""
+        counts, sentences = self.alignment, len(self.utterances)
+        rates = [
+            _percent(counts.hits, self.words),
+            _percent(counts.substitutions, self.words),
+            _percent(counts.deletions, self.words),
+            _percent(counts.insertions, self.words),
+            self.error_rate,
+            _percent(self.sentence_errors, sentences),
+        ]
+        columns = "".join(f"{rate:7.1f}" for rate in rates)
+        table = (
+            "|         |  # Snt   # Wrd |   Corr    Sub    Del    Ins    Err  S.Err |\n"
+            f"| Sum/Avg | {sentences:6d} {self.words:7d} |{columns} |\n"
+        )
+        return table + (f"Missing hypotheses: {self.missing}\n" if self.missing else "")
+
+
+def score(
+    ref: Mapping[str, str],
+    hyp: Mapping[str, str],
+    kind: str,
+    tokenizer: Callable[[str], list[str]] | None = None,
+) -> Score:
+    """Align hypotheses with references, utterance by utterance.
+
+    A missing hypothesis counts as all deletions, with a warning.
+
+    Args:
+        ref: utterance -> reference transcript; may be empty text.
+        hyp: utterance -> recognised text.
+        kind: wer (words), cer (characters, a space being one) or ter (pieces).
+        tokenizer: text -> tokens; needed for ter, see `tokens.piece_tokenizer`.
+
+    Raises:
+        UserError: no reference at all, or a hypothesis without a reference.
+    """
+    if kind not in KINDS or (kind == "ter" and tokenizer is None):
+        raise ValueError(f"kind must be wer, cer, or ter with a tokenizer, not {kind!r}")
+    if not ref:
+        raise UserError(f"{kind}: there are no reference transcripts to score against")
+    if unknown := sorted(hyp.keys() - ref.keys()):
+        raise UserError(
+            f"{kind}: {len(unknown)} hypotheses have no reference (the first: {unknown[0]}); "
+            "decode and score the same test set"
+        )
+    utterances = sorted(ref)
+    if missing := [utt for utt in utterances if utt not in hyp]:
+        print(
+            f"warning: {kind}: {len(missing)} of {len(ref)} utterances have no hypothesis "
+            f"(the first: {missing[0]}); counted as deletions",
+            file=sys.stderr,
+        )
+    split = _Split(tokenizer or (str.split if kind == "wer" else _characters))
+    alignment = jiwer.process_words(
+        [ref[utt] for utt in utterances],
+        [hyp.get(utt, "") for utt in utterances],
+        reference_transform=split,
+        hypothesis_transform=split,
+    )
+    return Score(kind, utterances, alignment, len(missing))
+
+
+def write_score(result: Score, out_dir: Path) -> None:
+    """Write ref.trn, hyp.trn, result.txt and alignments.txt to `out_dir` (`.../score_wer`)."""
+    aligned = jiwer.visualize_alignment(result.alignment, show_measures=False, skip_correct=False)
+    heading = re.compile(r"^=== SENTENCE (\d+) ===\n\n", re.MULTILINE)
+    aligned = heading.sub(lambda found: f"{result.utterances[int(found[1]) - 1]}\n", aligned)
+    with new_directory(out_dir) as partial:
+        for name, sides in (
+            ("ref.trn", result.alignment.references),
+            ("hyp.trn", result.alignment.hypotheses),
+        ):
+            lines = [
+                " ".join([*tokens, f"({utt})\n"])
+                for utt, tokens in zip(result.utterances, sides, strict=True)
+            ]
+            write_text(partial / name, "".join(lines))
+        write_text(partial / "result.txt", result.summary())
+        write_text(partial / "alignments.txt", aligned.rstrip("\n") + "\n")
+
+
+class _Split(jiwer.AbstractTransform):
+    """Text -> tokens, in jiwer's terms."""
+
+    def __init__(self, split: Callable[[str], list[str]]) -> None:
+        self._split = split
+
+    def process_list(self, inp: list[str]) -> list[list[str]]:
+        return [self._split(" ".join(text.split())) for text in inp]
+
+
+def _characters(text: str) -> list[str]:
+    return [SPACE if character == " " else character for character in text]
+
+
+def _percent(count: int, total: int) -> float:
+    if total:
+        return 100 * count / total
+    return 0.0 if count == 0 else float("inf")

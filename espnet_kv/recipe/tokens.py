@@ -1,0 +1,130 @@
+"""Stage 5: the token list, by sentencepiece or by character, in ESPnet's layout."""
+
+import io
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import sentencepiece
+
+from espnet_kv.errors import UserError
+from espnet_kv.recipe.atomic import new_directory, write_text
+
+BLANK, UNKNOWN, SPACE, SOS_EOS = "<blank>", "<unk>", "<space>", "<sos/eos>"
+
+
+def train_bpe(
+    lines: Iterable[str],
+    out_dir: Path,
+    nbpe: int,
+    bpemode: str = "unigram",
+    character_coverage: float = 1.0,
+) -> None:
+    """Train sentencepiece on transcripts; write bpe.model, bpe.vocab, tokens.txt, train.txt.
+
+    tokens.txt is <blank>, <unk>, the pieces and <sos/eos>, `nbpe` tokens in all. The same
+    lines give the same bytes.
+
+    Args:
+        lines: transcripts, without utterance ids.
+        out_dir: ESPnet expects data/token_list/bpe_{bpemode}{nbpe}.
+        bpemode: unigram or bpe.
+
+    Raises:
+        UserError: no text, an unknown mode, or `nbpe` too large or small for the text; the
+            message says what is possible.
+    """
+    if bpemode not in ("unigram", "bpe"):
+        raise UserError(f"bpemode {bpemode} is unknown: use unigram or bpe")
+    text = _clean(lines)
+    model = io.BytesIO()
+    try:
+        # A model written by way of a file would hold that file's name, and so differ
+        # from the same model trained elsewhere.
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(text),
+            model_writer=model,
+            vocab_size=nbpe,
+            model_type=bpemode,
+            character_coverage=character_coverage,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise _explained(error, nbpe, len(text)) from error
+
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    ids = range(processor.get_piece_size())
+    pieces = [processor.id_to_piece(i) for i in ids]
+    spoken = [p for i, p in zip(ids, pieces, strict=True) if not _is_special(processor, i)]
+    with new_directory(out_dir) as partial:
+        (partial / "bpe.model").write_bytes(model.getvalue())
+        write_text(
+            partial / "bpe.vocab",
+            "".join(f"{pieces[i]}\t{processor.get_score(i):g}\n" for i in ids),
+        )
+        write_text(partial / "train.txt", "".join(f"{line}\n" for line in text))
+        _write_tokens(partial, [BLANK, UNKNOWN, *spoken, SOS_EOS])
+
+
+def list_characters(lines: Iterable[str], out_dir: Path) -> None:
+    """Write tokens.txt for token_type char: <blank> <unk> <space> characters <sos/eos>.
+
+    Characters come by falling frequency, then by code point.
+
+    Args:
+        lines: transcripts, without utterance ids.
+        out_dir: ESPnet expects data/token_list/char.
+
+    Raises:
+        UserError: no text.
+    """
+    counts = Counter(character for line in _clean(lines) for character in line)
+    counts.pop(" ", None)
+    characters = sorted(counts, key=lambda character: (-counts[character], character))
+    with new_directory(out_dir) as partial:
+        _write_tokens(partial, [BLANK, UNKNOWN, SPACE, *characters, SOS_EOS])
+
+
+def piece_tokenizer(model: Path) -> Callable[[str], list[str]]:
+    """The function text -> pieces of a bpe.model, as scoring the token error rate needs it.
+
+    Raises:
+        UserError: the model is missing or damaged.
+    """
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{model} is no sentencepiece model: run stage 5 again") from error
+    return lambda text: processor.encode(text, out_type=str)
+
+
+def _clean(lines: Iterable[str]) -> list[str]:
+    text = [" ".join(line.split()) for line in lines]
+    text = [line for line in text if line]
+    if not text:
+        raise UserError("there is no text to make tokens from: every transcript is empty")
+    return text
+
+
+def _is_special(processor: sentencepiece.SentencePieceProcessor, i: int) -> bool:
+    return processor.is_unknown(i) or processor.is_control(i)
+
+
+def _write_tokens(directory: Path, tokens: list[str]) -> None:
+    write_text(directory / "tokens.txt", "".join(f"{token}\n" for token in tokens))
+
+
+def _explained(error: RuntimeError, nbpe: int, lines: int) -> UserError:
+    """Sentencepiece's complaint about the vocabulary size as advice."""
+    if found := re.search(r"value <= (\d+)", str(error)):
+        return UserError(
+            f"nbpe {nbpe} is too large for this text ({lines} lines): "
+            f"the largest possible value is {found[1]}"
+        )
+    if found := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
+        return UserError(
+            f"nbpe {nbpe} is too small for the characters of this text: "
+            f"use at least {found[1]} or lower the character coverage"
+        )
+    return UserError(f"sentencepiece cannot train with nbpe {nbpe}: {error}")

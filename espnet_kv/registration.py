@@ -1,0 +1,73 @@
+"""Making our classes known to ESPnet, whatever is imported first.
+
+ESPnet keeps its `--encoder` choices in module-level tables, one in `espnet2.tasks.asr` and a
+copy in ESPnet3. Loading ESPnet takes many seconds, so the tables are filled when their module
+is imported rather than when `espnet_kv` is.
+"""
+
+import argparse
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+from multiprocessing.reduction import ForkingPickler
+
+# module that owns a table of choices -> its table -> choice -> where our class is
+CHOICES = {
+    "encoder_choices": {
+        "kv_conformer": "espnet_kv.encoder.conformer:KVConformerEncoder",
+        "kv_branchformer": "espnet_kv.encoder.branchformer:KVBranchformerEncoder",
+        "kv_e_branchformer": "espnet_kv.encoder.e_branchformer:KVEBranchformerEncoder",
+    },
+}
+TASK_MODULES = ("espnet2.tasks.asr", "espnet3.systems.esp2_asr.task")
+
+
+def register() -> None:
+    """Add our classes to ESPnet's choices, now or as soon as ESPnet is imported.
+
+    Safe to call any number of times. Processes that ESPnet spawns (it sends them its
+    argparse.Namespace) import `espnet_kv`, and so register, before their work begins.
+    """
+    if not any(isinstance(finder, _TaskModuleFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _TaskModuleFinder())
+        ForkingPickler.register(argparse.Namespace, _reduce_namespace)
+    for name in TASK_MODULES:
+        # a module that is still being imported has no tables yet: its loader will call us
+        if hasattr(sys.modules.get(name), "ASRTask"):
+            _fill_choices(sys.modules[name])
+
+
+def _fill_choices(module) -> None:
+    for table_name, choices in CHOICES.items():
+        table = getattr(module, table_name)
+        for choice, target in choices.items():
+            module_name, class_name = target.split(":")
+            table.classes[choice] = getattr(importlib.import_module(module_name), class_name)
+
+
+class _TaskModuleFinder(importlib.abc.MetaPathFinder):
+    """Finds ESPnet's task modules as usual and fills their tables once they have run."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname not in TASK_MODULES:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            run_module = spec.loader.exec_module
+
+            def exec_module(module):
+                run_module(module)
+                _fill_choices(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _restore_namespace(values: dict) -> argparse.Namespace:
+    return argparse.Namespace(**values)
+
+
+def _reduce_namespace(namespace: argparse.Namespace):
+    # unpickling looks up a function of ours, which imports espnet_kv in the new process
+    return _restore_namespace, (vars(namespace),)

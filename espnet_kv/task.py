@@ -1,0 +1,52 @@
+"""ESPnet's ASR task with the plug-in registered and checkpoints loaded strictly."""
+
+import argparse
+from pathlib import Path
+
+from espnet2.tasks.asr import ASRTask as ESPnetASRTask
+from espnet2.train.abs_espnet_model import AbsESPnetModel
+
+from espnet_kv.checkpoint import refuse_partial_loads
+from espnet_kv.encoder.base import KVEncoder
+from espnet_kv.errors import UserError
+
+
+class ASRTask(ESPnetASRTask):
+    """espnet2.tasks.asr.ASRTask; for ESPnet3, `task: espnet_kv.task.ASRTask`.
+
+    Naming it (or pickling it for a spawned process) imports `espnet_kv`, which registers.
+    """
+
+    @classmethod
+    def build_model(cls, args: argparse.Namespace) -> AbsESPnetModel:
+        """Build the model of `args`; it refuses checkpoints that do not fill it.
+
+        Raises:
+            ConfigError: a key of encoder_conf is not allowed.
+        """
+        model = super().build_model(args)
+        for module in model.modules():
+            if isinstance(module, KVEncoder):
+                module.load_guard.remove()  # the whole model's guard names all keys at once
+        if not getattr(args, "use_adapter", False):  # adapters are saved without the model
+            refuse_partial_loads(model)
+        return model
+
+    @classmethod
+    def build_model_from_file(
+        cls,
+        config_file: Path | str | None = None,
+        model_file: Path | str | None = None,
+        device: str = "cpu",
+    ) -> tuple[AbsESPnetModel, argparse.Namespace]:
+        """Build a trained model, strictly.
+
+        Raises:
+            UserError: the checkpoint lacks keys, has others, or has them in other sizes.
+        """
+        try:
+            return super().build_model_from_file(config_file, model_file, device)
+        except RuntimeError as error:
+            if "loading state_dict" in str(error):
+                raise UserError(f"{model_file}: {' '.join(str(error).split())}") from error
+            raise

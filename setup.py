@@ -1,0 +1,41 @@
+"""Packaging of espnet_kv; tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "espnet_kv/__init__.py").read_text())[1]
+
+setup(
+    name="espnet_kv",
+    version=VERSION,
+    description="KV-cache compression for ESPnet speech recognition",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.12",
+    packages=find_packages(include=["espnet_kv", "espnet_kv.*"]),
+    install_requires=[
+        "espnet[asr,train]>=202611",
+        "torch",
+        "torchaudio",
+        "sentencepiece",
+        "kaldiio",
+        "jiwer",
+        "matplotlib",
+        "pyyaml",
+        "espeakng-loader",  # the voice of the embedded corpus
+    ],
+    extras_require={
+        "dev": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "pre-commit"],
+    },
+    entry_points={
+        "console_scripts": [
+            "espnet_kv_asr_train = espnet_kv.bin.asr_train:main",
+            "espnet_kv_asr_inference = espnet_kv.bin.asr_inference:main",
+            "espnet_kv_recipe = espnet_kv.recipe.__main__:main",
+        ]
+    },
+)
