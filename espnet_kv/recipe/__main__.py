@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from espnet_kv.errors import command
 from espnet_kv.recipe import data_stages, lm_stages, model_stages, score_stage
-from espnet_kv.recipe.experiment import Layout
+from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.options import STAGES, parse
 
 RUN: dict[int, Callable[[Layout], None]] = {

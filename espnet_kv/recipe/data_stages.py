@@ -4,8 +4,8 @@ from functools import partial
 
 from espnet_kv.recipe import corpora
 from espnet_kv.recipe.datadir import DataDir
-from espnet_kv.recipe.experiment import Layout
 from espnet_kv.recipe.format import format_audio
+from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.lengths import filter_lengths
 from espnet_kv.recipe.perturb import perturb_speed
 from espnet_kv.recipe.stamp import STAMP, once
@@ -22,12 +22,11 @@ def prepare_data(layout: Layout) -> None:
         "seed": args.synth_seed,
     }
     chosen = {name: value for name, value in sizes.items() if value is not None}
-    record = args.datadir / args.corpus
     sets = corpora.CORPORA[args.corpus].sets
     if not all((args.datadir / name / "text").exists() for name in sets):
-        (record / STAMP).unlink(missing_ok=True)
+        (args.datadir / STAMP).unlink(missing_ok=True)
     once(
-        record,
+        args.datadir,
         lambda: corpora.prepare(
             args.corpus,
             args.datadir,

@@ -11,8 +11,8 @@ from espnet_kv.errors import UserError
 from espnet_kv.recipe.atomic import write_text
 from espnet_kv.recipe.config import load_yaml
 from espnet_kv.recipe.datadir import DataDir
-from espnet_kv.recipe.experiment import Layout
 from espnet_kv.recipe.jobs import Job, run_jobs
+from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.stamp import once
 
 

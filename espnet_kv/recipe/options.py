@@ -133,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
     add(g, "inference_tag", "", "name of the decoding (default: made of config and model)")
     add(g, "inference_args", "", "more options for espnet2.bin.asr_inference")
     add(g, "inference_asr_model", "valid.acc.ave.pth", "model file to decode with")
-    add(g, "results", Path("RESULTS.md"), "where stage 13 writes its tables", type=Path)
+    add(g, "results", None, "tables of stage 13 (default: EXPDIR/RESULTS.md)", type=_path_or_none)
     return p
 
 
@@ -169,5 +169,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             raise UserError(f"{path} does not exist: choose one of those in conf/")
     if args.asr_tag and len(args.asr_config) > 1:
         raise UserError("--asr_tag names one experiment, but --asr_config lists several")
+    args.results = args.results or args.expdir / "RESULTS.md"
     args.command = " ".join(["./run.sh", *(sys.argv[1:] if arguments is None else arguments)])
     return args

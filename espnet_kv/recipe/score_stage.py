@@ -2,7 +2,7 @@
 
 from espnet_kv.errors import UserError
 from espnet_kv.recipe.datadir import DataDir
-from espnet_kv.recipe.experiment import Layout
+from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.results import write_results
 from espnet_kv.recipe.score import KINDS, score, write_score
 from espnet_kv.recipe.tokens import piece_tokenizer

@@ -4,4 +4,4 @@ set -euo pipefail
 . ./path.sh
 . ./db.sh
 
-exec ${train_cmd:-} ${python} -m espnet_kv.recipe "$@"
+exec ${kv_cmd:-} ${python} -m espnet_kv.recipe "$@"

@@ -1,22 +1,16 @@
-# Which Python runs the recipe: one that is active, else the environment that `make` builds.
+# Which Python runs the recipe: the one named in $python, an active one that has ESPnet, else the
+# environment that `make` built. Inside an ESPnet checkout its own path.sh comes first.
+if [ -f ../../TEMPLATE/asr1/path.sh ]; then
+    . ../../TEMPLATE/asr1/path.sh
+fi
 if [ -z "${python:-}" ]; then
     repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
-    if [ -x "${repo}/.venv/bin/python" ] && ! python3 -c "import espnet_kv, espnet2" 2>/dev/null; then
+    python=python3
+    if [ -x "${repo}/.venv/bin/python" ] &&
+        ! python3 -c "import sys, importlib.util as u; sys.exit(u.find_spec('espnet2') is None)"; then
         python="${repo}/.venv/bin/python"
-    else
-        python=python3
     fi
+    # a clone works without being installed
+    export PYTHONPATH="${repo}${PYTHONPATH:+:${PYTHONPATH}}"
 fi
 export PYTHONUNBUFFERED=1
-
-# option_value NAME DEFAULT "$@": the last value that --NAME has on a command line.
-option_value() {
-    local name="--$1" value="$2"
-    shift 2
-    while [ $# -gt 0 ]; do
-        [ "$1" = "${name}" ] && [ $# -gt 1 ] && value="$2"
-        [ "${1#"${name}="}" != "$1" ] && value="${1#"${name}="}"
-        shift
-    done
-    echo "${value}"
-}

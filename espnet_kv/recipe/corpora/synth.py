@@ -53,7 +53,7 @@ def _voices(accents: list[str], variants: list[str]) -> list[str]:
 # variant (vocal tract and larynx) that training lacks, half of them also a new accent.
 _SEEN = _voices(
     ["en-US", "en", "en-GB-x-rp", "en-US-nyc"],
-    ["", "+m1", "+m3", "+m7", "+f1", "+f2", "+f3", "+klatt"],
+    ["", "+m1", "+m3", "+m7", "+f2", "+f3"],
 )
 _UNSEEN = _voices(
     ["en-US", "en", "en-GB-x-gbclan", "en-GB-scotland"],
@@ -77,7 +77,7 @@ class Condition:
     reverb: tuple[float, float]
 
 
-CLEAN = Condition(_SEEN, (170, 220), (-8, 8), (20, 35), (0.1, 0.25), (-20, -12))
+CLEAN = Condition(_SEEN, (175, 215), (-8, 8), (20, 35), (0.1, 0.25), (-22, -15))
 OTHER = Condition(_UNSEEN, (160, 240), (-15, 15), (10, 25), (0.2, 0.4), (-12, -6))
 CONDITIONS = {
     "train-clean-100": CLEAN,

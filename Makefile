@@ -1,0 +1,32 @@
+# The commands of this project; `make` lists them.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+RECIPE := egs2/librispeech_100_kv/asr1
+CONFORMER := conf/train_asr_conformer_mha.yaml conf/train_asr_conformer_mla.yaml
+# where the demo works, below the recipe; two trainings side by side, one per core
+DEMO := --corpus synth --train_nj 2 --inference_nj 2 --nj 2 \
+    --datadir demo/data --dumpdir demo/dump --expdir demo/exp --download_dir demo/downloads
+
+.PHONY: help env demo demo-all test lint
+
+help:  ## list the commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+env:  ## find or build the Python environment and print its interpreter
+	@scripts/environment.sh
+
+demo:  ## run the recipe on the embedded corpus: Conformer with MHA and with MLA
+	@python=$$(scripts/environment.sh) && export python && cd $(RECIPE) && \
+	    ./run.sh $(DEMO) --asr_config "$(CONFORMER)" $(ARGS)
+
+demo-all:  ## the same for all eight models; resumes where it was stopped
+	@python=$$(scripts/environment.sh) && export python && cd $(RECIPE) && \
+	    ./run_all.sh $(DEMO) $(ARGS)
+
+test:  ## run the test suite
+	@python=$$(scripts/environment.sh) && \
+	    PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $$python -m pytest $(ARGS)
+
+lint:  ## check style and types
+	@python=$$(scripts/environment.sh) && $$python -m ruff check . && \
+	    $$python -m ruff format --check . && $$python -m mypy

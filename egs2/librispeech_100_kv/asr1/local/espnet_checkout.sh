@@ -1,0 +1,33 @@
+# Sourced by run.sh inside an ESPnet checkout: its asr.sh drives stages 1 to 13, with our classes
+# registered through --python. Links what asr.sh expects beside it, as ESPnet's setup.sh would.
+for name in asr.sh scripts pyscripts; do
+    [ -e "${name}" ] || ln -s "../../TEMPLATE/asr1/${name}" "${name}"
+done
+for name in steps utils; do
+    [ -e "${name}" ] || ln -s "../../../tools/kaldi/egs/wsj/s5/${name}" "${name}"
+done
+
+passed=()
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --corpus) shift ;; # the one corpus here, and no option of asr.sh
+        *) passed+=("$1") ;;
+    esac
+    shift
+done
+
+exec ./asr.sh \
+    --python "${python} -m espnet_kv" \
+    --lang en \
+    --nbpe 5000 \
+    --max_wav_duration 30 \
+    --speed_perturb_factors "0.9 1.0 1.1" \
+    --use_lm false \
+    --train_set train_clean_100 \
+    --valid_set dev \
+    --test_sets "test_clean test_other dev_clean dev_other" \
+    --asr_config conf/train_asr_conformer_mha.yaml \
+    --inference_config conf/decode_asr.yaml \
+    --lm_train_text data/train_clean_100/text \
+    --bpe_train_text data/train_clean_100/text \
+    "${passed[@]}"
