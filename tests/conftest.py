@@ -1,0 +1,36 @@
+"""What every test shares: seeds, threads, and memory that shows who forgot to write it."""
+
+import random
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _seeds():
+    """Module weights and dropout come out alike in every run and in any order of tests."""
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    """A random generator of the test's own."""
+    return torch.Generator().manual_seed(1)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Uninitialised tensors (torch.empty and its kin) hold NaN, integers their maximum."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    torch.utils.deterministic.fill_uninitialized_memory = before[2]

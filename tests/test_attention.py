@@ -1,0 +1,423 @@
+"""Each attention against its naive float64 twin (naive.py): outputs and gradients."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import naive
+import pytest
+import torch
+from torch import Tensor
+
+from espnet_kv.attention import ATTENTIONS, base, build_attention
+from espnet_kv.errors import ConfigError
+from espnet_kv.position import Chunks
+
+HEADS, SIZE = 4, 16
+
+
+@dataclass
+class Variant:
+    attention_type: str
+    conf: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, rel_pos: bool, **espnet_options: Any) -> torch.nn.Module:
+        """A float64 module with weights far from their start, in training mode."""
+        module = build_attention(
+            self.attention_type, self.conf, HEADS, SIZE, 0.0, rel_pos, **espnet_options
+        ).double()
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        return module
+
+    def twin(self, w, x: Tensor, visible: Tensor, chunks: Chunks | None, **options) -> Tensor:
+        if self.attention_type == "mla":
+            return naive.latent_attention(w, x, HEADS, visible, **options)
+        if self.attention_type == "linear":
+            size = chunks.size if chunks else None
+            return naive.linear_attention(w, x, HEADS, visible, **self.conf, chunk=size)
+        kv_heads = self.conf.get("num_kv_heads")
+        return naive.softmax_attention(w, x, HEADS, visible, kv_heads, **options)
+
+
+SOFTMAX = {
+    "mha": Variant("mha"),
+    "gqa4": Variant("gqa", {"num_kv_heads": 4}),
+    "gqa2": Variant("gqa", {"num_kv_heads": 2}),
+    "mqa": Variant("gqa", {"num_kv_heads": 1}),
+    "mla-r3": Variant("mla", {"kv_rank": 3}),
+    "mla-r32": Variant("mla", {"kv_rank": 2 * SIZE}),
+}
+LINEAR = {
+    "linear-elu": Variant("linear", {"feature_map": "elu"}),
+    "linear-relu": Variant("linear", {"feature_map": "relu"}),
+    "linear-hedgehog": Variant("linear", {"feature_map": "hedgehog"}),
+    "linear-elu-decay": Variant("linear", {"feature_map": "elu", "decay": 0.9}),
+    "linear-hedgehog-decay": Variant("linear", {"feature_map": "hedgehog", "decay": 0.5}),
+}
+VARIANTS = SOFTMAX | LINEAR
+CHUNKS = {
+    "full": None,
+    "chunk1": (1, -1),
+    "chunk1-left0": (1, 0),
+    "chunk1-left2": (1, 2),
+    "chunk4": (4, -1),
+    "chunk4-left0": (4, 0),
+    "chunk4-left2": (4, 2),
+    "chunk16": (16, -1),
+    "chunk16-left0": (16, 0),
+    "chunk64-left2": (64, 2),
+}
+MASKS = ["unmasked", "padded", "square"]
+variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+softmax_variants = pytest.mark.parametrize("variant", SOFTMAX.values(), ids=SOFTMAX)
+linear_variants = pytest.mark.parametrize("variant", LINEAR.values(), ids=LINEAR)
+chunkings = pytest.mark.parametrize("chunking", CHUNKS.values(), ids=CHUNKS)
+masks = pytest.mark.parametrize("mask_kind", MASKS)
+positions = pytest.mark.parametrize("rel_pos", [True, False], ids=["rel", "abs"])
+
+
+def make_mask(kind: str, batch: int, frames: int) -> Tensor | None:
+    """None, (B, 1, T) with utterances of T, T/2 and 1 frames, or a random (B, T, T)."""
+    if kind == "unmasked":
+        return None
+    if kind == "padded":
+        lengths = torch.tensor([frames, max(1, frames // 2), 1])[:batch]
+        return (torch.arange(frames) < lengths[:, None])[:, None]
+    return (torch.rand(batch, frames, frames) < 0.6) | torch.eye(frames, dtype=torch.bool)
+
+
+def context(rel_pos: bool, chunking, mask: Tensor | None, frames: int) -> tuple:
+    """What ESPnet's block passes after query, key and value."""
+    pos_emb = naive.position_table(frames, SIZE) if rel_pos else None
+    if chunking is not None:
+        return Chunks(pos_emb, *chunking), mask
+    return (pos_emb, mask) if rel_pos else (mask,)
+
+
+def visibility(variant: Variant, chunking, mask, batch: int, frames: int) -> Tensor:
+    """(B, T, T) by definition: the mask, and the chunks in reach."""
+    visible = torch.ones(batch, frames, frames, dtype=torch.bool)
+    if mask is not None:
+        visible = visible & mask
+    if chunking is not None:
+        size, left = chunking
+        if variant.attention_type == "linear":
+            left = -1  # a sum cannot forget one of its terms
+        visible = visible & naive.chunk_visible(frames, size, left)
+    return visible
+
+
+def real_rows(mask: Tensor | None, batch: int, frames: int) -> Tensor:
+    """(B, T) bool: frames that are not padding."""
+    if mask is None or mask.size(1) != 1:
+        return torch.ones(batch, frames, dtype=torch.bool)
+    return mask[:, 0]
+
+
+def run_with_gradients(function, x: Tensor, parameters: dict[str, Tensor], rows: Tensor):
+    """The output on `rows` and the gradients of a random projection of it."""
+    out = function(x)[rows]
+    weights = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(2))
+    leaves = {"x": x, **parameters}
+    gradients = torch.autograd.grad(
+        (out * weights).sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
+    )
+    return out, dict(zip(leaves, gradients, strict=True))
+
+
+def compare(variant: Variant, rel_pos, chunking, mask_kind, frames, dtype=torch.float64, **options):
+    module = variant.build(rel_pos, **options)
+    batch = 3
+    x = torch.randn(batch, frames, SIZE, dtype=torch.float64)
+    mask = make_mask(mask_kind, batch, frames)
+    rows = real_rows(mask, batch, frames)
+    chunks = Chunks(None, *chunking) if chunking else None
+    visible = visibility(variant, chunking, mask, batch, frames)
+
+    w = naive.weights(module)
+    x_twin = x.clone().requires_grad_()
+    options.pop("qk_norm", None)  # the twin sees the weights of the norm
+    expected, expected_gradients = run_with_gradients(
+        lambda x: variant.twin(w, x, visible, chunks, **options), x_twin, w, rows
+    )
+
+    module = module.to(dtype)
+    extra = context(rel_pos, chunking, mask, frames)
+    extra = tuple(c.to(dtype) if isinstance(c, Tensor) and c.is_floating_point() else c for c in extra)
+    if chunking is not None and rel_pos:
+        extra = (Chunks(extra[0].pos_emb.to(dtype), *chunking), mask)
+    got, gradients = run_with_gradients(
+        lambda x: module(x, x, x, *extra),
+        x.to(dtype).requires_grad_(),
+        dict(module.named_parameters()),
+        rows,
+    )
+    tolerance = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 2e-4}
+    torch.testing.assert_close(got.double(), expected, **tolerance)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(
+            gradient.double(), expected_gradients[name], **tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@masks
+@chunkings
+@positions
+@softmax_variants
+def test_softmax_attention_equals_its_twin(variant, rel_pos, chunking, mask_kind):
+    compare(variant, rel_pos, chunking, mask_kind, frames=19)
+
+
+@masks
+@chunkings
+@linear_variants
+def test_linear_attention_equals_its_twin(variant, chunking, mask_kind):
+    compare(variant, True, chunking, mask_kind, frames=19)
+
+
+@linear_variants
+def test_linear_attention_without_positions(variant):
+    compare(variant, False, (4, -1), "padded", frames=19)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 7, 33])
+@pytest.mark.parametrize("chunking", [None, (4, 1)], ids=["full", "chunk4-left1"])
+@positions
+@variants
+def test_odd_lengths(variant, rel_pos, chunking, frames):
+    compare(variant, rel_pos, chunking, "padded", frames)
+
+
+@pytest.mark.parametrize("chunking", [None, (4, 1)], ids=["full", "chunk4-left1"])
+@positions
+@variants
+def test_single_precision(variant, rel_pos, chunking):
+    compare(variant, rel_pos, chunking, "padded", 19, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("chunking", [None, (4, 1)], ids=["full", "chunk4-left1"])
+@softmax_variants
+def test_zero_triu(variant, chunking):
+    compare(variant, True, chunking, "padded", 11, zero_triu=True)
+
+
+@pytest.mark.parametrize("chunking", [None, (4, 1)], ids=["full", "chunk4-left1"])
+def test_qk_norm(chunking):
+    compare(VARIANTS["mha"], False, chunking, "padded", 11, qk_norm=True)
+
+
+@pytest.mark.parametrize("frames", [9, 16, 17, 27])  # last blocks of 1, 8, 1 and 3 queries
+@pytest.mark.parametrize("chunking", [None, (4, 0), (5, 2), (3, -1)], ids=str)
+@pytest.mark.parametrize("mask_kind", ["padded", "square"])
+@positions
+@softmax_variants
+def test_blocks_of_queries_change_nothing(
+    monkeypatch, variant, rel_pos, mask_kind, chunking, frames
+):
+    module = variant.build(rel_pos)
+    x = torch.randn(3, frames, SIZE, dtype=torch.float64, requires_grad=True)
+    mask = make_mask(mask_kind, 3, frames)
+    rows = real_rows(mask, 3, frames)
+    extra = context(rel_pos, chunking, mask, frames)
+
+    def run():
+        parameters = dict(module.named_parameters())
+        return run_with_gradients(lambda x: module(x, x, x, *extra), x, parameters, rows)
+
+    whole, whole_gradients = run()
+    monkeypatch.setattr(base, "QUERY_BLOCK", 8)
+    blocked, gradients = run()
+    torch.testing.assert_close(blocked, whole, rtol=1e-10, atol=1e-10)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, whole_gradients[name], rtol=1e-9, atol=1e-9)
+
+
+def test_a_long_utterance_in_blocks_equals_its_twin():
+    compare(VARIANTS["gqa2"], True, (16, 3), "padded", base.QUERY_BLOCK + 9)
+
+
+def copy_weights(module, source, names: str) -> None:
+    with torch.no_grad():
+        for name in names.split():
+            module.get_parameter(name).copy_(source.get_parameter(name))
+
+
+@chunkings
+@positions
+def test_gqa_with_all_heads_is_mha(rel_pos, chunking):
+    mha, gqa = VARIANTS["mha"].build(rel_pos), VARIANTS["gqa4"].build(rel_pos)
+    gqa.load_state_dict(mha.state_dict())
+    x = torch.randn(2, 13, SIZE, dtype=torch.float64)
+    extra = context(rel_pos, chunking, make_mask("padded", 2, 13), 13)
+    torch.testing.assert_close(gqa(x, x, x, *extra), mha(x, x, x, *extra), rtol=0, atol=0)
+
+
+@chunkings
+@positions
+def test_mla_at_full_rank_is_mha(rel_pos, chunking):
+    """W_down = [W_k; W_v] and up-projections that pick: the K bias cancels, the V bias stays."""
+    mha, mla = VARIANTS["mha"].build(rel_pos), VARIANTS["mla-r32"].build(rel_pos)
+    shared = "linear_q.weight linear_q.bias linear_out.weight linear_out.bias"
+    copy_weights(mla, mha, shared)
+    if rel_pos:
+        copy_weights(mla, mha, "linear_pos.weight pos_bias_u pos_bias_v")
+    nothing, everything = torch.zeros(SIZE, SIZE), torch.eye(SIZE)
+    with torch.no_grad():
+        mla.linear_kv_down.weight.copy_(torch.cat([mha.linear_k.weight, mha.linear_v.weight]))
+        mla.linear_k_up.weight.copy_(torch.cat([everything, nothing], dim=1))
+        mla.linear_v_up.weight.copy_(torch.cat([nothing, everything], dim=1))
+        mla.linear_v_up.bias.copy_(mha.linear_v.bias)
+    x = torch.randn(2, 13, SIZE, dtype=torch.float64)
+    mask = make_mask("padded", 2, 13)
+    extra = context(rel_pos, chunking, mask, 13)
+    torch.testing.assert_close(
+        mla(x, x, x, *extra)[mask[:, 0]], mha(x, x, x, *extra)[mask[:, 0]], rtol=1e-9, atol=1e-9
+    )
+
+
+@chunkings
+@positions
+@variants
+def test_padding_is_not_seen(variant, rel_pos, chunking):
+    module = variant.build(rel_pos)
+    frames, length = 19, 11
+    x = torch.randn(2, frames, SIZE, dtype=torch.float64)
+    mask = torch.ones(2, 1, frames, dtype=torch.bool)
+    mask[1, :, length:] = False
+    extra = context(rel_pos, chunking, mask, frames)
+    clean = module(x, x, x, *extra)
+    x[1, length:] = 1e4 * torch.randn(frames - length, SIZE, dtype=torch.float64)
+    dirty = module(x, x, x, *extra)
+    assert dirty.isfinite().all()
+    torch.testing.assert_close(dirty[mask[:, 0]], clean[mask[:, 0]], rtol=1e-9, atol=1e-9)
+
+
+@chunkings
+@variants
+def test_a_square_mask_of_padding_is_the_padding_mask(variant, chunking):
+    module = variant.build(True)
+    x = torch.randn(2, 19, SIZE, dtype=torch.float64)
+    mask = make_mask("padded", 2, 19)
+    flat = module(x, x, x, *context(True, chunking, mask, 19))
+    square = module(x, x, x, *context(True, chunking, mask.expand(2, 19, 19), 19))
+    torch.testing.assert_close(square[mask[:, 0]], flat[mask[:, 0]], rtol=1e-9, atol=1e-9)
+
+
+@positions
+@softmax_variants
+def test_left_chunks_bound_what_is_seen(variant, rel_pos):
+    module = variant.build(rel_pos)
+    x = torch.randn(1, 20, SIZE, dtype=torch.float64)
+    extra = context(rel_pos, (4, 1), None, 20)
+    before = module(x, x, x, *extra)
+    x[:, :8] += 1  # chunks 0 and 1
+    after = module(x, x, x, *extra)
+    torch.testing.assert_close(after[:, 12:], before[:, 12:], rtol=0, atol=0)  # see 2, 3 and 4
+    assert (after[:, 8:12] - before[:, 8:12]).abs().amax(-1).min() > 1e-6
+
+
+@variants
+def test_uninitialised_memory_is_not_read(variant, poisoned_memory):
+    assert torch.empty(3).isnan().all()
+    module = variant.build(True)
+    x = torch.randn(2, 19, SIZE, dtype=torch.float64)
+    for chunking in (None, (4, 1)):
+        extra = context(True, chunking, make_mask("padded", 2, 19), 19)
+        assert module(x, x, x, *extra).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@variants
+def test_half_precision(variant, dtype):
+    """asr_inference --dtype bfloat16 turns the whole model over."""
+    module = variant.build(True)
+    x = torch.randn(2, 19, SIZE, dtype=torch.float64)
+    mask = make_mask("padded", 2, 19)
+    expected = module(x, x, x, *context(True, None, mask, 19))
+    half, pos_emb = x.to(dtype), naive.position_table(19, SIZE).to(dtype)
+    got = module.to(dtype)(half, half, half, pos_emb, mask)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), expected, rtol=0.1, atol=0.15)
+
+
+@positions
+@variants
+def test_dropout_acts_in_training_only(variant, rel_pos):
+    module = build_attention(variant.attention_type, variant.conf, HEADS, SIZE, 0.5, rel_pos)
+    x = torch.randn(1, 9, SIZE)
+    pos_emb = naive.position_table(9, SIZE).float()
+    extra = (pos_emb, None) if rel_pos else (None,)
+    assert not torch.equal(module(x, x, x, *extra), module(x, x, x, *extra))
+    module.eval()
+    assert torch.equal(module(x, x, x, *extra), module(x, x, x, *extra))
+
+
+@pytest.mark.parametrize(
+    ("attention_type", "conf", "told"),
+    [
+        ("mla", {"kv_rank": 0}, ["kv_rank", "0", "1 to 32"]),
+        ("mla", {"kv_rank": 33}, ["kv_rank", "33", "1 to 32"]),
+        ("mla", {"kv_rank": -4}, ["kv_rank", "-4", "1 to 32"]),
+        ("mla", {"kv_rank": "64"}, ["kv_rank", "'64'", "1 to 32"]),
+        ("mla", {"kv_rank": 8.0}, ["kv_rank", "8.0", "1 to 32"]),
+        ("mla", {"kv_rank": True}, ["kv_rank", "True", "1 to 32"]),
+        ("mla", {"kv_rank": None}, ["kv_rank", "None", "1 to 32"]),
+        ("mla", {"rank": 8}, ["rank", "mla", "kv_rank"]),
+        ("gqa", {"num_kv_heads": 3}, ["num_kv_heads", "3", "attention_heads 4", "1, 2, 4"]),
+        ("gqa", {"num_kv_heads": 0}, ["num_kv_heads", "0", "1, 2, 4"]),
+        ("gqa", {"num_kv_heads": 8}, ["num_kv_heads", "8", "1, 2, 4"]),
+        ("gqa", {"num_kv_heads": "2"}, ["num_kv_heads", "'2'", "1, 2, 4"]),
+        ("gqa", {"kv_rank": 8}, ["kv_rank", "gqa", "num_kv_heads"]),
+        ("mha", {"num_kv_heads": 4}, ["num_kv_heads", "mha", "nothing"]),
+        ("linear", {"feature_map": "cosine"}, ["feature_map", "cosine", "elu, relu, hedgehog"]),
+        ("linear", {"feature_map": None}, ["feature_map", "None", "elu, relu, hedgehog"]),
+        ("linear", {"feature_map": ["elu"]}, ["feature_map", "elu", "elu, relu, hedgehog"]),
+        ("linear", {"decay": 0}, ["decay", "0", "(0, 1]"]),
+        ("linear", {"decay": 1.5}, ["decay", "1.5", "(0, 1]"]),
+        ("linear", {"decay": float("nan")}, ["decay", "nan", "(0, 1]"]),
+        ("linear", {"decay": "0.9"}, ["decay", "'0.9'", "(0, 1]"]),
+        ("linear", {"decay": True}, ["decay", "True", "(0, 1]"]),
+        ("flash", {}, ["attention_type", "flash", "mha, gqa, mla, linear"]),
+        (None, {}, ["attention_type", "None", "mha, gqa, mla, linear"]),
+        (["mha"], {}, ["attention_type", "mha", "mha, gqa, mla, linear"]),
+    ],
+    ids=str,
+)
+def test_wrong_values_are_named(attention_type, conf, told):
+    with pytest.raises(ValueError) as caught:
+        build_attention(attention_type, conf, HEADS, SIZE)
+    assert isinstance(caught.value, ConfigError)
+    for word in told:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("heads", [0, -1, 3])
+def test_heads_must_divide_the_model_size(heads):
+    with pytest.raises(ValueError, match=rf"attention_heads: {heads} .*16"):
+        build_attention("mha", {}, heads, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("attention_type", "option", "taken"),
+    [
+        ("mha", "qk_norm", True),
+        ("mla", "qk_norm", False),
+        ("gqa", "qk_norm", False),
+        ("mla", "zero_triu", True),
+        ("linear", "zero_triu", False),
+    ],
+)
+def test_options_of_espnet_are_taken_or_refused(attention_type, option, taken):
+    build_attention(attention_type, {}, HEADS, 64, **{option: False})
+    if taken:
+        build_attention(attention_type, {}, HEADS, 64, **{option: True})
+    else:
+        with pytest.raises(ValueError, match=rf"{option}.*{attention_type}"):
+            build_attention(attention_type, {}, HEADS, 64, **{option: True})
+
+
+def test_every_attention_is_tested_here():
+    assert {v.attention_type for v in VARIANTS.values()} == set(ATTENTIONS)
