@@ -6,6 +6,7 @@ frame pair is visited by its indices: query i, key j. `visible` is a (B, T, T) b
 Shape letters: B batch, T frames, H heads, D model size, d head size, r latent rank.
 """
 
+import functools
 import math
 
 import torch
@@ -20,6 +21,7 @@ def weights(module: torch.nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters()}
 
 
+@functools.cache
 def position(distance: int, size: int) -> Tensor:
     """(D,) sinusoid of the distance i - j (arXiv 1706.03762, section 3.5; negative: ahead)."""
     values = []
@@ -68,12 +70,12 @@ def _distribution(logits: Tensor, visible: Tensor) -> Tensor:
 def _position_logits(w: dict[str, Tensor], q: Tensor, i: int, zero_triu: bool) -> Tensor:
     """(B, H, T): (q_i + v) . W_pos R_{i-j} for every j (arXiv 1901.02860, section 3.3)."""
     _, frames, heads, d = q.shape
-    terms = []
-    for j in range(frames):
-        r = linear(w, "linear_pos", position(i - j, heads * d)).view(heads, d)
-        term = torch.einsum("bhd,hd->bh", q[:, i] + w["pos_bias_v"], r)
-        terms.append(term * 0.0 if zero_triu and j > i else term)
-    return torch.stack(terms, dim=-1)
+    r = torch.stack([position(i - j, heads * d) for j in range(frames)])  # (T, D)
+    r = linear(w, "linear_pos", r).view(frames, heads, d)
+    logits = torch.einsum("bhd,jhd->bhj", q[:, i] + w["pos_bias_v"], r)
+    if zero_triu:
+        logits = torch.cat([logits[:, :, : i + 1], 0 * logits[:, :, i + 1 :]], dim=-1)
+    return logits
 
 
 def softmax_attention(

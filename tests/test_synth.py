@@ -39,7 +39,7 @@ def test_sets_share_words_but_no_sentence():
     assert len({utterance.id for utterance in utterances}) == len(utterances)
     train = [utterance for utterance in utterances if utterance.path.parts[0] == "train-clean-100"]
     others = [utterance for utterance in utterances if utterance not in train]
-    assert len(train) == 1000
+    assert len(train) == 2400
     assert words_of(others) <= words_of(train)
     assert 150 <= len(words_of(train)) <= 300
     assert all(3 <= len(utterance.words.split()) <= 8 for utterance in utterances)

@@ -172,7 +172,8 @@ class SoftmaxAttention(Attention):
         if self.zero_triu:
             bias = bias.tril(diagonal)
         if visible is not None:
-            bias = bias.masked_fill(~visible, torch.finfo(bias.dtype).min)
+            # in place: the division above made a tensor of our own
+            bias.masked_fill_(~visible, torch.finfo(bias.dtype).min)
         return bias
 
 

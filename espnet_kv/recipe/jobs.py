@@ -3,6 +3,7 @@
 Loading ESPnet takes longer than many a job, so the parent loads it once and every job is a fork.
 """
 
+import logging
 import multiprocessing
 import os
 import re
@@ -121,6 +122,8 @@ def _child(job: Job, threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
+    # what the parent's imports set up would keep ESPnet's own logging from being set up
+    logging.root.handlers.clear()
     os.environ["OMP_NUM_THREADS"] = str(threads)
     try:
         status = job.run() or 0

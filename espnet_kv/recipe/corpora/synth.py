@@ -32,7 +32,7 @@ class SynthOptions:
     """Sizes in utterances: `dev` and `test` of dev-clean and dev-other, test-clean and
     test-other each."""
 
-    train: int = 1000
+    train: int = 2400
     dev: int = 60
     test: int = 100
     seed: int = 0

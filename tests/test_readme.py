@@ -1,0 +1,100 @@
+"""What the README tells a reader to type works, and what it says is there is there."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from espnet_kv.recipe import options
+
+REPO = Path(__file__).parents[1]
+README = (REPO / "README.md").read_text(encoding="utf-8")
+RECIPE = REPO / "egs2/librispeech_100_kv/asr1"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = "\n".join(blocks("sh")).splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.strip()]
+
+
+def test_there_are_commands():
+    assert {"make demo", "make test"} <= set(commands())
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("make ")])
+def test_make_targets_exist(command):
+    subprocess.run(["make", "--dry-run", *shlex.split(command)[1:]], cwd=REPO, check=True)
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if "run.sh" in c or "run_all.sh" in c])
+def test_recipe_commands_are_understood(command, monkeypatch):
+    """Up to the point where work would begin."""
+    monkeypatch.chdir(RECIPE)
+    words = shlex.split(command)
+    while "=" in words[0]:
+        name, value = words.pop(0).split("=")
+        monkeypatch.setenv(name, value)
+    assert os.access(words[0], os.X_OK)
+    args = options.parse(words[1:])
+    assert args.librispeech == (
+        Path(os.environ["LIBRISPEECH"]) if "LIBRISPEECH" in command else None
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in commands() if c.endswith("--help")])
+def test_help_commands_run(command):
+    words = shlex.split(command)
+    words[0] = {"python": sys.executable}.get(words[0], words[0])
+    env = os.environ | {"PYTHONPATH": str(REPO)}
+    ended = subprocess.run(words, cwd=REPO, env=env, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "kv_conformer" in ended.stdout
+
+
+def test_the_yaml_example_builds():
+    from espnet2.tasks.asr import encoder_choices
+
+    (block,) = blocks("yaml")
+    config = yaml.safe_load(block)
+    encoder = encoder_choices.get_class(config["encoder"])
+    encoder(80, num_blocks=1, rel_pos_type="latest", **config["encoder_conf"])
+
+
+def test_the_file_tree_is_complete():
+    """Every module, script and directory of configurations has its line, and each line a file."""
+    tree = re.search(r"```\n(setup\.py.*?)```", README, re.DOTALL)[1]
+    listed, stack = set(), []
+    for line in tree.splitlines():
+        name = line.split()[0] if line.strip() else ""
+        if not name:
+            continue
+        depth = (len(line) - len(line.lstrip())) // 4
+        stack = [*stack[:depth], name.rstrip("/")]
+        listed.add("/".join(stack))
+    for path in listed:
+        assert (REPO / path).exists(), f"the README lists {path}, which is not there"
+    modules = {
+        str(path.relative_to(REPO))
+        for folder in ("espnet_kv", "benchmarks", "scripts")
+        for path in (REPO / folder).rglob("*")
+        if path.suffix in (".py", ".sh")
+        and path.parent.name != "__pycache__"
+        and (path.name != "__init__.py" or path.read_text().count("\n") > 5)
+    }
+    assert not modules - listed, f"the README's tree lacks {sorted(modules - listed)}"
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (REPO / target).exists(), target
