@@ -57,8 +57,8 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--encoder", choices=("conformer", "branchformer"), default="conformer")
     add("--blocks", type=_positive, default=12, help="encoder blocks")
-    add("--repeats", type=_positive, default=3, help="rounds; five times as many of one module")
-    add("--case_seconds", type=_positive, default=60, help="no round after this, but 2 at least")
+    add("--repeats", type=_positive, default=15, help="rounds of a case at most")
+    add("--case_seconds", type=_positive, default=45, help="begin no third round after")
     add("--threads", type=_positive, help="torch threads (unset: torch's choice)")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--chunk_size", type=int, default=0, help="of our encoders; 0: whole utterance, as stock")
@@ -158,9 +158,7 @@ def print_card(args: argparse.Namespace, encoders: dict) -> None:
     if not args.chunk_size:
         print(f"check     mha - {STOCK_SDPA}: at most {output_difference(args, encoders):.1e}")
 
-    print(
-        "\nAttention of all blocks, 10^9 multiply-accumulates an utterance, projections + mixing\n"
-    )
+    print("\nAttention of all blocks, 10^9 multiply-accumulates: projections + mixing of frames\n")
     frames = {s: subsampled(s) for s in sorted({CASES[case].seconds for case in args.cases})}
     print("| model | parameters |", *(f"{s} s (T = {t}) |" for s, t in frames.items()))
     print("|---|---|" + "---|" * len(frames))
@@ -258,7 +256,7 @@ def measure(encoders: dict, case: Case, args: argparse.Namespace) -> dict[str, l
     names = list(runs)
     seconds: dict[str, list] = {name: [] for name in names}
     begin = time.perf_counter()
-    for turn in range(args.repeats * (5 if case.attention_only else 1)):
+    for turn in range(args.repeats):
         if turn >= 2 and time.perf_counter() - begin > args.case_seconds:
             break
         first = turn % len(names)

@@ -28,7 +28,7 @@ def read_rates(results: str) -> dict[str, dict[str, dict[str, float]]]:
 def main() -> None:
     source, target = map(Path, sys.argv[1:])
     rates = read_rates(source.read_text(encoding="utf-8"))
-    figure, axes = plt.subplots(1, len(rates), figsize=(4 * len(rates), 3), sharey=True)
+    figure, _ = plt.subplots(1, len(rates), figsize=(4 * len(rates), 3), sharey=True)
     for axis, (encoder, attentions) in zip(figure.axes, rates.items(), strict=True):
         for n, name in enumerate(("test_clean", "test_other")):
             places = [place + 0.4 * n - 0.2 for place in range(len(attentions))]

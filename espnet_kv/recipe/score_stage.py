@@ -23,7 +23,7 @@ def score_models(layout: Layout) -> None:
             ref = DataDir.read(layout.dump(name)).text
             hyp = _read_text(decoded / "text")
             for kind in kinds:
-                result = score(ref, hyp, kind, pieces)
+                result = score(ref, hyp, kind, pieces if kind == "ter" else None)
                 write_score(result, decoded / f"score_{kind}")
                 if kind == "wer":
                     rates.setdefault(exp.name, {})[name] = result.error_rate

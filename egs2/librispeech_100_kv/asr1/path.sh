@@ -3,14 +3,15 @@
 if [ -f ../../TEMPLATE/asr1/path.sh ]; then
     . ../../TEMPLATE/asr1/path.sh
 fi
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
 if [ -z "${python:-}" ]; then
-    repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
     python=python3
     if [ -x "${repo}/.venv/bin/python" ] &&
         ! python3 -c "import sys, importlib.util as u; sys.exit(u.find_spec('espnet2') is None)"; then
         python="${repo}/.venv/bin/python"
     fi
-    # a clone works without being installed
+fi
+if [ -d "${repo}/espnet_kv" ]; then # a clone works without being installed
     export PYTHONPATH="${repo}${PYTHONPATH:+:${PYTHONPATH}}"
 fi
 export PYTHONUNBUFFERED=1
