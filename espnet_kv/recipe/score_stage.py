@@ -30,6 +30,8 @@ def score_models(layout: Layout) -> None:
     write_results(args.expdir, args.results)
     _print_table(rates, args.test_sets)
     print(f"  tables: {args.results.resolve()}")
+    print(f"  models, logs, decodings: {args.expdir.resolve()}")
+    print(f"  training curves: tensorboard --logdir {args.expdir.resolve()}")
 
 
 def _read_text(path) -> dict[str, str]:

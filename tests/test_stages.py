@@ -1,0 +1,107 @@
+"""Pieces of the recipe's driver that run.sh tests reach only in their sum."""
+
+import json
+import sys
+
+import pytest
+
+from espnet_kv.errors import UserError
+from espnet_kv.recipe.config import load_config
+from espnet_kv.recipe.jobs import EPOCH
+from espnet_kv.recipe.stamp import STAMP, digest, once
+
+
+class TestOnce:
+    def test_skips_while_nothing_changed(self, tmp_path):
+        out, source, calls = tmp_path / "out", tmp_path / "source", []
+        out.mkdir()
+        source.write_text("a")
+        build = lambda: calls.append(1)  # noqa: E731
+        assert once(out, build, [source], size=1)
+        assert not once(out, build, [source], size=1)
+        assert once(out, build, [source], size=2)
+        source.write_text("b")
+        assert once(out, build, [source], size=2)
+        assert len(calls) == 3
+
+    def test_a_step_that_broke_is_done_again(self, tmp_path):
+        def fail():
+            raise KeyboardInterrupt
+
+        once(tmp_path, lambda: None, size=1)
+        with pytest.raises(KeyboardInterrupt):
+            once(tmp_path, fail, size=2)
+        assert not (tmp_path / STAMP).exists()
+        assert once(tmp_path, lambda: None, size=1)
+
+    def test_a_data_directory_is_known_by_its_files(self, tmp_path):
+        (tmp_path / "text").write_text("u A\n")
+        before = digest(tmp_path)
+        (tmp_path / "log").write_text("noise")
+        assert digest(tmp_path) == before
+        (tmp_path / "text").write_text("u B\n")
+        assert digest(tmp_path) != before
+
+
+class TestOverlay:
+    def test_lays_keys_over_and_chooses_by_encoder(self, tmp_path):
+        base, overlay = tmp_path / "base.yaml", tmp_path / "overlay.yaml"
+        base.write_text("encoder: kv_conformer\nencoder_conf: {output_size: 8, num_blocks: 2}\n")
+        overlay.write_text(
+            "encoder_conf: {output_size: 4}\n"
+            "per_encoder: {kv_conformer: {encoder_conf: {linear_units: 3}}, other: {seed: 1}}\n"
+        )
+        assert load_config(base, overlay) == {
+            "encoder": "kv_conformer",
+            "encoder_conf": {"output_size": 4, "num_blocks": 2, "linear_units": 3},
+        }
+
+    @pytest.mark.parametrize(
+        ("text", "said"), [("a: [", "is no YAML file"), ("- a", "expected keys and values")]
+    )
+    def test_a_bad_file_is_named(self, tmp_path, text, said):
+        file = tmp_path / "bad.yaml"
+        file.write_text(text)
+        with pytest.raises(UserError, match=f"bad.yaml.*{said}"):
+            load_config(file)
+
+
+def test_the_trainers_epoch_line_is_understood():
+    line = (
+        "INFO: 12epoch results: [train] iter_time=0.01, loss_ctc=60.3, loss_att=40.0, acc=0.237, "
+        "loss=46.140, backward_time=0.3, [valid] loss_ctc=57.4, cer_ctc=0.8, acc=0.418, cer=1.0, "
+        "loss=34.968, time=1.9 seconds"
+    )
+    found = EPOCH.search(line)
+    assert (found["epoch"], found["train"], found["acc"], found["valid"]) == (
+        "12",
+        "46.140",
+        "0.418",
+        "34.968",
+    )
+
+
+def test_the_driver_says_what_is_wrong_in_one_line(capsys, monkeypatch, tmp_path):
+    from espnet_kv.recipe.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run.sh", "--corpus", "nothing"])
+    assert main() == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: --corpus nothing: unknown") and err.count("\n") == 1
+
+
+def test_plotted_rates_are_those_of_the_tables(tmp_path):
+    sys.path.insert(0, str(__import__("pathlib").Path(__file__).parents[1] / "scripts"))
+    try:
+        from plot_wer import read_rates
+    finally:
+        sys.path.pop(0)
+    table = "|dataset|Snt|Wrd|Corr|Sub|Del|Ins|Err|S.Err|\n|---|---|---|---|---|---|---|---|---|\n"
+    results = (
+        "## exp/asr_train_asr_conformer_mla_raw_en_bpe29_small\n### WER\n\n"
+        f"{table}|decode_x/test_clean|180|900|97.0|2.0|1.0|0.5|3.5|15.0|\n### CER\n\n"
+        f"{table}|decode_x/test_clean|180|900|97.0|2.0|1.0|0.5|9.9|15.0|\n"
+    )
+    rates = read_rates(results)
+    assert rates == {"conformer": {"mla": {"test_clean": 3.5}}}, json.dumps(rates)
