@@ -17,6 +17,7 @@ from small_encoders import (
 )
 from torch import nn
 
+from espnet_kv.bin import asr_train
 from espnet_kv.errors import UserError
 
 CHUNK = {"chunk_size": 4}
@@ -167,3 +168,26 @@ def test_mixed_precision_training(name, attention):
             y, _, _ = encoder(x, lengths)
         y.float().pow(2).mean().backward()
     assert all(p.grad.isfinite().all() for p in encoder.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["attention_type=mla", "attention_conf={kv_rank: 0}"], "kv_rank: 0"),
+        (["attention_type=flash"], "attention_type: unknown 'flash'"),
+        (["no_such_key=1"], "encoder_conf.no_such_key"),
+    ],
+    ids=["value", "type", "key"],
+)
+def test_asr_train_says_it_in_one_line(options, told, tmp_path, capsys):
+    (tmp_path / "tokens.txt").write_text("<blank>\n<unk>\nA\n<sos/eos>\n")
+    command = ["--encoder", "kv_conformer", "--encoder_conf", "rel_pos_type=latest"]
+    for option in options:
+        command += ["--encoder_conf", option]
+    command += ["--token_list", str(tmp_path / "tokens.txt"), "--output_dir", str(tmp_path / "exp")]
+    assert asr_train.main([*command, "--dry_run", "true", "--ngpu", "0"]) == 1
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert told in errors[0]

@@ -1,0 +1,204 @@
+"""The rules of the package's construction: who imports whom, and what names what."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parents[1]
+PACKAGE = REPO / "espnet_kv"
+RECIPE = REPO / "egs2/librispeech_100_kv/asr1"
+
+# What a part may import of the package besides itself; errors is open to all. A part is a
+# module or folder of the package.
+LAYERS = {
+    "errors": set(),
+    "position": set(),
+    "cache": set(),
+    "checkpoint": set(),
+    "registration": set(),
+    "attention": {"cache", "position"},
+    "encoder": {"cache", "position", "attention", "checkpoint"},
+    "decoder": {"cache", "position", "attention", "checkpoint"},
+    "task": {"encoder", "decoder", "checkpoint", "registration"},
+    "convert": {"cache", "position", "attention", "encoder", "decoder", "task", "checkpoint"},
+    "profile": {"cache", "position", "attention", "encoder", "decoder", "task", "checkpoint"},
+    "report": set(),
+    "__main__": set(),
+    "__init__": {"registration"},
+}
+WITHOUT_ESPNET = ("errors", "position", "cache", "checkpoint", "attention", "report", "recipe")
+
+
+def module_name(path: Path) -> str:
+    name = ".".join(path.relative_to(REPO).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+
+
+def part(module: str) -> str:
+    """espnet_kv.attention.mha -> attention."""
+    return [*module.split("."), "__init__"][1]
+
+
+def imports(module: str) -> set[str]:
+    """Modules that a module imports, also within its functions."""
+    found = set()
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in MODULES else str(node.module))
+    return found
+
+
+def own_imports(module: str) -> set[str]:
+    return {name for name in imports(module) if name.split(".")[0] == "espnet_kv"}
+
+
+def strings(module: str) -> list[str]:
+    """String constants that are no docstrings."""
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(TREES[module])
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    return [
+        node.value
+        for node in ast.walk(TREES[module])
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and id(node) not in docstrings
+    ]
+
+
+def test_at_most_one_module_names_espnets_legacy_code():
+    naming = {
+        module
+        for module in MODULES
+        if any(name.startswith("espnet2.legacy") for name in imports(module))
+        or any("espnet2.legacy" in text for text in strings(module))
+    }
+    assert len(naming) <= 1, naming
+
+
+def test_the_package_imports_none_of_its_surroundings():
+    for module in MODULES:
+        for name in imports(module):
+            assert name.split(".")[0] not in ("egs2", "conf", "tests", "benchmarks"), module
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if part(m) in LAYERS])
+def test_imports_go_one_way(module):
+    allowed = LAYERS[part(module)] | {part(module), "errors"}
+    for name in own_imports(module):
+        assert part(name) in allowed, f"{module} imports {name}"
+
+
+def test_every_part_has_its_place():
+    assert {part(m) for m in MODULES} <= {*LAYERS, "recipe", "bin"}
+
+
+def test_only_the_recipe_imports_commands_and_nothing_the_recipe():
+    for module in MODULES:
+        for name in own_imports(module):
+            assert part(name) != "bin" or part(module) in ("bin", "recipe"), f"{module}: {name}"
+            assert part(name) != "recipe" or part(module) == "recipe", f"{module}: {name}"
+
+
+def test_no_two_modules_import_each_other():
+    reached = {module: own_imports(module) & MODULES.keys() for module in MODULES}
+    for module, direct in reached.items():
+        seen, waiting = set(), list(direct - {module})
+        while waiting:
+            name = waiting.pop()
+            if name not in seen:
+                seen.add(name)
+                waiting += reached[name] - {name}
+        cycle = module in seen
+        assert not cycle, f"{module} imports itself by way of {sorted(seen)}"
+
+
+def test_attention_by_name_only():
+    """Encoders and tasks hold whatever attention they are given: none is named there."""
+    for module in MODULES:
+        if part(module) not in ("encoder", "decoder", "task", "cache", "position"):
+            continue
+        for node in ast.walk(TREES[module]):
+            if isinstance(node, ast.Compare):
+                compared = [node.left, *node.comparators]
+                named = {c.value for c in compared if isinstance(c, ast.Constant)}
+                assert not named & {"gqa", "mla"}, f"{module}:{node.lineno}"
+        classes = {name.rsplit(".", 1)[-1] for name in own_imports(module)}
+        assert not classes & {"mha", "gqa", "mla", "linear"}, module
+
+
+IMPORT_ALL = """
+import importlib, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {refused!r}:
+            raise ImportError(name + " was imported")
+
+sys.meta_path.insert(0, Refuse())
+for name in {modules!r}:
+    importlib.import_module(name)
+"""
+
+
+def import_refusing(modules: list[str], refused: tuple[str, ...]) -> None:
+    code = IMPORT_ALL.format(modules=modules, refused=refused)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_attention_and_cache_import_without_espnet():
+    modules = [m for m in MODULES if part(m) in WITHOUT_ESPNET and not m.endswith("__main__")]
+    import_refusing(["espnet_kv", *modules], ("espnet2", "espnet3", "espnet"))
+
+
+def test_report_and_recipe_import_without_torch():
+    light = ("errors", "report", "recipe", "__init__")
+    modules = [m for m in MODULES if part(m) in light and not m.endswith("__main__")]
+    import_refusing(modules, ("espnet2", "espnet3", "espnet", "torch", "torchaudio"))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_public_name_says_its_purpose(module):
+    tree = TREES[module]
+    assert ast.get_docstring(tree) or not tree.body, f"{module}: no docstring"
+    for node in tree.body:
+        named = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+        assert not named or ast.get_docstring(node), f"{module}.{node.name}: no docstring"
+
+
+SCRIPTS = sorted([*RECIPE.glob("*.sh"), *(RECIPE / "local").glob("*.sh")])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: str(p.relative_to(RECIPE)))
+def test_recipe_scripts_run_nothing_but_our_modules(script):
+    text = re.sub(r"(?m)^\s*#.*$", "", script.read_text(encoding="utf-8"))
+    for call in re.findall(r"\bpython3?[\w.]*\}?\"?\s+(-\S+(?:\s+\S+)?)", text):
+        looks_for_it = call.startswith('-c "import') and script.name == "path.sh"
+        assert looks_for_it or re.match(r"-m espnet_kv\b", call), call
+    for tool in ("sclite", "sox", "compute-wer", "utils/", "steps/", "ffmpeg", "pip "):
+        assert tool not in text, tool
+
+
+def test_the_recipe_scripts_are_thin():
+    for script in SCRIPTS:
+        assert len(script.read_text(encoding="utf-8").splitlines()) < 60, script.name
