@@ -17,7 +17,7 @@ from espnet_kv.position import Chunks, rel_shift
 
 # Long utterances are attended in blocks of queries: of the 2T-1 relative positions each block
 # meets only T+block-1, and under a chunk mask only the keys in reach are touched.
-QUERY_BLOCK = 512
+QUERY_BLOCK = 256
 
 
 @dataclass(frozen=True)
