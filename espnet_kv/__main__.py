@@ -5,8 +5,10 @@
 takes the place of `python`: ESPnet's own `asr.sh --python "python3 -m espnet_kv"` works unchanged.
 """
 
+import os
 import runpy
 import sys
+import types
 
 USAGE = "usage: python -m espnet_kv (-m MODULE | -c CODE | SCRIPT) [ARGUMENT ...]"
 
@@ -25,12 +27,14 @@ def main() -> None:
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     elif arguments[0] == "-c":
         sys.argv = ["-c", *arguments[2:]]
-        exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
+        module = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(arguments[1], "<string>", "exec"), vars(module))
     elif arguments[0].startswith("-"):
         print(f"error: unknown option {arguments[0]}; {USAGE}", file=sys.stderr)
         sys.exit(2)
     else:
         sys.argv = arguments
+        sys.path[0] = os.path.dirname(os.path.abspath(arguments[0]))
         runpy.run_path(arguments[0], run_name="__main__")
 
 

@@ -68,6 +68,13 @@ def test_state_dict_keys_are_the_stock_ones(name):
         assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in stock.items()}
 
 
+@encoders
+def test_parameters_come_in_the_stock_order(name):
+    """Optimizer states go by it: a stock checkpoint.pth resumes with the right moments."""
+    ours, stock = build(name), build_stock(name)
+    assert [n for n, _ in ours.named_parameters()] == [n for n, _ in stock.named_parameters()]
+
+
 def test_naive_positions_are_those_of_espnet():
     encoder = build("kv_conformer")
     for frames in (1, 7, 24):

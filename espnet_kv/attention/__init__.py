@@ -27,7 +27,7 @@ def check_attention(attention_type: str, attention_conf: Mapping[str, Any]) -> t
     Raises:
         ConfigError (a ValueError): unknown attention_type, or a key it does not take.
     """
-    if attention_type not in ATTENTIONS:
+    if attention_type not in tuple(ATTENTIONS):
         raise ConfigError(
             f"attention_type: unknown {attention_type!r} (allowed: {', '.join(ATTENTIONS)})"
         )

@@ -222,9 +222,8 @@ def grouped_attention(
     b, _, queries, d_k = q.shape
     share = heads // groups
     q = q.reshape(b, groups, share * queries, d_k)
-    if bias is not None and bias.size(2) > 1:
-        if bias.size(1) == 1:
-            bias = bias.expand(-1, heads, -1, -1)
+    if bias is not None and max(bias.shape[1:3]) > 1:  # a padding mask broadcasts as it is
+        bias = bias.expand(-1, heads, queries, -1)
         bias = bias.reshape(bias.size(0), groups, share * queries, -1)
     out = F.scaled_dot_product_attention(q, k, v, bias, dropout)
     return out.reshape(b, heads, queries, d_k)

@@ -43,10 +43,16 @@ class HedgehogFeatures(nn.Module):
 
     def __init__(self, heads: int, d_k: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.eye(d_k).repeat(heads, 1, 1))
+        self.weight = nn.Parameter(torch.empty(heads, d_k, d_k))
+        self.espnet_initialization_fn()
+
+    def espnet_initialization_fn(self) -> None:
+        """Start as the identity; ESPnet's `init` calls this after its own initialisation."""
+        with torch.no_grad():
+            self.weight.copy_(torch.eye(self.weight.size(-1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.matmul(x, self.weight)
+        x = torch.matmul(x, self.weight.to(x.dtype))
         return torch.softmax(torch.cat([x, -x], dim=-1), dim=-1)
 
 
@@ -83,12 +89,12 @@ class LinearAttention(Attention):
         decay: float | None = None,
     ):
         super().__init__(sizes, dropout_rate, rel_pos)
-        if feature_map not in FEATURE_MAPS:
+        if feature_map not in tuple(FEATURE_MAPS):
             raise ConfigError(
                 f"attention_conf.feature_map: unknown {feature_map!r} "
                 f"(allowed: {', '.join(FEATURE_MAPS)})"
             )
-        if decay is not None and not (isinstance(decay, (int, float)) and 0 < decay <= 1):
+        if decay is not None and not (type(decay) in (int, float) and 0 < decay <= 1):
             raise ConfigError(f"attention_conf.decay: {decay!r} is not in (0, 1] (or null)")
         self.decay = decay
         self.feature_map = FEATURE_MAPS[feature_map](self.h, self.d_k)
@@ -110,7 +116,7 @@ class LinearAttention(Attention):
             dtype = torch.promote_types(q.dtype, torch.float32)
             q, k, v = self.feature_map(q.to(dtype)), self.feature_map(k.to(dtype)), v.to(dtype)
             if mask is not None and mask.size(1) != 1:
-                out = _pairwise(q, k, v, mask, chunks)
+                out = _pairwise(q, k, v, mask, chunks, self.decay)
             else:
                 if mask is not None:
                     k = k * mask[:, :, :, None].ne(0)  # (B, 1, S, 1): padding adds nothing
@@ -142,13 +148,19 @@ def _full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.matmul(q, state) / (norm + EPSILON)
 
 
-def _pairwise(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, chunks: Chunks | None) -> Tensor:
+def _pairwise(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, chunks: Chunks | None, decay: float | None
+) -> Tensor:
     """A mask (B, Q, S) of no known structure: quadratic, as softmax attention would be."""
     visible = mask[:, None].ne(0)
     if chunks is not None:
         frames = torch.arange(k.size(2), device=k.device)
         visible = visible & Chunks(None, chunks.size).visible(frames, frames)
     weights = torch.matmul(q, k.transpose(-1, -2)) * visible  # (B, H, Q, S)
+    if chunks is not None and decay is not None:
+        begins = frames // chunks.size * chunks.size
+        ages = (begins[:, None] - 1 - frames).clamp(min=0)
+        weights = weights * decay ** ages.to(weights.dtype)
     return torch.matmul(weights, v) / (weights.sum(dim=-1, keepdim=True) + EPSILON)
 
 

@@ -29,6 +29,10 @@ class MultiHeadAttention(SoftmaxAttention):
         super().__init__(sizes, dropout_rate, rel_pos, zero_triu)
         self.linear_k = nn.Linear(sizes.n_feat, sizes.n_feat)
         self.linear_v = nn.Linear(sizes.n_feat, sizes.n_feat)
+        # optimizer states go by the order of parameters: keep ESPnet's, q k v out pos
+        for name in ("linear_out", "linear_pos"):
+            if name in self._modules:
+                setattr(self, name, self._modules.pop(name))
         # ESPnet's LayerNorm: eps 1e-12
         self.q_norm = nn.LayerNorm(self.d_k, eps=1e-12) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(self.d_k, eps=1e-12) if qk_norm else nn.Identity()

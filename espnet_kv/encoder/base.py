@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from espnet_kv.attention import build_attention, check_attention
+from espnet_kv.attention.base import HeadSizes
 from espnet_kv.checkpoint import refuse_partial_loads
 from espnet_kv.encoder.causal import CausalConv1d
 from espnet_kv.errors import ConfigError
@@ -60,6 +61,8 @@ class KVEncoder:
         causal: bool = False,
         **espnet_conf: Any,
     ):
+        if not isinstance(attention_conf, Mapping | None):
+            raise ConfigError(f"attention_conf: {attention_conf!r} is no mapping of options")
         attention_conf = dict(attention_conf or {})
         check_attention(attention_type, attention_conf)
         _check_whole("chunk_size", chunk_size, 0, "0 (the whole utterance) or more frames")
@@ -67,6 +70,7 @@ class KVEncoder:
         _check_bool("dynamic_chunk_training", dynamic_chunk_training)
         _check_bool("causal", causal)
         conf = self._espnet_arguments(input_size, espnet_conf)
+        HeadSizes(conf["attention_heads"], conf["output_size"])
         chunked = chunk_size > 0 or dynamic_chunk_training
         ours = self._takes_our_attention(conf, attention_type, chunked)
         if chunked:

@@ -39,7 +39,9 @@ def load_config(path: Path, overlay: Path | None = None) -> dict[str, Any]:
         return config
     extra = load_yaml(overlay)
     per_encoder = extra.pop("per_encoder", {})
-    if not isinstance(per_encoder, dict):
+    if not isinstance(per_encoder, dict) or not all(
+        isinstance(keys, dict) for keys in per_encoder.values()
+    ):
         raise UserError(f"{overlay}: per_encoder must map encoders to keys")
     config = _merged(config, extra)
     return _merged(config, per_encoder.get(config.get("encoder"), {}))

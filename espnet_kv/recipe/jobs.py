@@ -88,6 +88,8 @@ def run_jobs(jobs: Sequence[Job], parallel: int, threads: int | None = None) -> 
                 job.log.parent.mkdir(parents=True, exist_ok=True)
                 process = fork.Process(target=_child, args=(job, threads), name=job.name)
                 process.start()
+                if job.epochs:
+                    print(f"  {job.name}: training, log in {job.log}", flush=True)
                 running.append((job, process))
             time.sleep(0.2)
             for job, process in list(running):

@@ -4,6 +4,8 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from espnet_kv.recipe.atomic import write_text
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -56,6 +58,31 @@ class Layout:
     @property
     def bpe_model(self) -> Path | None:
         return self.token_dir / "bpe.model" if self.args.token_type == "bpe" else None
+
+    @property
+    def token_options(self) -> list[str]:
+        """ESPnet's options for this token list, the same for recognizer and language model."""
+        options = [
+            *("--use_preprocessor", "true"),
+            *("--token_type", self.args.token_type),
+            *("--token_list", str(self.token_list)),
+            *("--non_linguistic_symbols", "none", "--cleaner", "none", "--g2p", "none"),
+        ]
+        if self.bpe_model is not None:
+            options += ["--bpemodel", str(self.bpe_model)]
+        return options
+
+    def text_shape(self, stats: Path, mode: str) -> Path:
+        """Lengths of the transcripts with the vocabulary size, as batches are sized by."""
+        return stats / mode / f"text_shape.{self.args.token_type}"
+
+    def write_text_shapes(self, stats: Path) -> None:
+        """Write `text_shape` of both modes from the lengths that statistics left in `stats`."""
+        vocabulary = len(self.token_list.read_text(encoding="utf-8").splitlines())
+        for mode in ("train", "valid"):
+            lengths = (stats / mode / "text_shape").read_text(encoding="utf-8").splitlines()
+            lines = "".join(f"{line},{vocabulary}\n" for line in lengths)
+            write_text(self.text_shape(stats, mode), lines)
 
     @property
     def _suffix(self) -> str:

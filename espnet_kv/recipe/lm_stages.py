@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 from espnet_kv.errors import UserError
-from espnet_kv.recipe.atomic import write_text
 from espnet_kv.recipe.config import load_yaml
 from espnet_kv.recipe.datadir import DataDir
 from espnet_kv.recipe.jobs import Job, run_jobs
@@ -31,11 +30,7 @@ def collect_lm_stats(layout: Layout) -> None:
             *("--valid_shape_file", str(_lm_text(layout, layout.args.valid_set))),
         ]
         run_jobs([Job(out.name, lambda: _train_lm(command), out / "collect_stats.log")], 1)
-        vocabulary = len(layout.token_list.read_text(encoding="utf-8").splitlines())
-        for mode in ("train", "valid"):
-            shapes = (out / mode / "text_shape").read_text(encoding="utf-8").splitlines()
-            lines = "".join(f"{line},{vocabulary}\n" for line in shapes)
-            write_text(out / mode / f"text_shape.{layout.args.token_type}", lines)
+        layout.write_text_shapes(out)
 
     once(out, build, inputs)
 
@@ -56,8 +51,7 @@ def train_lm(layout: Layout) -> None:
             *("--ngpu", str(args.ngpu or 0)),
         ]
         for mode in ("train", "valid"):
-            shape = layout.lm_stats / mode / f"text_shape.{args.token_type}"
-            command += [f"--{mode}_shape_file", str(shape)]
+            command += [f"--{mode}_shape_file", str(layout.text_shape(layout.lm_stats, mode))]
         command += shlex.split(args.lm_args)
         epochs = config.get("max_epoch", 40)
         run_jobs([Job(exp.name, lambda: _train_lm(command), exp / "train.log", epochs)], 1)
@@ -132,15 +126,7 @@ def _lm_inputs(layout: Layout) -> list[Path]:
 
 def _lm_options(layout: Layout) -> list[str]:
     args = layout.args
-    options = [
-        *("--config", str(args.lm_config)),
-        *("--use_preprocessor", "true"),
-        *("--token_type", args.token_type),
-        *("--token_list", str(layout.token_list)),
-        *("--non_linguistic_symbols", "none", "--cleaner", "none", "--g2p", "none"),
-    ]
-    if layout.bpe_model is not None:
-        options += ["--bpemodel", str(layout.bpe_model)]
+    options = ["--config", str(args.lm_config), *layout.token_options]
     for mode, name in (("train", layout.train_set), ("valid", args.valid_set)):
         option = f"--{mode}_data_path_and_name_and_type"
         options += [option, f"{_lm_text(layout, name)},text,text"]

@@ -49,11 +49,7 @@ def collect_stats(layout: Layout) -> None:
             _aggregate(outputs, new)
             for out in outputs:
                 shutil.rmtree(out)
-            vocabulary = len(layout.token_list.read_text(encoding="utf-8").splitlines())
-            for mode in ("train", "valid"):
-                shapes = (new / mode / "text_shape").read_text(encoding="utf-8").splitlines()
-                lines = "".join(f"{line},{vocabulary}\n" for line in shapes)
-                write_text(new / mode / f"text_shape.{args.token_type}", lines)
+            layout.write_text_shapes(new)
 
     once(
         layout.stats,
@@ -90,9 +86,9 @@ def train_models(layout: Layout) -> None:
             *("--multiprocessing_distributed", "true" if ngpu > 1 else "false"),
         ]
         for mode in ("train", "valid"):
-            shapes = layout.stats / mode
-            command += [f"--{mode}_shape_file", str(shapes / "speech_shape")]
-            command += [f"--{mode}_shape_file", str(shapes / f"text_shape.{args.token_type}")]
+            speech_shape = layout.stats / mode / "speech_shape"
+            for shape in (speech_shape, layout.text_shape(layout.stats, mode)):
+                command += [f"--{mode}_shape_file", str(shape)]
         if args.feats_normalize == "global_mvn":
             stats_file = layout.stats / "train" / "feats_stats.npz"
             command += ["--normalize", "global_mvn"]
@@ -214,16 +210,7 @@ def _model_config(layout: Layout, config_file: Path) -> dict[str, Any]:
 
 def _common_options(layout: Layout, config: Path, train: Path, valid: Path) -> list[str]:
     """Options that stages 10 and 11 share."""
-    args = layout.args
-    options = [
-        *("--config", str(config)),
-        *("--use_preprocessor", "true"),
-        *("--token_type", args.token_type),
-        *("--token_list", str(layout.token_list)),
-        *("--non_linguistic_symbols", "none", "--cleaner", "none", "--g2p", "none"),
-    ]
-    if layout.bpe_model is not None:
-        options += ["--bpemodel", str(layout.bpe_model)]
+    options = ["--config", str(config), *layout.token_options]
     for mode, dump in (("train", train), ("valid", valid)):
         name = f"--{mode}_data_path_and_name_and_type"
         options += [name, f"{dump}/wav.scp,speech,{layout.audio_type}"]
