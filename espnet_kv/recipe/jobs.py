@@ -75,7 +75,7 @@ def run_jobs(jobs: Sequence[Job], parallel: int, threads: int | None = None) -> 
     if not jobs:
         return
     parallel = max(1, min(parallel, len(jobs)))
-    threads = threads or max(1, (os.cpu_count() or 1) // parallel)
+    threads = threads or max(1, cores() // parallel)
     import espnet2.bin.asr_inference  # noqa: F401  (the costly import, shared by the forks)
 
     fork = multiprocessing.get_context("fork")
@@ -115,6 +115,13 @@ def run_jobs(jobs: Sequence[Job], parallel: int, threads: int | None = None) -> 
             f"{job.name} failed ({len(failed)} of {len(jobs)} jobs did): "
             f"{_last_line(job.log)} (whole log: {job.log})"
         )
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _child(job: Job, threads: int) -> None:

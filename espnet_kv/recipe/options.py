@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from espnet_kv.errors import UserError
 from espnet_kv.recipe.corpora import CORPORA
+from espnet_kv.recipe.jobs import cores
 
 STAGES = {
     1: "data preparation",
@@ -68,12 +69,11 @@ def parser() -> argparse.ArgumentParser:
         suffix = f" (default: {shown})" if shown not in (None, "") else ""
         group.add_argument(f"--{name}", default=default, help=text + suffix, **kwargs)
 
-    cores = os.cpu_count() or 1
     g = p.add_argument_group("what runs")
     add(g, "stage", 1, "first stage", type=int)
     add(g, "stop_stage", LAST_STAGE, "last stage", type=int)
-    add(g, "nj", min(32, cores), "parallel jobs of data stages", type=_positive)
-    add(g, "inference_nj", min(32, cores), "parallel jobs of decoding", type=_positive)
+    add(g, "nj", min(32, cores()), "parallel jobs of data stages", type=_positive)
+    add(g, "inference_nj", min(32, cores()), "parallel jobs of decoding", type=_positive)
     add(g, "train_nj", 1, "models trained at the same time", type=_positive)
     add(g, "ngpu", None, "GPUs of one training; 0 = CPU (default: 1 if there is one)", type=int)
     add(g, "gpu_inference", False, "decode on the GPU")

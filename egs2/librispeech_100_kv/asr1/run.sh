@@ -22,7 +22,7 @@ fi
 defaults=()
 case "${corpus}" in
     synth)
-        defaults=(--nbpe 200 --speed_perturb_factors "" --overlay conf/overlays/small.yaml
+        defaults=(--nbpe 64 --speed_perturb_factors "" --overlay conf/overlays/small.yaml
             --inference_config conf/decode_asr_fast.yaml --lm_config conf/train_lm_small.yaml) ;;
     mini_librispeech)
         defaults=(--nbpe 1000) ;;
