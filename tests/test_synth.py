@@ -35,7 +35,7 @@ def words_of(utterances):
 
 def test_sets_share_words_but_no_sentence():
     utterances = plan(SynthOptions())
-    assert len({utterance.words for utterance in utterances}) == len(utterances) == 1320
+    assert len({utterance.words for utterance in utterances}) == len(utterances) == 2720
     assert len({utterance.id for utterance in utterances}) == len(utterances)
     train = [utterance for utterance in utterances if utterance.path.parts[0] == "train-clean-100"]
     others = [utterance for utterance in utterances if utterance not in train]

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -170,5 +171,5 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if args.asr_tag and len(args.asr_config) > 1:
         raise UserError("--asr_tag names one experiment, but --asr_config lists several")
     args.results = args.results or args.expdir / "RESULTS.md"
-    args.command = " ".join(["./run.sh", *(sys.argv[1:] if arguments is None else arguments)])
+    args.command = shlex.join(["./run.sh", *(sys.argv[1:] if arguments is None else arguments)])
     return args
