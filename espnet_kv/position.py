@@ -3,6 +3,7 @@
 Shape letters: B batch, H heads, Q queries, S keys, T frames, D model size, d_k head size.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,19 @@ def rel_shift(scores: Tensor, keys: int) -> Tensor:
         (stride[0], stride[1], width - 1, 1),
         scores.storage_offset() + q - 1,
     )
+
+
+def sinusoid(positions: Tensor, size: int) -> Tensor:
+    """Absolute positions (...) -> (..., size), as ESPnet's PositionalEncoding tabulates them.
+
+    Computed where they are needed: a table would grow with the stream (arXiv 1706.03762, 3.5).
+    """
+    rates = torch.exp(
+        torch.arange(0, size, 2, dtype=torch.float32, device=positions.device)
+        * -(math.log(10000.0) / size)
+    )
+    angles = positions.float()[..., None] * rates
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)[..., :size]
 
 
 def draw_chunks(frames: int, generator: torch.Generator | None = None) -> tuple[int, int]:

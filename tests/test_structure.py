@@ -17,11 +17,14 @@ RECIPE = REPO / "egs2/librispeech_100_kv/asr1"
 LAYERS = {
     "errors": set(),
     "position": set(),
-    "cache": set(),
+    "codec": set(),
+    "step": set(),
+    "cache": {"codec", "step"},
     "checkpoint": set(),
     "registration": set(),
-    "attention": {"cache", "position"},
-    "encoder": {"cache", "position", "attention", "checkpoint"},
+    "attention": {"cache", "position", "step"},
+    "encoder": {"cache", "codec", "position", "step", "attention", "checkpoint"},
+    "streaming": {"cache", "encoder", "task"},
     "decoder": {"cache", "position", "attention", "checkpoint"},
     "task": {"encoder", "decoder", "checkpoint", "registration"},
     "convert": {"cache", "position", "attention", "encoder", "decoder", "task", "checkpoint"},
@@ -30,7 +33,17 @@ LAYERS = {
     "__main__": set(),
     "__init__": {"registration"},
 }
-WITHOUT_ESPNET = ("errors", "position", "cache", "checkpoint", "attention", "report", "recipe")
+WITHOUT_ESPNET = (
+    "errors",
+    "position",
+    "codec",
+    "step",
+    "cache",
+    "checkpoint",
+    "attention",
+    "report",
+    "recipe",
+)
 
 
 def module_name(path: Path) -> str:

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from espnet_kv.cache import State, StateSpec
 from espnet_kv.errors import ConfigError
 from espnet_kv.position import Chunks, rel_shift
+from espnet_kv.step import Step
 
 # Long utterances are attended in blocks of queries: of the 2T-1 relative positions each block
 # meets only T+block-1, and under a chunk mask only the keys in reach are touched.
@@ -47,7 +49,7 @@ class Attention(nn.Module):
 
     Called as ESPnet calls its own: `forward(query, key, value, pos_emb, mask)` with relative
     positions, `forward(query, key, value, mask)` without. A chunked encoder puts `Chunks` in the
-    place of pos_emb in both cases.
+    place of pos_emb in both cases, a streaming one a `Step`.
 
     Args:
         sizes: heads and model size.
@@ -59,6 +61,8 @@ class Attention(nn.Module):
     options: tuple[str, ...] = ()
     # options of ESPnet's own attention modules that this one honours too
     espnet_options: tuple[str, ...] = ()
+    # which of a Step's states is this module's; given by the encoder that holds it
+    state_index: int
 
     def __init__(self, sizes: HeadSizes, dropout_rate: float, rel_pos: bool):
         super().__init__()
@@ -72,13 +76,16 @@ class Attention(nn.Module):
         Args:
             query: (B, Q, D).
             key, value: (B, S, D).
-            context: pos_emb (1, 2T-1, D) or Chunks, where there is one, then the mask:
-                (B, 1, S) or (B, Q, S), nonzero where a key may be seen, or None.
+            context: pos_emb (1, 2T-1, D), Chunks or Step, where there is one, then the mask:
+                (B, 1, S) or (B, Q, S), nonzero where a key may be seen, or None. A Step says
+                itself what may be seen.
 
         Returns:
             (B, Q, D).
         """
         position, mask = context if len(context) == 2 else (None, *context)
+        if isinstance(position, Step):
+            return self.step(query, position)
         if isinstance(position, Chunks):
             return self.attend(query, key, value, position.pos_emb, mask, position)
         return self.attend(query, key, value, position, mask, None)
@@ -94,6 +101,14 @@ class Attention(nn.Module):
         chunks: Chunks | None,
     ) -> Tensor:
         """What `forward` says, with its context taken apart."""
+
+    @abstractmethod
+    def init_state(self, spec: StateSpec) -> State:
+        """An empty state of this module."""
+
+    @abstractmethod
+    def step(self, x: Tensor, step: Step) -> Tensor:
+        """Self-attention of a chunk (R, Q, D) over itself and what is stored -> (R, Q, D)."""
 
 
 class SoftmaxAttention(Attention):
@@ -122,6 +137,7 @@ class SoftmaxAttention(Attention):
             self.pos_bias_v = nn.Parameter(torch.empty(self.h, self.d_k))
             nn.init.xavier_uniform_(self.pos_bias_u)
             nn.init.xavier_uniform_(self.pos_bias_v)
+            self._table: tuple[tuple, Tensor] | None = None
 
     @abstractmethod
     def project_kv(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,6 +182,55 @@ class SoftmaxAttention(Attention):
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
         return self.linear_out(out.transpose(1, 2).flatten(2))
 
+    def step(self, x, step):
+        q = self.project_q(x)  # (R, Q, H, d_k)
+        if step.pos_emb is None:
+            out = self.attend_stored(q.transpose(1, 2), x, step.visible, step)
+        else:
+            content = (q + self.pos_bias_u).transpose(1, 2)  # (R, H, Q, d_k)
+            position = (q + self.pos_bias_v).transpose(1, 2)
+            keys = step.read
+            window = self._position_table(step)[..., step.slots - keys :]
+            # (R, H, Q, d_k) x (H, d_k, S+Q-1) -> (R, H, Q, S+Q-1) -> (R, H, Q, S)
+            scores = torch.matmul(position, window[..., : keys + x.size(1) - 1])
+            bias = rel_shift(scores, keys)
+            if self.zero_triu:
+                bias = bias.tril(keys - x.size(1))
+            bias = step.arrange(bias)
+            if step.visible is not None:
+                bias = bias.masked_fill(~step.visible, torch.finfo(bias.dtype).min)
+            out = self.attend_stored(content, x, bias, step)
+        return self.linear_out(out.transpose(1, 2).flatten(2))
+
+    def attend_stored(self, q: Tensor, x: Tensor, bias: Tensor | None, step: Step) -> Tensor:
+        """Store what a chunk adds and attend to all that is stored.
+
+        Args:
+            q: (R, H, Q, d_k).
+            x: (R, Q, D), what keys and values of the chunk are projected from.
+            bias: broadcastable to (R, H, Q, S): bool (True: visible) or added to the logits.
+
+        Returns:
+            (R, H, Q, d_k).
+        """
+        k, v = step.states[self.state_index].append(step, *self.project_kv(x, x))
+        return grouped_attention(q, k, v, bias, 0.0)
+
+    def _position_table(self, step: Step) -> Tensor:
+        """(H, d_k, N+C-1): relative positions as linear_pos sees them, over sqrt(d_k).
+
+        They are the same for every chunk and stream; projecting them anew each time would cost
+        as much as a feed-forward layer.
+        """
+        assert step.pos_emb is not None
+        weight = self.linear_pos.weight
+        version = None if weight.is_inference() else weight._version
+        key = (weight.data_ptr(), version, step.slots, step.chunk_size, weight.dtype, weight.device)
+        if self._table is None or self._table[0] != key:
+            p = self.linear_pos(step.pos_emb[0] / math.sqrt(self.d_k))
+            self._table = (key, p.view(-1, self.h, self.d_k).permute(1, 2, 0).contiguous())
+        return self._table[1]
+
     def _position_bias(self, scores: Tensor, visible: Tensor | None, diagonal: int) -> Tensor:
         """Additive mask of the kernel: scaled position term, hidden keys at the minimum."""
         bias = scores / math.sqrt(self.d_k)
@@ -202,7 +267,12 @@ def _visible(
 
 
 def grouped_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    dropout: float,
+    scale: float | None = None,
 ) -> Tensor:
     """Scaled dot-product attention in which H query heads share G key/value heads.
 
@@ -211,13 +281,14 @@ def grouped_attention(
         k, v: (B, G, S, d_k), G dividing H.
         bias: broadcastable to (B, H, Q, S): bool (True: visible) or added to the logits.
         dropout: probability of dropping an attention weight.
+        scale: of the logits; None: 1 / sqrt(d_k).
 
     Returns:
         (B, H, Q, d_k).
     """
     groups, heads = k.size(1), q.size(1)
     if groups == heads:
-        return F.scaled_dot_product_attention(q, k, v, bias, dropout)
+        return F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale)
     # heads of one group become further queries of that group: K and V are read once, not copied
     b, _, queries, d_k = q.shape
     share = heads // groups
@@ -225,5 +296,5 @@ def grouped_attention(
     if bias is not None and max(bias.shape[1:3]) > 1:  # a padding mask broadcasts as it is
         bias = bias.expand(-1, heads, queries, -1)
         bias = bias.reshape(bias.size(0), groups, share * queries, -1)
-    out = F.scaled_dot_product_attention(q, k, v, bias, dropout)
+    out = F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale)
     return out.reshape(b, heads, queries, d_k)

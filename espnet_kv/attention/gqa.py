@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from espnet_kv.attention.base import HeadSizes, SoftmaxAttention
+from espnet_kv.cache import KVState, StateSpec
 from espnet_kv.errors import ConfigError
 
 
@@ -46,3 +47,6 @@ class GroupedQueryAttention(SoftmaxAttention):
         k = self.linear_k(key).view(*key.shape[:2], self.num_kv_heads, self.d_k)
         v = self.linear_v(value).view(*value.shape[:2], self.num_kv_heads, self.d_k)
         return k.transpose(1, 2), v.transpose(1, 2)
+
+    def init_state(self, spec: StateSpec) -> KVState:
+        return KVState(spec, self.num_kv_heads, self.d_k)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espnet_kv.attention.base import Attention, HeadSizes
+from espnet_kv.cache import LinearState, StateSpec
 from espnet_kv.errors import ConfigError
 from espnet_kv.position import Chunks
 
@@ -124,6 +125,30 @@ class LinearAttention(Attention):
         out = out.to(query.dtype).transpose(1, 2).flatten(2)
         return self.linear_out(self.dropout(out))
 
+    def init_state(self, spec: StateSpec) -> LinearState:
+        features = self.feature_map(self.linear_q.weight.new_zeros(1, self.h, 1, self.d_k)).size(-1)
+        return LinearState(spec, self.h, features, self.d_k)
+
+    def step(self, x, step):
+        q, k = self._heads(self.linear_q(x)), self._heads(self.linear_k(x))
+        v = self._heads(self.linear_v(x))  # (R, H, Q, d_k)
+        state = step.states[self.state_index]
+        past = state.read(step)  # (R, H, f, d_k + 1)
+        with torch.autocast(x.device.type, enabled=False):
+            q, k = self.feature_map(q.to(past.dtype)), self.feature_map(k.to(past.dtype))
+            if step.valid is not None:
+                k = k * step.valid
+            v = F.pad(v.to(past.dtype), (0, 1), value=1.0)  # the last column sums up phi(k)
+            seen = past + torch.matmul(k.transpose(-1, -2), v)
+            out = torch.matmul(q, seen)
+            out = out[..., :-1] / (out[..., -1:] + EPSILON)
+            if self.decay is not None:
+                frames = k.size(2)
+                left = k * _faded(frames, self.decay, k)
+                seen = past * self.decay**frames + torch.matmul(left.transpose(-1, -2), v)
+            state.append(step, seen)
+        return self.linear_out(out.to(x.dtype).transpose(1, 2).flatten(2))
+
     def _chunked(self, q: Tensor, k: Tensor, v: Tensor, chunks: Chunks) -> Tensor:
         """Attend chunk by chunk: q, k (B, H, T, f), v (B, H, T, d_k) -> (B, H, T, d_k)."""
         size, frames = chunks.size, q.size(2)
@@ -164,12 +189,19 @@ def _pairwise(
     return torch.matmul(weights, v) / (weights.sum(dim=-1, keepdim=True) + EPSILON)
 
 
+def _faded(size: int, decay: float, like: Tensor) -> Tensor:
+    """(C, 1): what is left of each key of a chunk when the next one begins.
+
+    A key j frames before the end of its chunk has faded by decay^j.
+    """
+    ages = torch.arange(size - 1, -1, -1, device=like.device, dtype=like.dtype)
+    return (decay**ages)[:, None]
+
+
 def _fading(k: Tensor, v: Tensor, own: Tensor, own_norm: Tensor, decay: float):
     """Sums seen by each chunk: its own plus what is left of the chunks before it."""
     size = k.size(3)
-    # a key j frames before the end of its chunk has faded by decay^j when the next one begins
-    ages = torch.arange(size - 1, -1, -1, device=k.device, dtype=k.dtype)
-    left = k * (decay**ages)[:, None]
+    left = k * _faded(size, decay, k)
     left_state, left_norm = torch.matmul(left.transpose(-1, -2), v), left.sum(dim=3)
     past, past_norm = torch.zeros_like(own[:, :, 0]), torch.zeros_like(own_norm[:, :, 0])
     states, norms = [], []

@@ -1,8 +1,12 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434)."""
 
+import math
+
+import torch
 from torch import Tensor, nn
 
-from espnet_kv.attention.base import HeadSizes, SoftmaxAttention
+from espnet_kv.attention.base import HeadSizes, SoftmaxAttention, grouped_attention
+from espnet_kv.cache import LatentState, StateSpec
 from espnet_kv.errors import ConfigError
 
 
@@ -45,7 +49,52 @@ class MultiHeadLatentAttention(SoftmaxAttention):
 
     def project_kv(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         # self- and cross-attention read keys and values from the same frames
-        latent = self.linear_kv_down(key)  # (B, S, r)
-        k = self.linear_k_up(latent).view(*key.shape[:2], self.h, self.d_k)
-        v = self.linear_v_up(latent).view(*key.shape[:2], self.h, self.d_k)
+        return self._expand(self.linear_kv_down(key))
+
+    def init_state(self, spec: StateSpec) -> LatentState:
+        return LatentState(spec, self.kv_rank)
+
+    def attend_stored(self, q, x, bias, step):
+        latent = self.linear_kv_down(x)[:, None]  # (R, 1, Q, r)
+        (latent,) = step.states[self.state_index].append(step, latent)  # (R, 1, S, r)
+        if self.absorbing_is_cheaper(q.size(2), latent.size(2)):
+            return self.attend_absorbed(q, latent, bias)
+        return self.attend_expanded(q, latent, bias)
+
+    def absorbing_is_cheaper(self, queries: int, keys: int) -> bool:
+        """Compare the multiply-accumulates of `attend_absorbed` and `attend_expanded`."""
+        d, r = self.h * self.d_k, self.kv_rank
+        absorbed = 2 * queries * d * r + 2 * queries * keys * self.h * r
+        expanded = 2 * keys * d * r + 2 * queries * keys * d
+        return absorbed < expanded
+
+    def attend_absorbed(self, q: Tensor, latent: Tensor, bias: Tensor | None) -> Tensor:
+        """Attend to latents as they are: q W_uk meets c, and W_uv is applied to the result.
+
+        Args:
+            q: (R, H, Q, d_k).
+            latent: (R, 1, S, r).
+            bias: see `grouped_attention`.
+
+        Returns:
+            (R, H, Q, d_k).
+        """
+        k_up = self.linear_k_up.weight.view(self.h, self.d_k, self.kv_rank)
+        v_up = self.linear_v_up.weight.view(self.h, self.d_k, self.kv_rank)
+        v_bias = self.linear_v_up.bias.view(self.h, 1, self.d_k)
+        q = torch.matmul(q, k_up)  # (R, H, Q, r)
+        # one "key/value head" of r numbers; logits are those of d_k numbers all the same
+        out = grouped_attention(q, latent, latent, bias, 0.0, scale=1 / math.sqrt(self.d_k))
+        # attention weights sum to one: the bias passes through
+        return torch.matmul(out, v_up.transpose(1, 2)) + v_bias
+
+    def attend_expanded(self, q: Tensor, latent: Tensor, bias: Tensor | None) -> Tensor:
+        """The same with keys and values written out; arguments as in `attend_absorbed`."""
+        k, v = self._expand(latent[:, 0])
+        return grouped_attention(q, k, v, bias, 0.0)
+
+    def _expand(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S, r) -> keys and values, each (B, H, S, d_k)."""
+        k = self.linear_k_up(latent).view(*latent.shape[:2], self.h, self.d_k)
+        v = self.linear_v_up(latent).view(*latent.shape[:2], self.h, self.d_k)
         return k.transpose(1, 2), v.transpose(1, 2)

@@ -37,6 +37,11 @@ class KVEncoder:
         ConfigError (a ValueError): names the key, its value and what is allowed.
     """
 
+    # of the ESPnet class
+    encoders: Any
+    embed: Any
+    training: bool
+
     # the argument of the ESPnet class that tells selfattn from rel_selfattn
     layer_type_key: ClassVar[str]
     # where a block keeps its attention module
@@ -44,6 +49,8 @@ class KVEncoder:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if cls._espnet_class() is None:
+            return
         # tools that look at signatures (ESPnet's --print_config) see ESPnet's arguments too
         own = [p for p in _parameters(KVEncoder) if p.kind is not p.VAR_KEYWORD]
         names = {p.name for p in own}
@@ -79,10 +86,12 @@ class KVEncoder:
             self._check_causal(conf)
 
         super().__init__(input_size, **espnet_conf)  # type: ignore[call-arg]
+        self.espnet_conf = conf
+        self.holds_our_attention = ours
         self.chunk_size = chunk_size
         self.left_chunks = left_chunks
         self.dynamic_chunk_training = dynamic_chunk_training
-        for block in self.encoders:  # type: ignore[attr-defined]
+        for block in self.encoders:
             if ours and getattr(block, self.attention_slot) is not None:
                 setattr(
                     block,
@@ -106,8 +115,8 @@ class KVEncoder:
         """(module, attribute name) of every convolution over time in a block."""
 
     @classmethod
-    def _espnet_class(cls) -> type:
-        return next(c for c in cls.__mro__ if c.__module__.startswith("espnet2."))
+    def _espnet_class(cls) -> Any:
+        return next((c for c in cls.__mro__ if c.__module__.startswith("espnet2.")), None)
 
     @classmethod
     def _espnet_arguments(cls, input_size: int, espnet_conf: dict[str, Any]) -> dict[str, Any]:
@@ -179,7 +188,7 @@ class KVEncoder:
             )
 
     def _positional_encoding(self) -> nn.Module | None:
-        embed = self.embed  # type: ignore[attr-defined]
+        embed = self.embed
         return embed[-1] if isinstance(embed, nn.Sequential) else getattr(embed, "pos_enc", None)
 
     def _hand_out_chunks(self, module: nn.Module, args: tuple, output: Any) -> Any:
@@ -190,7 +199,7 @@ class KVEncoder:
         """
         x, pos_emb = output if isinstance(output, tuple) else (output, None)
         size, left = self.chunk_size, self.left_chunks
-        if self.training and self.dynamic_chunk_training:  # type: ignore[attr-defined]
+        if self.training and self.dynamic_chunk_training:
             size, left = draw_chunks(x.size(1))
         return (x, Chunks(pos_emb, size, left)) if size > 0 else output
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from espnet2.asr.encoder.branchformer_encoder import BranchformerEncoder
 from torch import nn
 
-from espnet_kv.encoder.base import KVEncoder
+from espnet_kv.encoder.streaming import StreamingEncoder
 
 
-class KVBranchformerEncoder(KVEncoder, BranchformerEncoder):
+class KVBranchformerEncoder(StreamingEncoder, BranchformerEncoder):
     """ESPnet's BranchformerEncoder (Peng et al., ICML 2022) with the arguments of KVEncoder.
 
     With attention_type mha, causal false and no chunks it is ESPnet's: same parameters, same

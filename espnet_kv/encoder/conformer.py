@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from espnet2.asr.encoder.conformer_encoder import ConformerEncoder
 from torch import nn
 
-from espnet_kv.encoder.base import KVEncoder
+from espnet_kv.encoder.streaming import StreamingEncoder
 
 
-class KVConformerEncoder(KVEncoder, ConformerEncoder):
+class KVConformerEncoder(StreamingEncoder, ConformerEncoder):
     """ESPnet's ConformerEncoder (arXiv 2005.08100) with the arguments of KVEncoder.
 
     With attention_type mha, causal false and no chunks it is ESPnet's: same parameters, same

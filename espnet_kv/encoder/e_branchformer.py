@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from espnet2.asr.encoder.e_branchformer_encoder import EBranchformerEncoder
 from torch import nn
 
-from espnet_kv.encoder.base import KVEncoder
+from espnet_kv.encoder.streaming import StreamingEncoder
 
 
-class KVEBranchformerEncoder(KVEncoder, EBranchformerEncoder):
+class KVEBranchformerEncoder(StreamingEncoder, EBranchformerEncoder):
     """ESPnet's EBranchformerEncoder (arXiv 2210.00077) with the arguments of KVEncoder.
 
     With attention_type mha, causal false and no chunks it is ESPnet's: same parameters, same

@@ -1,0 +1,116 @@
+"""One chunk of some streams on its way through an encoder.
+
+ESPnet's blocks have one slot that reaches the attention, pos_emb, and none that reaches the
+convolutions. A `Step` rides in that slot, as `Chunks` does in one pass, and stands in `running`
+for the rest; each module finds its own state in it.
+
+Shape letters: R streams that take the step, Q frames of the chunk, N slots, S slots in use.
+"""
+
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Step:
+    """Where the frames of a chunk are stored, and which stored frames they see.
+
+    The slots of a store are a ring: frame i of a stream lies in slot i mod N. Keys never move;
+    the position term, which is small, is brought into their order instead.
+
+    Args:
+        states: state of every module that has one, by its `state_index`.
+        rows: the streams of the batch that take this step; None: all of them.
+        starts: frames that each of these streams had before.
+        lengths: frames that each adds now.
+        held: frames before the chunk that each may look at (and the states still hold).
+        slots: N.
+        chunk_size: C.
+        device: of the model.
+
+    Attributes:
+        rows: (R,) indices, or None for all.
+        write: where the Q new frames go: a slice of slots, or (R, Q) slots of each stream.
+        read: S; the slots [0, S) are read.
+        order: slot -> place in time among the newest S frames: (S,), or (R, S), or None where
+            slots are in order.
+        visible: (R, 1, 1, S) bool, the slots that may be seen; None: all.
+        valid: (R, 1, Q, 1) bool, the frames of the chunk that exist; None: all.
+        pos_emb: (1, N+C-1, D), ESPnet's relative positions from N - 1 down to -(C - 1); None
+            without relative positions. Set by the encoder.
+    """
+
+    pos_emb: Tensor | None = None
+
+    def __init__(
+        self,
+        states: list[Any],
+        rows: list[int] | None,
+        starts: list[int],
+        lengths: list[int],
+        held: list[int],
+        slots: int,
+        chunk_size: int,
+        device: torch.device,
+    ):
+        self.states = states
+        self.slots, self.chunk_size = slots, chunk_size
+        self.starts, self.lengths = starts, lengths
+        self.frames = frames = max(lengths)
+        self.read = min(slots, max(starts) + frames)
+        self.rows = None if rows is None else torch.tensor(rows, device=device)
+        self.order = self.visible = self.valid = None
+        if len(set(starts)) == len(set(lengths)) == 1:
+            first = starts[0] % slots
+            self.write: slice | Tensor = slice(first, first + frames)
+            # the ring is full, or not yet wrapped: then the newest S frames are all there is
+            wanted = held[0] + frames
+            starts, lengths, held = starts[:1], lengths[:1], held[:1]
+            if wanted == self.read and starts[0] + frames <= slots:
+                return
+        else:
+            begin = torch.tensor(starts, device=device)[:, None] % slots
+            self.write = begin + torch.arange(frames, device=device)  # (R, Q)
+        # how old is what lies in each slot? 0: the last frame of the chunk
+        newest = torch.tensor(starts, device=device)[:, None] % slots + frames - 1
+        age = (newest - torch.arange(self.read, device=device)) % slots  # (R or 1, S)
+        short = frames - torch.tensor(lengths, device=device)[:, None]
+        seen = (age >= short) & (age < torch.tensor(held, device=device)[:, None] + frames)
+        if not bool(seen.all()):
+            self.visible = seen[:, None, None, :]
+        self.order = (self.read - 1 - age).clamp(min=0)
+        if self.order.size(0) == 1:
+            self.order = self.order[0]
+        if len(set(lengths)) > 1:
+            self.valid = (torch.arange(frames, device=device) < frames - short)[:, None, :, None]
+
+    def put(self, stored: Tensor, new: Tensor) -> None:
+        """Write the chunk's (R, G, Q, n) into stored (B, G, N, n)."""
+        if self.rows is None and isinstance(self.write, slice):
+            stored[:, :, self.write] = new
+            return
+        rows, slots = self.rows, self.write
+        if rows is None:
+            rows = torch.arange(stored.size(0), device=stored.device)
+        if isinstance(slots, slice):
+            slots = torch.arange(slots.start, slots.stop, device=stored.device)[None]
+        stored[rows[:, None], :, slots] = new.transpose(1, 2)  # (R, Q, G, n)
+
+    def get(self, stored: Tensor) -> Tensor:
+        """The slots in use, (R, G, S, n), of stored (B, G, N, n)."""
+        in_use = stored[:, :, : self.read]
+        return in_use if self.rows is None else in_use[self.rows]
+
+    def arrange(self, bias: Tensor) -> Tensor:
+        """(R, H, Q, S) with the newest frame last -> the same in the order of the slots."""
+        if self.order is None:
+            return bias.contiguous()
+        if self.order.dim() == 1:
+            return bias.index_select(-1, self.order)
+        return bias.gather(-1, self.order[:, None, None, :].expand_as(bias))
+
+
+# the step that the encoder of this thread or task is taking
+running: ContextVar[Step | None] = ContextVar("running", default=None)
