@@ -81,6 +81,7 @@ class StreamingEncoder(KVEncoder):
             states=[module.init_state(spec) for module in self._stateful_modules()],
             features=FeatureState(spec, self._input_size),
             frames=[0] * batch_size,
+            held=[0] * batch_size,
             emitted=[0] * batch_size,
             finished=[False] * batch_size,
         )
@@ -124,7 +125,10 @@ class StreamingEncoder(KVEncoder):
             pieces.append((chunk, self._encode_chunk(state, chunk, read)))
             for stream, frames in chunk.items():
                 state.frames[stream] += frames
+                state.held[stream] += frames
                 read[stream] += frames * self._subsampling[0]
+            if state.left_chunks >= 0:
+                state.trim(state.left_chunks * state.chunk_size)
         held = zip(state.features.lengths, read, final, strict=True)
         state.features.keep([0 if last else n - done for n, done, last in held])
         state.finished = [was or last for was, last in zip(state.finished, final, strict=True)]
@@ -158,13 +162,8 @@ class StreamingEncoder(KVEncoder):
         """Encode one chunk of some streams: {stream: frames} -> (R, Q, D)."""
         streams, lengths = list(chunk), list(chunk.values())
         starts = [state.frames[stream] for stream in streams]
-        if state.left_chunks < 0:
-            held = starts
-            while max(starts) + state.chunk_size > state.slots:
-                state.slots *= 2
-        else:
-            window = state.left_chunks * state.chunk_size
-            held = [min(start, window) for start in starts]
+        while state.left_chunks < 0 and max(starts) + state.chunk_size > state.slots:
+            state.slots *= 2
         stride, context = self._subsampling
         xs = state.features.read(
             streams, [read[stream] for stream in streams], (max(lengths) - 1) * stride + context
@@ -175,7 +174,7 @@ class StreamingEncoder(KVEncoder):
             None if everyone else streams,
             starts,
             lengths,
-            held,
+            [state.held[stream] for stream in streams],
             state.slots,
             state.chunk_size,
             xs.device,
@@ -185,9 +184,6 @@ class StreamingEncoder(KVEncoder):
             ys = self(xs, torch.full((len(xs),), xs.size(1)))[0]  # type: ignore[operator]
         finally:
             running.reset(token)
-        if state.left_chunks >= 0:
-            for module_state in state.states:
-                module_state.trim(window)
         return ys[0] if isinstance(ys, tuple) else ys  # apart from intermediate CTC outputs
 
     def _stateful_modules(self) -> Iterator[Any]:
