@@ -5,22 +5,33 @@ time ratios within a round: whatever else the machine does falls on both sides o
 """
 
 import argparse
-import importlib.metadata
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
+
+from common import (
+    DROPOUTS,
+    MELS,
+    add_machine_options,
+    copy_weights,
+    encoder_conf,
+    positive,
+    print_device,
+    print_software,
+    ratio,
+    set_up_machine,
+    settings,
+    synchronize,
+)
 
 from espnet_kv.errors import command
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
 ATTENTIONS = ("mha", "gqa", "mla", "linear")
 STOCK, STOCK_SDPA = "stock", "stock sdpa"
-MELS = 80
 FRAMES_PER_SECOND = 100
 
 # model -> (what it is compared with, its time should be at most this ratio)
@@ -56,20 +67,13 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--encoder", choices=("conformer", "branchformer"), default="conformer")
-    add("--blocks", type=_positive, default=12, help="encoder blocks")
-    add("--repeats", type=_positive, default=15, help="rounds of a case at most")
-    add("--case_seconds", type=_positive, default=45, help="begin no third round after")
-    add("--threads", type=_positive, help="torch threads (unset: torch's choice)")
-    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--blocks", type=positive, default=12, help="encoder blocks")
+    add("--repeats", type=positive, default=15, help="rounds of a case at most")
+    add("--case_seconds", type=positive, default=45, help="begin no third round after")
+    add_machine_options(parser)
     add("--chunk_size", type=int, default=0, help="of our encoders; 0: whole utterance, as stock")
     add("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help="of these")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
-    return int(text)
 
 
 def build_encoders(args: argparse.Namespace) -> dict:
@@ -84,20 +88,17 @@ def build_encoders(args: argparse.Namespace) -> dict:
 
     from espnet_kv.encoder.branchformer import KVBranchformerEncoder
     from espnet_kv.encoder.conformer import KVConformerEncoder
-    from espnet_kv.recipe.config import load_yaml
 
     classes: dict[str, tuple[Any, Any]] = {
         "conformer": (ConformerEncoder, KVConformerEncoder),
         "branchformer": (BranchformerEncoder, KVBranchformerEncoder),
     }
     stock_class, our_class = classes[args.encoder]
-    dropouts = ("dropout_rate", "positional_dropout_rate", "attention_dropout_rate")
-    shared = {"num_blocks": args.blocks} | dict.fromkeys(dropouts, 0.0)
+    shared = {"num_blocks": args.blocks} | dict.fromkeys(DROPOUTS, 0.0)
     ours = {"causal": False, "dynamic_chunk_training": False, "chunk_size": args.chunk_size}
 
     def conf(attention: str) -> dict:
-        path = CONF / f"train_asr_{args.encoder}_{attention}.yaml"
-        return load_yaml(path)["encoder_conf"] | shared
+        return encoder_conf(args.encoder, attention) | shared
 
     torch.manual_seed(0)
     only_ours = ours.keys() | {"attention_type"}
@@ -110,9 +111,7 @@ def build_encoders(args: argparse.Namespace) -> dict:
         encoders[attention] = our_class(MELS, **conf(attention) | ours)
     weights = encoders[STOCK].state_dict()
     for encoder in encoders.values():
-        for name, tensor in encoder.state_dict().items():
-            if name in weights and weights[name].shape == tensor.shape:
-                tensor.copy_(weights[name])
+        copy_weights(weights, encoder)
         encoder.to(args.device)
     return encoders
 
@@ -144,14 +143,10 @@ def attention_macs(attention, frames: int, linear: bool) -> tuple[int, int]:
 
 def print_card(args: argparse.Namespace, encoders: dict) -> None:
     """What is about to be timed, before a clock is started."""
-    import torch
-
-    device = torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {_cpu_name()}"
-    versions = f"espnet {importlib.metadata.version('espnet')}, torch {torch.__version__}"
     chunks = f"chunks of {args.chunk_size} frames (stock: none)" if args.chunk_size else "no chunks"
     print(f"encoder   {args.encoder}, {args.blocks} blocks x {encoders['mha'].output_size()}")
-    print(f"software  {versions}, Python {sys.version.split()[0]}")
-    print(f"device    {device}, {torch.get_num_threads()} threads, float32")
+    print_software()
+    print_device(args.device)
     print(f"input     noise as {MELS} mel features of 10 ms, no padding, no dropout")
     print(f"stock     ESPnet's encoder, use_sdpa false; {STOCK_SDPA}: use_sdpa true")
     print(f"ours      conf/, convolutions not causal, {chunks}, weights of stock where they fit")
@@ -170,12 +165,6 @@ def print_card(args: argparse.Namespace, encoders: dict) -> None:
             cells.append(" + ".join(f"{args.blocks * part / 1e9:.2f}" for part in macs))
         print(f"| {name} | {parameters / 1e6:.2f} M |", *(f"{cell} |" for cell in cells))
     print(flush=True)
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "unknown")
 
 
 def subsampled(seconds: int) -> int:
@@ -239,13 +228,11 @@ def workload(encoder, case: Case, device: str) -> Callable[[], None]:
 
 def measure(encoders: dict, case: Case, args: argparse.Namespace) -> dict[str, list]:
     """Seconds of every model in every round; each round begins one model later than the last."""
-    import torch
 
     def timed(run: Callable[[], None]) -> float:
         begin = time.perf_counter()
         run()
-        if args.device == "cuda":
-            torch.cuda.synchronize()
+        synchronize(args.device)
         return time.perf_counter() - begin
 
     # on a GPU kernels are picked by shape; a CPU is warm after a second of audio
@@ -286,29 +273,17 @@ def tabulate(case: Case, seconds: dict[str, list]) -> dict[str, dict]:
     return results
 
 
-def ratio(times: list, others: list) -> float:
-    """Median over rounds of the ratio within the round."""
-    return round(statistics.median(a / b for a, b in zip(times, others, strict=True)), 3)
-
-
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = get_parser()
     args = parser.parse_args(argv)
-    import torch
-
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no CUDA device here; use --device cpu")
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    set_up_machine(parser, args)
     encoders = build_encoders(args)
     print_card(args, encoders)
     results = {}
     for name in args.cases:
         results[name] = tabulate(CASES[name], measure(encoders, CASES[name], args))
-    settings = vars(args) | {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    settings["espnet"] = importlib.metadata.version("espnet")
-    print(json.dumps({"benchmark": "encoder", "settings": settings, "results": results}))
+    print(json.dumps({"benchmark": "encoder", "settings": settings(args), "results": results}))
 
 
 if __name__ == "__main__":

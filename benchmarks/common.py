@@ -1,0 +1,90 @@
+"""What the benchmarks share: models of conf/ with like weights, the card's facts, ratios."""
+
+import argparse
+import importlib.metadata
+import statistics
+import sys
+from pathlib import Path
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+MELS = 80
+DROPOUTS = ("dropout_rate", "positional_dropout_rate", "attention_dropout_rate")
+
+
+def positive(text: str) -> int:
+    """An argparse type: whole numbers from 1."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=positive, help="torch threads (unset: torch's choice)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+
+
+def set_up_machine(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Act on the options of `add_machine_options`."""
+    import torch
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device here; use --device cpu")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+
+def encoder_conf(encoder: str, attention: str) -> dict:
+    """encoder_conf of the model that the recipe trains."""
+    from espnet_kv.recipe.config import load_yaml
+
+    return load_yaml(CONF / f"train_asr_{encoder}_{attention}.yaml")["encoder_conf"]
+
+
+def copy_weights(weights: dict, encoder) -> None:
+    """Give `encoder` those of `weights` that fit its own by name and shape."""
+    for name, tensor in encoder.state_dict().items():
+        if name in weights and weights[name].shape == tensor.shape:
+            tensor.copy_(weights[name])
+
+
+def print_software() -> None:
+    """The card's line about versions."""
+    import torch
+
+    versions = f"espnet {importlib.metadata.version('espnet')}, torch {torch.__version__}"
+    print(f"software  {versions}, Python {sys.version.split()[0]}")
+
+
+def print_device(device: str) -> None:
+    """The card's line about the machine."""
+    import torch
+
+    name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {_cpu_name()}"
+    print(f"device    {name}, {torch.get_num_threads()} threads, float32")
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "unknown")
+
+
+def synchronize(device: str) -> None:
+    """Wait for what a GPU still has to do; before a clock is read."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def ratio(times: list, others: list) -> float:
+    """Median over rounds of the ratio within the round."""
+    return round(statistics.median(a / b for a, b in zip(times, others, strict=True)), 3)
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """For the line of JSON."""
+    import torch
+
+    versions = {"torch": torch.__version__, "espnet": importlib.metadata.version("espnet")}
+    return vars(args) | {"threads": torch.get_num_threads()} | versions

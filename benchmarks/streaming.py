@@ -1,0 +1,309 @@
+"""What a chunk of streaming costs with each attention, beside ESPnet's asr_transducer encoder.
+
+Sides take turns within a round, and a ratio is the median over rounds of the ratios within one:
+whatever else the machine does falls on both sides of it.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from common import (
+    MELS,
+    add_machine_options,
+    positive,
+    print_device,
+    print_software,
+    ratio,
+    set_up_machine,
+    settings,
+    synchronize,
+)
+from streams import (
+    ATTENTIONS,
+    CHUNK,
+    ESPNET,
+    NEW,
+    TRIMMED,
+    Espnet,
+    Ours,
+    Stream,
+    TrimmedEspnet,
+    build_espnet,
+    build_ours,
+    conf_of,
+    multiply_accumulates,
+)
+from torch import Tensor
+
+from espnet_kv.errors import command
+
+FRAMES_PER_MINUTE = 1500
+STREAMS = 16
+MLA_BAR = ("mla", "mha", 1.0)  # time of the first over that of the second, at most
+LEAST_GAIN = 1.8  # throughput of a batch of streams over as many single ones
+MOST_AGEING = 1.05  # time of a chunk in the last minute over that in minute 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed, with how many chunks of left context.
+
+    most: time of mha over ESPnet's, for the cases that have ESPnet take part.
+    """
+
+    left_chunks: int
+    run: Callable[[dict, "Case", argparse.Namespace], dict]
+    most: float = 0.0
+
+    @property
+    def left(self) -> int:
+        """In frames."""
+        return self.left_chunks * CHUNK
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Time a chunk of streaming with every attention, beside ESPnet's own encoder.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--blocks", type=positive, default=12, help="encoder blocks")
+    add("--rounds", type=positive, default=40, help="rounds of a case")
+    add("--chunks", type=positive, default=4, help="chunks in a row of a side in a round (chunk-*)")
+    add("--hour", type=positive, default=60, metavar="MINUTES", help="audio of the case hour")
+    add_machine_options(parser)
+    add("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help="of these")
+    return parser
+
+
+def noise(device: str, chunks: int, streams: int = 1) -> Tensor:
+    """Features (B, 4 C n + 11, F) of n chunks, always the same."""
+    frames = NEW * (chunks - 1) + Espnet.window
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(streams, frames, MELS, generator=generator).to(device)
+
+
+def open_streams(encoders: dict, left_chunks: int, features: Tensor) -> dict[str, Stream]:
+    """A stream through every encoder, by name."""
+    sides = {ESPNET: Espnet, TRIMMED: TrimmedEspnet}
+    return {
+        name: sides.get(name, Ours)(encoder, left_chunks, features)
+        for name, encoder in encoders.items()
+    }
+
+
+def timed(device: str, run: Callable, *operands) -> float:
+    """Seconds of one run."""
+    begin = time.perf_counter()
+    run(*operands)
+    synchronize(device)
+    return time.perf_counter() - begin
+
+
+def rotated(names: list, turn: int) -> list:
+    """Each round begins one side later than the last."""
+    first = turn % len(names)
+    return names[first:] + names[:first]
+
+
+def print_card(encoders: dict, args: argparse.Namespace) -> None:
+    """What is about to be timed, before a clock is started."""
+    lefts = sorted({CASES[case].left_chunks for case in args.cases})
+    size = encoders["mha"].output_size()
+    print(f"encoder   conformer of conf/, {args.blocks} blocks x {size}, causal, no dropout")
+    print_software()
+    print_device(args.device)
+    print(f"input     noise as {MELS} mel features of 10 ms; {NEW} new ones give {CHUNK} frames")
+    overlap, extra = Espnet.window - NEW, f"{TrimmedEspnet.window} features, nothing dropped"
+    print(f"ours      forward_chunk of {Ours.window} features, the state holds 3 before them")
+    print(f"espnet    chunk_forward of {Espnet.window} features, {overlap} for the second time;")
+    print(f"          drops 2 of {CHUNK + 2} frames; trimmed: its modules on {extra}")
+    for left in lefts:
+        worst = output_difference(encoders, left, args.device)
+        print(f"check     left {left * CHUNK}: outputs of {ESPNET} and mha within {worst:.1e}")
+    print("\n10^6 multiply-accumulates a chunk: input layer + blocks + their attention\n")
+    print("| model | parameters |", *(f"left {left * CHUNK} |" for left in lefts))
+    print("|---|---|" + "---|" * len(lefts))
+    for name, encoder in encoders.items():
+        conf = conf_of(name if name in ATTENTIONS else "mha", args.blocks)
+        cells = []
+        for left in lefts:
+            parts = multiply_accumulates(name, conf, left * CHUNK)
+            cells.append(" + ".join(f"{part / 1e6:.0f}" for part in parts))
+        parameters = sum(p.numel() for p in encoder.parameters())
+        print(f"| {name} | {parameters / 1e6:.2f} M |", *(f"{cell} |" for cell in cells))
+    print(flush=True)
+
+
+def output_difference(encoders: dict, left_chunks: int, device: str) -> float:
+    """Largest difference between the outputs of ESPnet's encoder and of ours with its weights."""
+    features = noise(device, left_chunks + 3)
+    alike = {name: encoders[name] for name in (ESPNET, TRIMMED, "mha", "mha input")}
+    streams = open_streams(alike, left_chunks, features).values()
+    worst = 0.0
+    for pieces in zip(*(stream.pieces(features) for stream in streams), strict=True):
+        first, *others = (s.step(piece) for s, piece in zip(streams, pieces, strict=True))
+        worst = max(worst, *(float((first - other).abs().max()) for other in others))
+    return worst
+
+
+def run_chunk(encoders: dict, case: Case, args: argparse.Namespace) -> dict:
+    """A stream through each encoder, once its left context is full: time of a chunk, bytes."""
+    features = noise(args.device, case.left_chunks + 1 + args.chunks)
+    streams = open_streams(encoders, case.left_chunks, features)
+    pieces = {name: stream.pieces(features) for name, stream in streams.items()}
+    for name, stream in streams.items():
+        stream.run(pieces[name])
+    seconds: dict[str, list] = {name: [] for name in streams}
+    for turn in range(args.rounds):
+        for name in rotated(list(streams), turn):
+            spent = timed(args.device, streams[name].run, pieces[name][-args.chunks :])
+            seconds[name].append(spent / args.chunks)
+
+    print(f"One stream, left context of {case.left} frames full, {args.rounds} rounds\n")
+    return tabulate_chunk(streams, seconds, case)
+
+
+def tabulate_chunk(streams: dict[str, Stream], seconds: dict[str, list], case: Case) -> dict:
+    """Print what `run_chunk` found: times, bytes, bars. Returns the numbers."""
+    others = (ESPNET, TRIMMED, "mha")
+    print("| model | median ms a chunk |", *(f"x {other} |" for other in others))
+    print("|---" * 5 + "|")
+    models = {}
+    for name, times in seconds.items():
+        ratios = {other: ratio(times, seconds[other]) for other in others}
+        ms = round(1e3 * statistics.median(times), 2)
+        print(f"| {name} | {ms:.2f} |", *(f"{value:.3f} |" for value in ratios.values()))
+        models[name] = {"ms": ms, "ratios": ratios} | bytes_of(streams[name])
+    print("\nKiB held between two chunks; kept alive: the storage behind them\n")
+    print("| model | attention | conv | input | sum | by arithmetic | kept alive |")
+    print("|---" * 7 + "|")
+    for name, row in models.items():
+        held = row["bytes"]
+        parts = (*held.values(), sum(held.values()), row["bytes_analytic"], row["bytes_alive"])
+        print(f"| {name} |", *(f"{part / 1024:.1f} |" for part in parts))
+    print()
+    bars = []
+    for name, other, most in [("mha", ESPNET, case.most), ("mha", TRIMMED, case.most), MLA_BAR]:
+        is_now = models[name]["ratios"][other]
+        bars.append({"model": name, "other": other, "most": most, "met": is_now <= most})
+        verdict = "met" if is_now <= most else "missed"
+        print(f"bar: {name} at most {most} x {other}, is {is_now:.3f}: {verdict}")
+    print(flush=True)
+    return {"models": models, "bars": bars}
+
+
+def bytes_of(stream: Stream) -> dict:
+    return {
+        "bytes": stream.held(),
+        "bytes_analytic": stream.held_analytic(),
+        "bytes_alive": stream.alive(),
+    }
+
+
+def run_streams(encoders: dict, case: Case, args: argparse.Namespace) -> dict:
+    """16 streams in one batch against 16 on their own, a chunk of each in a round."""
+    features = noise(args.device, case.left_chunks + 2, STREAMS)
+    print(f"{STREAMS} streams, left context of {case.left} frames full, {args.rounds} rounds\n")
+    print("| model | single: ms a chunk of all | one batch: ms | throughput x | bar |  |")
+    print("|---" * 6 + "|")
+    results = {}
+    for name in ATTENTIONS:
+        encoder = encoders[name]
+        batch = Ours(encoder, case.left_chunks, features)
+        singles = [Ours(encoder, case.left_chunks, feature) for feature in features.split(1)]
+        for x in batch.pieces(features):
+            batch.step(x)
+            step_each(singles, x.split(1))
+        runs = {"single": (step_each, singles, x.split(1)), "batch": (batch.step, x)}
+        seconds: dict[str, list] = {side: [] for side in runs}
+        for turn in range(args.rounds):
+            for side in rotated(list(runs), turn):
+                seconds[side].append(timed(args.device, *runs[side]))
+        gain = ratio(seconds["single"], seconds["batch"])
+        ms = {side: round(1e3 * statistics.median(spent), 1) for side, spent in seconds.items()}
+        met = gain >= LEAST_GAIN
+        results[name] = {"ms": ms, "throughput": gain, "met": met}
+        row = (f"{ms['single']:.1f}", f"{ms['batch']:.1f}", f"{gain:.2f}", f"{LEAST_GAIN}")
+        print("|", " | ".join([name, *row, "met" if met else "missed"]), "|", flush=True)
+    print(flush=True)
+    return results
+
+
+def step_each(streams: list[Stream], xs: Sequence[Tensor]) -> None:
+    for stream, x in zip(streams, xs, strict=True):
+        stream.step(x)
+
+
+def run_hour(encoders: dict, case: Case, args: argparse.Namespace) -> dict:
+    """Minute 2 of one stream against the last minute of another, chunk by chunk in turns."""
+    generator = torch.Generator().manual_seed(0)
+
+    def fresh() -> Tensor:
+        return torch.randn(1, NEW, MELS, generator=generator).to(args.device)
+
+    begins = {minute: (minute - 1) * FRAMES_PER_MINUTE // CHUNK for minute in (2, args.hour)}
+    names = {minute: f"minute {minute}" for minute in begins}
+    rounds = FRAMES_PER_MINUTE // CHUNK
+    print(f"Left context of {case.left} frames, {rounds} rounds of one chunk each\n")
+    print("| model |", " | ".join(f"{name}: ms a chunk, KiB" for name in names.values()), end="")
+    print(" | ratio | bar |  |\n" + "|---" * 6 + "|")
+    results = {}
+    for name in ATTENTIONS:
+        streams = {}
+        for minute, begin in begins.items():
+            streams[minute] = Ours(encoders[name], case.left_chunks, noise(args.device, 1))
+            for _ in range(begin):
+                streams[minute].step(fresh())
+        seconds: dict[int, list] = {minute: [] for minute in streams}
+        for turn in range(rounds):
+            x = fresh()
+            for minute in rotated(list(streams), turn):
+                seconds[minute].append(timed(args.device, streams[minute].step, x))
+        ageing = ratio(seconds[args.hour], seconds[2])
+        met = ageing <= MOST_AGEING
+        row, cells = {}, []
+        for minute, stream in streams.items():
+            ms = round(1e3 * statistics.median(seconds[minute]), 2)
+            row[names[minute]] = {"ms": ms} | bytes_of(stream)
+            cells.append(f"{ms:.2f}, {sum(stream.held().values()) / 1024:.1f}")
+        results[name] = row | {"ratio": ageing, "met": met}
+        cells += [f"{ageing:.3f}", f"{MOST_AGEING}", "met" if met else "missed"]
+        print("|", " | ".join([name, *cells]), "|", flush=True)
+    print(flush=True)
+    return results
+
+
+CASES = {
+    "chunk-64": Case(4, run_chunk, most=0.95),
+    "chunk-256": Case(16, run_chunk, most=0.75),
+    "streams-64": Case(4, run_streams),
+    "streams-256": Case(16, run_streams),
+    "hour": Case(16, run_hour),
+}
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    if args.hour < 3:
+        parser.error(f"--hour {args.hour}: minute 2 is compared with the last; use 3 or more")
+    set_up_machine(parser, args)
+    encoders = build_ours(args.blocks, args.device)
+    espnet = {name: build_espnet(encoders["mha"]) for name in (ESPNET, TRIMMED)}
+    encoders = espnet | encoders
+    with torch.inference_mode():
+        print_card(encoders, args)
+        results = {name: CASES[name].run(encoders, CASES[name], args) for name in args.cases}
+    print(json.dumps({"benchmark": "streaming", "settings": settings(args), "results": results}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
