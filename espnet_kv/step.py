@@ -34,8 +34,8 @@ class Step:
         rows: (R,) indices, or None for all.
         write: where the Q new frames go: a slice of slots, or (R, Q) slots of each stream.
         read: S; the slots [0, S) are read.
-        order: slot -> place in time among the newest S frames: (S,), or (R, S), or None where
-            slots are in order.
+        order: of the newest S frames, the place in time that lies in slot 0 where the slots are
+            only turned round, or (R, 1, 1, S) of each slot.
         visible: (R, 1, 1, S) bool, the slots that may be seen; None: all.
         valid: (R, 1, Q, 1) bool, the frames of the chunk that exist; None: all.
         pos_emb: (1, N+C-1, D), ESPnet's relative positions from N - 1 down to -(C - 1); None
@@ -61,28 +61,26 @@ class Step:
         self.frames = frames = max(lengths)
         self.read = min(slots, max(starts) + frames)
         self.rows = None if rows is None else torch.tensor(rows, device=device)
-        self.order = self.visible = self.valid = None
-        if len(set(starts)) == len(set(lengths)) == 1:
+        self.visible = self.valid = None
+        alike = len(set(zip(starts, lengths, held, strict=True))) == 1
+        if alike:  # the rule; what follows is for streams of different ages and for ragged ends
             first = starts[0] % slots
             self.write: slice | Tensor = slice(first, first + frames)
-            # the ring is full, or not yet wrapped: then the newest S frames are all there is
-            wanted = held[0] + frames
-            starts, lengths, held = starts[:1], lengths[:1], held[:1]
-            if wanted == self.read and starts[0] + frames <= slots:
+            wrapped = starts[0] + frames > slots
+            self.order: int | Tensor = -(first + frames) % slots if wrapped else 0
+            if held[0] + frames == self.read:
                 return
-        else:
-            begin = torch.tensor(starts, device=device)[:, None] % slots
-            self.write = begin + torch.arange(frames, device=device)  # (R, Q)
-        # how old is what lies in each slot? 0: the last frame of the chunk
-        newest = torch.tensor(starts, device=device)[:, None] % slots + frames - 1
-        age = (newest - torch.arange(self.read, device=device)) % slots  # (R or 1, S)
+            starts, lengths, held = starts[:1], lengths[:1], held[:1]
+        begin = torch.tensor(starts, device=device)[:, None] % slots  # (R, 1), as the next three
+        held_frames = torch.tensor(held, device=device)[:, None]
         short = frames - torch.tensor(lengths, device=device)[:, None]
-        seen = (age >= short) & (age < torch.tensor(held, device=device)[:, None] + frames)
-        if not bool(seen.all()):
-            self.visible = seen[:, None, None, :]
-        self.order = (self.read - 1 - age).clamp(min=0)
-        if self.order.size(0) == 1:
-            self.order = self.order[0]
+        # how old is what lies in each slot? 0: the last frame of the chunk
+        age = (begin + frames - 1 - torch.arange(self.read, device=device)) % slots  # (R, S)
+        seen = (age >= short) & (age < held_frames + frames)
+        self.visible = seen[:, None, None, :]
+        if not alike:
+            self.write = begin + torch.arange(frames, device=device)
+            self.order = (self.read - 1 - age).clamp(min=0)[:, None, None, :]
         if len(set(lengths)) > 1:
             self.valid = (torch.arange(frames, device=device) < frames - short)[:, None, :, None]
 
@@ -105,11 +103,9 @@ class Step:
 
     def arrange(self, bias: Tensor) -> Tensor:
         """(R, H, Q, S) with the newest frame last -> the same in the order of the slots."""
-        if self.order is None:
-            return bias.contiguous()
-        if self.order.dim() == 1:
-            return bias.index_select(-1, self.order)
-        return bias.gather(-1, self.order[:, None, None, :].expand_as(bias))
+        if isinstance(self.order, int):
+            return torch.cat([bias[..., self.order :], bias[..., : self.order]], dim=-1)
+        return bias.gather(-1, self.order.expand_as(bias))
 
 
 # the step that the encoder of this thread or task is taking

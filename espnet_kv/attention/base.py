@@ -190,9 +190,10 @@ class SoftmaxAttention(Attention):
             content = (q + self.pos_bias_u).transpose(1, 2)  # (R, H, Q, d_k)
             position = (q + self.pos_bias_v).transpose(1, 2)
             keys = step.read
-            window = self._position_table(step)[..., step.slots - keys :]
+            first, width = step.slots - keys, keys + x.size(1) - 1
+            window = self._position_table(step)[:, first : first + width]  # (H, S+Q-1, d_k)
             # (R, H, Q, d_k) x (H, d_k, S+Q-1) -> (R, H, Q, S+Q-1) -> (R, H, Q, S)
-            scores = torch.matmul(position, window[..., : keys + x.size(1) - 1])
+            scores = torch.matmul(position, window.transpose(1, 2))
             bias = rel_shift(scores, keys)
             if self.zero_triu:
                 bias = bias.tril(keys - x.size(1))
@@ -217,7 +218,7 @@ class SoftmaxAttention(Attention):
         return grouped_attention(q, k, v, bias, 0.0)
 
     def _position_table(self, step: Step) -> Tensor:
-        """(H, d_k, N+C-1): relative positions as linear_pos sees them, over sqrt(d_k).
+        """(H, N+C-1, d_k): relative positions as linear_pos sees them, over sqrt(d_k).
 
         They are the same for every chunk and stream; projecting them anew each time would cost
         as much as a feed-forward layer.
@@ -228,7 +229,7 @@ class SoftmaxAttention(Attention):
         key = (weight.data_ptr(), version, step.slots, step.chunk_size, weight.dtype, weight.device)
         if self._table is None or self._table[0] != key:
             p = self.linear_pos(step.pos_emb[0] / math.sqrt(self.d_k))
-            self._table = (key, p.view(-1, self.h, self.d_k).permute(1, 2, 0).contiguous())
+            self._table = (key, p.view(-1, self.h, self.d_k).transpose(0, 1).contiguous())
         return self._table[1]
 
     def _position_bias(self, scores: Tensor, visible: Tensor | None, diagonal: int) -> Tensor:
