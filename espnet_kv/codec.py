@@ -64,10 +64,10 @@ class FloatCodec(Codec):
             self.dtype == torch.float16
         ):  # beyond its range lies infinity, which softmax turns to NaN
             x = x.clamp(-65504, 65504)
-        return [x.to(self.dtype)]
+        return [x if x.dtype == self.dtype else x.to(self.dtype)]
 
     def decode(self, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
-        return parts[0].to(dtype)
+        return parts[0] if self.dtype == dtype else parts[0].to(dtype)
 
     @property
     def nbytes(self) -> int:
