@@ -35,6 +35,8 @@ setup(
         "console_scripts": [
             "espnet_kv_asr_train = espnet_kv.bin.asr_train:main",
             "espnet_kv_asr_inference = espnet_kv.bin.asr_inference:main",
+            "espnet_kv_asr_inference_streaming = espnet_kv.bin.asr_inference_streaming:main",
+            "espnet_kv_stream = espnet_kv.bin.stream:main",
             "espnet_kv_recipe = espnet_kv.recipe.__main__:main",
         ]
     },

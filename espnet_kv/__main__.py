@@ -2,10 +2,14 @@
 
     python -m espnet_kv -m espnet2.bin.asr_train --encoder kv_conformer ...
 
-takes the place of `python`: ESPnet's own `asr.sh --python "python3 -m espnet_kv"` works unchanged.
+takes the place of `python`: ESPnet's own `asr.sh --python "python3 -m espnet_kv"` works unchanged,
+and with `--use_streaming true` too: ESPnet's streaming command runs encoders of its own only, so
+for a model with one of ours `espnet_kv.bin.asr_inference_streaming` takes its place.
 """
 
+import argparse
 import os
+import re
 import runpy
 import sys
 import types
@@ -24,11 +28,14 @@ def main() -> None:
         sys.exit(2)
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
-        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        module = arguments[1]
+        if module == "espnet2.bin.asr_inference_streaming" and _encoder_is_ours(arguments[2:]):
+            module = "espnet_kv.bin.asr_inference_streaming"
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
     elif arguments[0] == "-c":
         sys.argv = ["-c", *arguments[2:]]
-        module = sys.modules["__main__"] = types.ModuleType("__main__")
-        exec(compile(arguments[1], "<string>", "exec"), vars(module))
+        main_module = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(arguments[1], "<string>", "exec"), vars(main_module))
     elif arguments[0].startswith("-"):
         print(f"error: unknown option {arguments[0]}; {USAGE}", file=sys.stderr)
         sys.exit(2)
@@ -36,6 +43,17 @@ def main() -> None:
         sys.argv = arguments
         sys.path[0] = os.path.dirname(os.path.abspath(arguments[0]))
         runpy.run_path(arguments[0], run_name="__main__")
+
+
+def _encoder_is_ours(options: list[str]) -> bool:
+    """Whether the training configuration that a decoding command names has an encoder of ours."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--asr_train_config")
+    try:
+        with open(parser.parse_known_args(options)[0].asr_train_config, encoding="utf-8") as file:
+            return any(re.match(r"encoder:\s*kv_", line) for line in file)
+    except (OSError, TypeError, UnicodeDecodeError, argparse.ArgumentError):
+        return False  # the command will say what is wrong
 
 
 if __name__ == "__main__":

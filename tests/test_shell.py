@@ -111,5 +111,28 @@ class TestInsideAnESPnetCheckout:
         assert options["--asr_config"] == "conf/train_asr_conformer_mla.yaml"
         assert (checkout / "asr.sh").is_symlink() and (checkout / "pyscripts").is_dir()
 
+    @pytest.mark.parametrize(
+        ("streaming", "config"), [("true", "decode_asr_streaming"), ("false", "decode_asr")]
+    )
+    def test_streaming_has_its_own_decoding_options(self, checkout, streaming, config):
+        said = self.run(checkout, "--use_streaming", streaming)
+        options = dict(zip(said[::2], said[1::2], strict=True))
+        assert options["--use_streaming"] == streaming
+        assert options["--inference_config"] == f"conf/{config}.yaml"
+
     def test_the_name_of_its_only_corpus_is_not_passed_on(self, checkout):
         assert "--corpus" not in self.run(checkout, "--corpus", "librispeech_100")
+
+
+@pytest.mark.parametrize("streaming", ["true", "false"])
+def test_what_suits_a_corpus_suits_streaming_too(streaming):
+    ended = subprocess.run(
+        ["./run.sh", "--corpus", "synth", "--use_streaming", streaming],
+        cwd=RECIPE,
+        env=os.environ | {"python": "echo"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ("conf/decode_asr_fast.yaml" in ended.stdout) == (streaming == "false")
+    assert "--overlay conf/overlays/small.yaml" in ended.stdout

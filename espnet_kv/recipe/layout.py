@@ -1,6 +1,7 @@
 """Names and places: what the recipe's options make of dump, token list and experiments."""
 
 import argparse
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,6 +125,12 @@ class Layout:
         if self.args.inference_tag:
             return f"decode_{self.args.inference_tag}"
         parts = [self.args.inference_config.stem.removeprefix("decode_")]
+        if self.args.use_streaming and "streaming" not in parts[0]:
+            parts.append("streaming")
+        if self.args.inference_args:
+            # --chunk_size 8 --left_chunks 2 -> chunk_size8_left_chunks2
+            words = self.args.inference_args.replace("--", "_").replace("/", "_")
+            parts.append(re.sub(r"[\s|=]", "", words).strip("_"))
         if self.args.use_lm:
             parts.append(f"lm_{self.lm_exp.name}_{Path(self.args.inference_lm).stem}")
         if self.args.use_ngram:

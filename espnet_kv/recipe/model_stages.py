@@ -156,9 +156,8 @@ def decode(layout: Layout) -> None:
         for name in args.test_sets:
             out, dump = exp / layout.inference_name / name, layout.dump(name)
             options = _decoding_options(layout, exp, model, dump)
-            made_from = json.dumps(
-                [options, digest(model.resolve()), digest(args.inference_config), digest(dump)]
-            )
+            digests = [digest(path) for path in (model.resolve(), args.inference_config, dump)]
+            made_from = json.dumps([options, *digests, *["streaming"] * args.use_streaming])
             stamp = out / STAMP
             if stamp.exists() and stamp.read_text(encoding="utf-8") == made_from:
                 print(f"  {out} is up to date")
@@ -170,7 +169,8 @@ def decode(layout: Layout) -> None:
                 command = [*options, "--key_file", str(keys), "--output_dir", str(part)]
                 log = out / "logdir" / f"asr_inference.{n}.log"
                 title = f"{exp.name} {name} {n}/{len(parts)}"
-                jobs.append(Job(title, partial(_infer, command), log))
+                infer = _infer_streaming if args.use_streaming else _infer
+                jobs.append(Job(title, partial(infer, command), log))
             merges.append((out, len(parts), made_from))
     run_jobs(jobs, args.inference_nj)
     for out, count, made_from in merges:
@@ -246,6 +246,12 @@ def _train(command: list[str]) -> int:
 
 def _infer(command: list[str]) -> int:
     from espnet_kv.bin.asr_inference import main
+
+    return main(command)
+
+
+def _infer_streaming(command: list[str]) -> int:
+    from espnet_kv.bin.asr_inference_streaming import main
 
     return main(command)
 

@@ -28,6 +28,7 @@ STAGES = {
     13: "scoring",
 }
 LAST_STAGE = max(STAGES)
+DECODE, DECODE_STREAMING = Path("conf/decode_asr.yaml"), Path("conf/decode_asr_streaming.yaml")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -130,9 +131,16 @@ def parser() -> argparse.ArgumentParser:
     add(g, "asr_tag", "", "name of the experiment (default: made of config and tokens)")
     add(g, "asr_args", "", "more options for espnet2.bin.asr_train")
     add(g, "feats_normalize", "global_mvn", "normalisation of features")
-    add(g, "inference_config", Path("conf/decode_asr.yaml"), "decoding options", type=Path)
+    add(g, "use_streaming", False, "decode piece by piece, with a cache")
+    add(
+        g,
+        "inference_config",
+        None,
+        f"decoding options (default: {DECODE}, or {DECODE_STREAMING} with --use_streaming)",
+        type=_path_or_none,
+    )
     add(g, "inference_tag", "", "name of the decoding (default: made of config and model)")
-    add(g, "inference_args", "", "more options for espnet2.bin.asr_inference")
+    add(g, "inference_args", "", "more options for asr_inference, or asr_inference_streaming")
     add(g, "inference_asr_model", "valid.acc.ave.pth", "model file to decode with")
     add(g, "results", None, "tables of stage 13 (default: EXPDIR/RESULTS.md)", type=_path_or_none)
     return p
@@ -165,9 +173,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     except ValueError as error:
         raise UserError(f"--speed_perturb_factors: {error}") from error
     args.asr_config = [Path(name) for name in args.asr_config.split()]
+    args.inference_config = args.inference_config or (
+        DECODE_STREAMING if args.use_streaming else DECODE
+    )
     for path in (*args.asr_config, args.inference_config, args.overlay):
         if path is not None and not path.is_file():
             raise UserError(f"{path} does not exist: choose one of those in conf/")
+    for name in ("use_lm", "use_ngram"):
+        if args.use_streaming and getattr(args, name):
+            raise UserError(
+                f"--use_streaming true --{name} true: streaming decodes with the model alone; "
+                f"give --{name} false"
+            )
     if args.asr_tag and len(args.asr_config) > 1:
         raise UserError("--asr_tag names one experiment, but --asr_config lists several")
     args.results = args.results or args.expdir / "RESULTS.md"

@@ -7,11 +7,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 . ./db.sh
 
 corpus=librispeech_100
+use_streaming=false
 options=("$@")
 for ((i = 0; i + 1 < $#; i++)); do
-    if [ "${options[i]}" = --corpus ]; then
-        corpus=${options[i + 1]}
-    fi
+    case "${options[i]}" in
+        --corpus) corpus=${options[i + 1]} ;;
+        --use_streaming) use_streaming=${options[i + 1]} ;;
+    esac
 done
 
 if [ -f ../../TEMPLATE/asr1/asr.sh ] && [ "${corpus}" = librispeech_100 ]; then
@@ -23,7 +25,8 @@ defaults=()
 case "${corpus}" in
     synth)
         defaults=(--nbpe 64 --speed_perturb_factors "" --overlay conf/overlays/small.yaml
-            --inference_config conf/decode_asr_fast.yaml --lm_config conf/train_lm_small.yaml) ;;
+            --lm_config conf/train_lm_small.yaml)
+        [ "${use_streaming}" = true ] || defaults+=(--inference_config conf/decode_asr_fast.yaml) ;;
     mini_librispeech)
         defaults=(--nbpe 1000) ;;
 esac

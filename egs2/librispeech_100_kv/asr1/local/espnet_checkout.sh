@@ -16,6 +16,11 @@ while [ $# -gt 0 ]; do
     shift
 done
 
+decode=conf/decode_asr.yaml
+if [ "${use_streaming}" = true ]; then # python -m espnet_kv puts our streaming command to work
+    decode=conf/decode_asr_streaming.yaml
+fi
+
 exec ./asr.sh \
     --python "${python} -m espnet_kv" \
     --lang en \
@@ -27,7 +32,7 @@ exec ./asr.sh \
     --valid_set dev \
     --test_sets "test_clean test_other dev_clean dev_other" \
     --asr_config conf/train_asr_conformer_mha.yaml \
-    --inference_config conf/decode_asr.yaml \
+    --inference_config "${decode}" \
     --lm_train_text data/train_clean_100/text \
     --bpe_train_text data/train_clean_100/text \
     "${passed[@]}"

@@ -1,0 +1,152 @@
+"""Transcribe a file, or raw audio from standard input as it arrives."""
+
+import argparse
+import os
+import signal
+import sys
+import time
+import unicodedata
+from collections.abc import Sequence
+from typing import TextIO
+
+from espnet_kv.bin.options import Parser, add_streaming_options, build_recognizer
+from espnet_kv.errors import UserError, command
+
+REDRAW_SECONDS = 0.1
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The options of this command; names as in asr_inference_streaming."""
+    parser = Parser(
+        prog="python -m espnet_kv.bin.stream",
+        description="Transcribe a wav or flac file, or raw 16-bit mono audio from standard input, "
+        "as it arrives. Final text goes to standard output, a line per pause; on a terminal the "
+        "words so far, real-time factor and cache are shown while they come.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("audio", help="A file, or - for standard input")
+    add("--asr_train_config", required=True, help="config.yaml of the experiment")
+    add("--asr_model_file", required=True, help="Its model")
+    add("--rate", type=int, help="Samples per second of standard input; default: the model's")
+    add("--ngpu", type=int, default=0, help="0 = CPU")
+    add("--dtype", default="float32", help="float16, bfloat16, float32 or float64")
+    add("--beam_size", type=int, default=10, help="Prefixes in the CTC beam; 1 = greedy")
+    add("--ctc_weight", type=float, default=0.7, help="1.0 = CTC alone, without rescoring")
+    add("--penalty", type=float, default=0.0, help="Added to the score for every token")
+    add("--token_type", choices=["char", "bpe"], help="Default: the model's")
+    add("--bpemodel", help="Sentencepiece model; default: the model's")
+    add_streaming_options(parser, endpoint_silence_ms=1000)
+    return parser
+
+
+@command
+def main(cmd: Sequence[str] | None = None) -> int:
+    """Transcribe until the audio ends or Ctrl-C.
+
+    Args:
+        cmd: the options; sys.argv when None.
+
+    Returns:
+        Exit status: 0; 130 after Ctrl-C, 141 when nobody reads the text any more.
+    """
+    args = get_parser().parse_args(cmd)
+    try:
+        return _transcribe(args)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # Python would complain once more when it flushes standard output at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _transcribe(args: argparse.Namespace) -> int:
+    import numpy as np
+
+    from espnet_kv.streaming.audio import FileSource, PipeSource, Stream
+    from espnet_kv.streaming.frontend import TooShortError
+    from espnet_kv.streaming.meter import Meter
+
+    if args.rate is not None and (args.audio != "-" or args.rate < 1):
+        raise UserError(f"--rate {args.rate}: 1 or more, and for standard input (-) only")
+    file = FileSource(args.audio) if args.audio != "-" else None  # before the model is loaded
+    recognizer = build_recognizer(args)
+    source = file or PipeSource(args.rate or recognizer.sample_rate)
+    if not file and recognizer.asr_model.encoder.left_chunks < 0:
+        print(
+            "note: --left_chunks -1: a frame sees all before it, so the cache may grow with the "
+            "stream; --left_chunks 4, say, bounds it",
+            file=sys.stderr,
+        )
+    stream, meter = Stream(source, recognizer.sample_rate), Meter(recognizer)
+    with Display(meter) as display:
+        for piece in stream:
+            display.show(meter.accept(piece))
+        try:
+            display.show(meter.accept(np.zeros(0, np.float32), is_final=True))
+        except TooShortError:
+            if not stream.interrupted:
+                raise
+    return 128 + signal.SIGINT if stream.interrupted else 0
+
+
+class Display:
+    """Final lines on standard output; the open line and the meter on a terminal."""
+
+    def __init__(self, meter) -> None:
+        self._meter = meter
+        terminals = [stream for stream in (sys.stderr, sys.stdout) if stream.isatty()]
+        self._live: TextIO | None = terminals[0] if terminals else None
+        self._text, self._drawn = "", 0.0  # what stands there, and since when
+
+    def __enter__(self) -> "Display":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._erase()
+        if exception[0] is None:
+            print(self._meter.summary(), file=sys.stderr)
+
+    def show(self, segments: list) -> None:
+        """Print the text of segments that ended, and draw the open one."""
+        for (text, token, *_), *_ in segments:
+            self._erase()
+            print(" ".join(token) if text is None else text, flush=True)
+        if self._live is not None:
+            text, token, *_ = self._meter.recognizer.partial
+            text = " ".join(token) if text is None else text
+            if segments or text != self._text or time.monotonic() - self._drawn >= REDRAW_SECONDS:
+                self._text, self._drawn = text, time.monotonic()
+                self._draw(text)
+
+    def _draw(self, text: str) -> None:
+        assert self._live is not None
+        meter = self._meter
+        head = ""
+        if self._live is sys.stderr:
+            head = (
+                f"[{meter.audio_seconds:.1f} s, RTF {meter.real_time_factor:.2f}, "
+                f"cache {meter.cache_nbytes / 1000:.1f} kB] "
+            )
+        width = os.get_terminal_size(self._live.fileno()).columns - 1
+        line = (head + _tail(text, width - len(head)))[: max(width, 0)]
+        print(f"\r\x1b[K{line}", end="", file=self._live, flush=True)
+
+    def _erase(self) -> None:
+        if self._live is not None:
+            print("\r\x1b[K", end="", file=self._live, flush=True)
+
+
+def _tail(text: str, width: int) -> str:
+    """The end of `text` that fits `width` columns of a terminal."""
+    columns = 0
+    for n, character in enumerate(reversed(text)):
+        columns += 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if columns > width:
+            return text[len(text) - n :]
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""ESPnet's features of a waveform that comes in pieces."""
+
+import copy
+
+import torch
+from espnet2.asr.frontend.default import DefaultFrontend
+from espnet2.layers.abs_normalize import AbsNormalize
+from espnet2.layers.global_mvn import GlobalMVN
+from torch import Tensor
+
+from espnet_kv.errors import ConfigError, UserError
+
+
+class TooShortError(UserError):
+    """A recording ended before its first features."""
+
+
+class StreamingFrontend:
+    """Pieces of a waveform in, the features that ESPnet's frontend gives for the whole file out.
+
+    Frames, mel bands and normalisation are computed by the model's own modules; what is done here
+    is the bookkeeping around them: which samples the next frame needs, and the reflected samples
+    that `center=True` puts before the first and after the last one (as torch.stft does).
+
+    Between two pieces it holds fewer than n_fft + hop_length samples.
+
+    Args:
+        frontend: the model's frontend (in eval mode, weights and buffers are shared).
+        normalize: the model's normalisation of features.
+
+    Raises:
+        ConfigError: the frontend or the normalisation needs the whole utterance.
+    """
+
+    def __init__(self, frontend: DefaultFrontend, normalize: AbsNormalize | None = None):
+        _check_streams(frontend, normalize)
+        stft = copy.copy(frontend.stft)
+        stft.center = False
+        self._frontend = copy.copy(frontend)
+        self._frontend._modules = {**frontend._modules, "stft": stft}
+        self._normalize = normalize
+        self.n_fft, self.hop_length = stft.n_fft, stft.hop_length
+        self.border = self.n_fft // 2 if frontend.stft.center else 0
+        self.sample_rate = int(frontend.logmel.mel_options["sr"])
+        self._dtype = frontend.logmel.melmat.dtype
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the stream; the next piece begins another."""
+        self._samples: Tensor | None = None  # None until the left border can be made
+        self._begun = torch.zeros(0)  # the samples before that
+        self._skip = 0  # samples of `_samples` before the next frame's first
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the samples held for the next piece."""
+        held = self._begun if self._samples is None else self._samples
+        return held.untyped_storage().nbytes()
+
+    def __call__(self, speech: Tensor, is_final: bool = False) -> Tensor:
+        """Take the next samples and give the features that are complete now.
+
+        Args:
+            speech: (N,) float samples, any N >= 0; of (N, channels) the first channel is taken,
+                as ESPnet does.
+            is_final: the stream ends with this piece; the next one begins another.
+
+        Returns:
+            (T, F) features, T >= 0.
+
+        Raises:
+            UserError: the samples are no finite floating-point numbers.
+            TooShortError: the stream ended before its first frame; it is forgotten.
+        """
+        samples = self._extended(_checked(speech).to(self._dtype))
+        if samples is None:
+            if is_final:
+                count = len(self._begun)
+                self.reset()
+                raise TooShortError(
+                    f"{count} samples of audio are too few: features need at least "
+                    f"{self._least()} ({1000 * self._least() / self.sample_rate:.0f} ms)"
+                )
+            return speech.new_zeros(0, self._frontend.output_size())
+        if is_final and self.border:
+            # without the last sample, which is not repeated
+            samples = torch.cat([samples, samples[-1 - self.border : -1].flip(0)])
+        frames = max(0, (len(samples) - self._skip - self.n_fft) // self.hop_length + 1)
+        features = self._features(samples[self._skip :], frames)
+        if is_final:
+            self.reset()
+        else:
+            self._skip += frames * self.hop_length
+            # the right border will be made of the last samples
+            drop = max(0, min(self._skip, len(samples) - self.border - 1))
+            self._samples = samples[drop:].clone()
+            self._skip -= drop
+        return features
+
+    def _least(self) -> int:
+        """Samples that the first frame needs."""
+        return self.border + 1 if self.border else self.n_fft
+
+    def _extended(self, speech: Tensor) -> Tensor | None:
+        """The samples held, with their left border, and `speech` after them; None: too few."""
+        if self._samples is not None:
+            return torch.cat([self._samples, speech])
+        self._begun = torch.cat([self._begun.to(speech), speech])
+        if len(self._begun) < self._least():
+            return None
+        samples, self._begun = self._begun, torch.zeros(0)
+        return torch.cat([samples[1 : 1 + self.border].flip(0), samples])
+
+    def _features(self, samples: Tensor, frames: int) -> Tensor:
+        """The first `frames` frames of `samples`, (frames, F)."""
+        if not frames:
+            return samples.new_zeros(0, self._frontend.output_size())
+        samples = samples[: (frames - 1) * self.hop_length + self.n_fft]
+        with torch.no_grad():
+            lengths = torch.tensor([len(samples)], device=samples.device)
+            features, lengths = self._frontend(samples[None], lengths)
+            if self._normalize is not None:
+                features, _ = self._normalize(features, lengths)
+        return features[0]
+
+
+def _checked(speech: Tensor) -> Tensor:
+    if not speech.is_floating_point():
+        raise UserError(
+            f"audio of type {speech.dtype} was given: scale it to floats between -1 and 1"
+        )
+    if speech.dim() not in (1, 2):
+        raise UserError(f"audio of shape {tuple(speech.shape)} was given: expected (samples,)")
+    if not torch.isfinite(speech).all():
+        raise UserError("the audio holds samples that are infinite or no number")
+    return speech[:, 0] if speech.dim() == 2 else speech
+
+
+def _check_streams(frontend: DefaultFrontend, normalize: AbsNormalize | None) -> None:
+    if not isinstance(frontend, DefaultFrontend):
+        name = "none" if frontend is None else type(frontend).__name__
+        raise ConfigError(f"frontend: {name} does not stream; only ESPnet's default frontend does")
+    if frontend.stft is None:
+        raise ConfigError("frontend_conf.apply_stft: false does not stream; set it to true")
+    for key in ("use_wpe", "use_beamformer"):
+        if getattr(frontend.frontend, key, False):
+            raise ConfigError(f"frontend_conf.{key}: true needs the whole utterance; set false")
+    if normalize is not None and not isinstance(normalize, GlobalMVN):
+        raise ConfigError(
+            f"normalize: {type(normalize).__name__} needs the whole utterance before the first "
+            "frame; train with normalize: global_mvn"
+        )

@@ -1,0 +1,331 @@
+"""Speech in pieces to text: features, encoder with its cache, CTC search, attention rescoring."""
+
+import argparse
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from espnet2.bin.asr_inference_streaming import Hypothesis
+from espnet2.text.token_id_converter import TokenIDConverter
+from torch import Tensor
+
+from espnet_kv.encoder.streaming import subsampling
+from espnet_kv.errors import UserError
+from espnet_kv.streaming.ctc import CTCHypothesis, build_search
+from espnet_kv.streaming.endpoint import Endpointer
+from espnet_kv.streaming.frontend import StreamingFrontend, TooShortError
+from espnet_kv.streaming.load import check_streams, load_model, load_tokenizer
+
+type Result = tuple[str | None, list[str], list[int], Hypothesis]
+"""(text, token, token_int, hypothesis), as ESPnet's Speech2Text gives them."""
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+# a longer piece is cut up, so that what is computed at once does not grow with it
+LONGEST_PIECE_SECONDS = 10
+
+
+class StreamingRecognizer:
+    """Speech recognition of audio as it arrives, in the manner of ESPnet's Speech2TextStreaming.
+
+        recognizer = StreamingRecognizer("exp/asr_x/config.yaml", "exp/asr_x/valid.acc.ave.pth",
+                                         chunk_size=16, left_chunks=4)
+        for piece in pieces:
+            (text, *_), = recognizer(piece, is_final=False)   # so far
+        results = recognizer(last_piece, is_final=True)       # n-best; ready for the next stream
+
+    Tokens come from CTC prefix beam search. Where a segment ends, the attention decoder rescores
+    its hypotheses: score = ctc_weight * ctc + (1 - ctc_weight) * attention + penalty * tokens
+    (hybrid CTC/attention rescoring, U2, arXiv 2012.05481). The result does not depend on how the
+    audio is cut up.
+
+    Without endpoints a segment is the whole stream. With them, the words up to a pause are
+    final, what was held for them is dropped, and the encoder goes on: then memory does not grow
+    with the stream, besides the text.
+
+    Args:
+        asr_train_config: config.yaml of the experiment.
+        asr_model_file: the checkpoint; loaded strictly.
+        asr_model: a loaded model, together with `asr_train_args` in place of the two files. It
+            is moved to `device` and `dtype` and put into eval mode in place, and its encoder
+            gets chunk_size and left_chunks.
+        chunk_size: encoder frames in a chunk; None: the model's own.
+        left_chunks: chunks before its own that a frame sees, -1 = all; None: the model's own.
+        cache_dtype: fp32, fp16, bf16, int8, int4 for the encoder's cache; None: the model's type.
+        beam_size: prefixes in the CTC beam; 1 = the best path (greedy).
+        ctc_weight: weight of CTC against the attention decoder; 1.0 (or a model without
+            decoder): CTC alone, and no encoder output is held.
+        penalty: added to the score for every token.
+        nbest: hypotheses in the result.
+        endpoint_silence_ms: a pause of so much CTC blank ends a segment; 0 = none does.
+        max_segment_seconds: longest segment; 0 = any.
+        token_type, bpemodel: None: the model's own.
+
+    Raises:
+        UserError: the files or the values cannot be used; one line says why.
+    """
+
+    def __init__(
+        self,
+        asr_train_config: Path | str | None = None,
+        asr_model_file: Path | str | None = None,
+        *,
+        asr_model: Any = None,
+        asr_train_args: argparse.Namespace | None = None,
+        chunk_size: int | None = None,
+        left_chunks: int | None = None,
+        cache_dtype: str | None = None,
+        beam_size: int = 10,
+        ctc_weight: float = 0.5,
+        penalty: float = 0.0,
+        nbest: int = 1,
+        endpoint_silence_ms: float = 0,
+        max_segment_seconds: float = 0,
+        token_type: str | None = None,
+        bpemodel: str | None = None,
+        device: str = "cpu",
+        dtype: str = "float32",
+    ):
+        _check_numbers(
+            beam_size=beam_size,
+            nbest=nbest,
+            ctc_weight=ctc_weight,
+            endpoint_silence_ms=endpoint_silence_ms,
+            max_segment_seconds=max_segment_seconds,
+        )
+        if dtype not in DTYPES:
+            raise UserError(f"--dtype {dtype}: unknown (allowed: {', '.join(DTYPES)})")
+        if asr_model is None:
+            if asr_train_config is None or asr_model_file is None:
+                raise UserError("give --asr_train_config and --asr_model_file")
+            asr_model, asr_train_args = load_model(asr_train_config, asr_model_file, device)
+        elif asr_train_args is None:
+            raise UserError("asr_model needs its asr_train_args")
+        check_streams(asr_model, asr_train_args, ctc_weight)
+        asr_model.to(device=device, dtype=getattr(torch, dtype)).eval()
+        for module in (asr_model.frontend, asr_model.normalize):
+            if module is not None and dtype in ("float16", "bfloat16"):
+                module.float()  # powers of a spectrum leave the range of 16 bits
+        self.asr_model, self.asr_train_args = asr_model, asr_train_args
+        self.frontend = StreamingFrontend(asr_model.frontend, asr_model.normalize)
+        self._set_chunks(chunk_size, left_chunks)
+        self.cache_dtype = cache_dtype
+        self.beam_size, self.nbest, self.penalty = beam_size, nbest, penalty
+        self.ctc_weight = 1.0 if asr_model.decoder is None else ctc_weight
+        self.device, self.dtype = device, getattr(torch, dtype)
+        self.tokenizer = load_tokenizer(asr_train_args, token_type, bpemodel)
+        self.converter = TokenIDConverter(token_list=asr_model.token_list)
+        self._endpointer = Endpointer(
+            asr_model.blank_id,
+            math.ceil(endpoint_silence_ms / 1000 / self.frame_seconds),
+            math.ceil(max_segment_seconds / self.frame_seconds),
+        )
+        self.peak_nbytes: dict[str, int] = {}  # the most of `nbytes_by_kind` in any stream so far
+        self.reset()
+
+    @property
+    def sample_rate(self) -> int:
+        """Samples per second that the model takes."""
+        return self.frontend.sample_rate
+
+    @property
+    def frame_seconds(self) -> float:
+        """Duration of an encoder frame."""
+        stride, _ = subsampling(self.asr_model.encoder.embed)
+        return stride * self.frontend.hop_length / self.sample_rate
+
+    def reset(self) -> None:
+        """Forget the stream; the next piece begins another."""
+        self._state = self.asr_model.encoder.init_state(
+            1, cache_dtype=self.cache_dtype, device=self.device
+        )
+        self.frontend.reset()
+        self._segments: list[list[Result]] = []  # before the open one, for `__call__`
+        self._begin_segment()
+
+    @torch.no_grad()
+    def __call__(self, speech: Tensor | np.ndarray, is_final: bool = True) -> list[Result]:
+        """Take a piece of the stream and give the text of the stream so far.
+
+        Args:
+            speech: (N,) samples between -1 and 1 at `sample_rate`, N >= 0.
+            is_final: the stream ends with this piece; the next one begins another.
+
+        Returns:
+            Until the last piece, the best result so far, not yet rescored; then up to `nbest`
+            results, best first. With endpoints they differ in the last segment only.
+
+        Raises:
+            UserError: the samples are no finite floating-point numbers.
+            TooShortError: the stream ended before its first features.
+        """
+        segments = [*self._segments, *self.accept(speech, is_final)]
+        if is_final:
+            return self.join(segments)
+        self._segments = segments
+        return self.join([*segments, [self.partial]])
+
+    @torch.no_grad()
+    def accept(self, speech: Tensor | np.ndarray, is_final: bool = False) -> list[list[Result]]:
+        """Take a piece of an endless stream and give the segments that ended within it.
+
+        Nothing of a segment is kept once it was returned; `partial` is the text of the open one.
+
+        Args:
+            speech, is_final: as in `__call__`.
+
+        Returns:
+            The n-best results of each segment that ended and has words; for `join`.
+
+        Raises:
+            UserError, TooShortError: as `__call__`.
+        """
+        speech = torch.as_tensor(speech).to(self.device)
+        pieces = speech.split(LONGEST_PIECE_SECONDS * self.sample_rate)
+        ended = []
+        for number, piece in enumerate(pieces, start=1):
+            ended += self._accept(piece, is_final and number == len(pieces))
+        if is_final:
+            ended += self._end_segment()
+            self.reset()
+        return [results for results in ended if results[0][2]]
+
+    def join(self, segments: list[list[Result]]) -> list[Result]:
+        """The n-best results of consecutive segments: those of the last, after the best before."""
+        if not segments:
+            return [self._result([], 0.0, {})]
+        earlier = [results[0] for results in segments[:-1]]
+        return [self._joined([*earlier, result]) for result in segments[-1]]
+
+    @property
+    def partial(self) -> Result:
+        """The best result of the open segment, not yet rescored."""
+        (best,) = self._search.nbest(1)
+        return self._result(best.tokens, best.score, {"ctc": best.score})
+
+    def nbytes_by_kind(self) -> dict[str, int]:
+        """Bytes held between two pieces.
+
+        attention, conv, input: the encoder's cache; waveform: samples of the frames to come;
+        encoder_out: what the attention decoder will rescore the open segment with.
+        """
+        held = sum(frames.untyped_storage().nbytes() for frames in self._encoder_out)
+        own = {"waveform": self.frontend.nbytes, "encoder_out": held}
+        return self._state.nbytes_by_kind() | own
+
+    def _set_chunks(self, chunk_size: int | None, left_chunks: int | None) -> None:
+        encoder = self.asr_model.encoder
+        if chunk_size is None and encoder.chunk_size == 0:
+            raise UserError(
+                "the model has no chunk size of its own (chunk_size: 0): give --chunk_size, "
+                "e.g. --chunk_size 16"
+            )
+        if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
+            raise UserError(f"--chunk_size {chunk_size}: allowed are 1 or more encoder frames")
+        if left_chunks is not None and (type(left_chunks) is not int or left_chunks < -1):
+            raise UserError(f"--left_chunks {left_chunks}: allowed are -1 (all) or more chunks")
+        if encoder.chunk_size == 0 and not encoder.dynamic_chunk_training:
+            logging.warning("the model was trained on whole utterances only; chunks are new to it")
+        encoder.chunk_size = encoder.chunk_size if chunk_size is None else chunk_size
+        encoder.left_chunks = encoder.left_chunks if left_chunks is None else left_chunks
+
+    def _begin_segment(self, last: int | None = None) -> None:
+        """last: token of the frame before, where the segment begins within a token."""
+        self._search = build_search(self.beam_size, self.asr_model.blank_id, last)
+        self._encoder_out: list[Tensor] = []  # (T, D) each
+        self._endpointer.reset()
+
+    def _accept(self, speech: Tensor, is_final: bool) -> list[list[Result]]:
+        """Take a short piece; the results of segments that ended within it."""
+        try:
+            features = self.frontend(speech, is_final).to(self.dtype)  # (T, F)
+        except TooShortError:
+            self.reset()
+            raise
+        if not is_final and not len(features):
+            return []
+        # (1, T, F) -> (1, T', D)
+        encoded, self._state = self.asr_model.encoder.forward_chunk(
+            features[None], self._state, is_final=is_final
+        )
+        ended = self._search_frames(encoded[0, : self._state.emitted[0]])
+        for kind, held in self.nbytes_by_kind().items():
+            self.peak_nbytes[kind] = max(held, self.peak_nbytes.get(kind, 0))
+        return ended
+
+    def _search_frames(self, encoded: Tensor) -> list[list[Result]]:
+        """Take (T', D) encoder frames; the results of segments that ended within them."""
+        ended = []
+        log_probs = self.asr_model.ctc.log_softmax(encoded[None])[0].float().cpu()  # (T', V)
+        best = log_probs.argmax(dim=-1).tolist()
+        for piece, ends in self._endpointer.pieces(best):
+            self._search.advance(log_probs[piece])
+            if self.ctc_weight < 1:
+                self._encoder_out.append(encoded[piece].clone())
+            if ends:
+                ended += self._end_segment()
+                last = best[piece.stop - 1]
+                self._begin_segment(None if last == self.asr_model.blank_id else last)
+        return ended
+
+    def _end_segment(self) -> list[list[Result]]:
+        """The n-best results of the segment, in a list; no entry for a pause."""
+        hypotheses = self._search.nbest(self.beam_size)
+        if not hypotheses[0].tokens and self._endpointer.active:
+            return []
+        decoder = self._attention_scores(hypotheses)
+        results = []
+        for (tokens, ctc), attention in zip(hypotheses, decoder, strict=True):
+            scores = {"ctc": ctc, "length_bonus": float(len(tokens))}
+            score = self.ctc_weight * ctc + self.penalty * len(tokens)
+            if self.ctc_weight < 1:
+                scores["decoder"] = attention
+                score += (1 - self.ctc_weight) * attention
+            results.append((score, tokens, scores))
+        results.sort(key=lambda result: -result[0])
+        return [[self._result(t, score, s) for score, t, s in results[: self.nbest]]]
+
+    def _attention_scores(self, hypotheses: list[CTCHypothesis]) -> list[float]:
+        """Log-probability of each hypothesis with <eos> by the attention decoder."""
+        if not self._encoder_out:
+            return [0.0] * len(hypotheses)
+        count = len(hypotheses)
+        encoded = torch.cat(self._encoder_out)[None].expand(count, -1, -1)
+        tokens = [torch.tensor(h.tokens, dtype=torch.long, device=self.device) for h in hypotheses]
+        nll = self.asr_model.batchify_nll(
+            encoded,
+            torch.full((count,), encoded.size(1), device=self.device),
+            torch.nn.utils.rnn.pad_sequence(tokens, True, self.asr_model.ignore_id),
+            torch.tensor([len(t) for t in tokens], device=self.device),
+        )
+        return (-nll).tolist()
+
+    def _result(self, token_int: list[int], score: float, scores: dict[str, float]) -> Result:
+        token = self.converter.ids2tokens(token_int)
+        text = None if self.tokenizer is None else self.tokenizer.tokens2text(token)
+        yseq = torch.tensor([self.asr_model.sos, *token_int, self.asr_model.eos])
+        return text, token, token_int, Hypothesis(yseq=yseq, score=score, scores=scores)
+
+    def _joined(self, results: list[Result]) -> Result:
+        """One result of consecutive segments."""
+        if len(results) == 1:
+            return results[0]
+        scores: dict[str, float] = {}
+        for *_, hypothesis in results:
+            for name, score in hypothesis.scores.items():
+                scores[name] = scores.get(name, 0.0) + score
+        tokens = [token for result in results for token in result[2]]
+        return self._result(tokens, sum(result[3].score for result in results), scores)
+
+
+def _check_numbers(**values: float) -> None:
+    """Refuse options that are no numbers or out of their range."""
+    for name, value in values.items():
+        count = name in ("beam_size", "nbest")
+        least, most = (1 if count else 0), (1 if name == "ctc_weight" else math.inf)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not (whole or (isinstance(value, float) and not count)) or not least <= value <= most:
+            bounds = f"{least} to {most}" if most == 1 else f"{least} or more"
+            raise UserError(f"--{name} {value}: allowed are {bounds}")

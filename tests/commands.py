@@ -1,0 +1,90 @@
+"""Commands in processes of their own without loading ESPnet again: forks of the test's."""
+
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+class Forked:
+    """main(arguments) in a fork, with its standard streams at our ends of pipes (or as given).
+
+    stdin, stdout, stderr: file descriptors for the child; None: a pipe, of which the other end
+    is the attribute of the same name.
+    """
+
+    def __init__(
+        self,
+        main: Callable[[list[str]], Any],
+        arguments: Sequence[str],
+        stdin: int | None = None,
+        stdout: int | None = None,
+        stderr: int | None = None,
+    ):
+        given = (stdin, stdout, stderr)
+        theirs, ours = [], []
+        for n, end in enumerate(given):
+            read, write = os.pipe() if end is None else (end, end)
+            theirs.append(read if n == 0 else write)
+            ours.append(write if n == 0 else read)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._run(main, list(arguments), theirs, ours, given)
+        for n, end in enumerate(theirs):
+            if given[n] is None:
+                os.close(end)
+        self.stdin = os.fdopen(ours[0], "wb", buffering=0, closefd=stdin is None)
+        self.stdout = os.fdopen(ours[1], encoding="utf-8", closefd=stdout is None)
+        self.stderr = os.fdopen(ours[2], encoding="utf-8", closefd=stderr is None)
+
+    def _run(self, main, arguments, theirs, ours, given) -> None:
+        status = 70
+        signal.alarm(60)  # rather than wait for ever
+        logging.root.handlers.clear()  # those of pytest would keep the command from having its own
+        try:
+            for n in range(3):
+                if given[n] is None:
+                    os.close(ours[n])
+                os.dup2(theirs[n], n)
+            sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
+            sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+            sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False, buffering=1)
+            status = main(arguments) or 0
+        except SystemExit as ended:
+            status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os._exit(status)
+
+    def finish(self, data: bytes = b"") -> subprocess.CompletedProcess:
+        """Send `data`, close standard input and wait."""
+        if data:
+            self.stdin.write(data)
+        self.stdin.close()
+        out, err = self.stdout.read(), self.stderr.read()
+        _, status = os.waitpid(self.pid, 0)
+        return subprocess.CompletedProcess([], os.waitstatus_to_exitcode(status), out, err)
+
+
+def run(main, *arguments: str, data: bytes = b"") -> subprocess.CompletedProcess:
+    """The end of main(arguments) in a fork that reads `data`."""
+    return Forked(main, arguments).finish(data)
+
+
+def assert_one_line(ended: subprocess.CompletedProcess, said: str) -> None:
+    """It ended with status 1 after one line on standard error that matches `said`."""
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert ended.returncode == 1, ended.stderr
+    assert len(errors) == 1 and ended.stderr.rstrip().endswith(errors[0]), ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert re.search(said, errors[0]), errors[0]
