@@ -6,6 +6,7 @@ d_k head size.
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -183,9 +184,10 @@ class SoftmaxAttention(Attention):
         return self.linear_out(out.transpose(1, 2).flatten(2))
 
     def step(self, x, step):
+        stored = step.states[self.state_index].append(step, *self.to_store(x))
         q = self.project_q(x)  # (R, Q, H, d_k)
         if step.pos_emb is None:
-            out = self.attend_stored(q.transpose(1, 2), x, step.visible, step)
+            out = self.attend_stored(q.transpose(1, 2), stored, step.visible)
         else:
             content = (q + self.pos_bias_u).transpose(1, 2)  # (R, H, Q, d_k)
             position = (q + self.pos_bias_v).transpose(1, 2)
@@ -200,21 +202,25 @@ class SoftmaxAttention(Attention):
             bias = step.arrange(bias)
             if step.visible is not None:
                 bias = bias.masked_fill(~step.visible, torch.finfo(bias.dtype).min)
-            out = self.attend_stored(content, x, bias, step)
+            out = self.attend_stored(content, stored, bias)
         return self.linear_out(out.transpose(1, 2).flatten(2))
 
-    def attend_stored(self, q: Tensor, x: Tensor, bias: Tensor | None, step: Step) -> Tensor:
-        """Store what a chunk adds and attend to all that is stored.
+    def to_store(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The vectors that are stored of frames (B, S, D): each (B, G, S, its size)."""
+        return self.project_kv(x, x)
+
+    def attend_stored(self, q: Tensor, stored: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        """Attend to frames of which the vectors of `to_store` were kept.
 
         Args:
-            q: (R, H, Q, d_k).
-            x: (R, Q, D), what keys and values of the chunk are projected from.
-            bias: broadcastable to (R, H, Q, S): bool (True: visible) or added to the logits.
+            q: (B, H, Q, d_k).
+            stored: each (B, G, S, its size).
+            bias: broadcastable to (B, H, Q, S): bool (True: visible) or added to the logits.
 
         Returns:
-            (R, H, Q, d_k).
+            (B, H, Q, d_k).
         """
-        k, v = step.states[self.state_index].append(step, *self.project_kv(x, x))
+        k, v = stored
         return grouped_attention(q, k, v, bias, 0.0)
 
     def _position_table(self, step: Step) -> Tensor:

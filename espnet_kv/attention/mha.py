@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from espnet_kv.attention.base import HeadSizes, SoftmaxAttention, grouped_attention
+from espnet_kv.attention.base import HeadSizes, SoftmaxAttention
 from espnet_kv.cache import InputState, KVState, StateSpec
 from espnet_kv.errors import ConfigError
 
@@ -63,9 +63,11 @@ class MultiHeadAttention(SoftmaxAttention):
             return InputState(spec, self.h * self.d_k)
         return KVState(spec, self.h, self.d_k)
 
-    def attend_stored(self, q, x, bias, step):
-        if self.cache == "kv":
-            return super().attend_stored(q, x, bias, step)
-        (inputs,) = step.states[self.state_index].append(step, x[:, None])  # (R, 1, S, D)
-        k, v = self.project_kv(inputs[:, 0], inputs[:, 0])
-        return grouped_attention(q, k, v, bias, 0.0)
+    def to_store(self, x):
+        return super().to_store(x) if self.cache == "kv" else (x[:, None],)
+
+    def attend_stored(self, q, stored, bias):
+        if self.cache == "input":
+            inputs = stored[0][:, 0]  # (B, S, D)
+            stored = self.project_kv(inputs, inputs)
+        return super().attend_stored(q, stored, bias)

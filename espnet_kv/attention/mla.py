@@ -54,9 +54,11 @@ class MultiHeadLatentAttention(SoftmaxAttention):
     def init_state(self, spec: StateSpec) -> LatentState:
         return LatentState(spec, self.kv_rank)
 
-    def attend_stored(self, q, x, bias, step):
-        latent = self.linear_kv_down(x)[:, None]  # (R, 1, Q, r)
-        (latent,) = step.states[self.state_index].append(step, latent)  # (R, 1, S, r)
+    def to_store(self, x):
+        return (self.linear_kv_down(x)[:, None],)
+
+    def attend_stored(self, q, stored, bias):
+        (latent,) = stored  # (B, 1, S, r)
         if self.absorbing_is_cheaper(q.size(2), latent.size(2)):
             return self.attend_absorbed(q, latent, bias)
         return self.attend_expanded(q, latent, bias)
