@@ -124,13 +124,19 @@ class FrameState(State):
         for stream, frames in zip(streams, step.lengths, strict=True):
             self.held[stream] += frames
         self._grow(step.slots)
-        stored, kept = [], iter(self.tensors)
+        kept = iter(self.tensors)
         for codec, x in zip(self.codecs, new, strict=True):
-            parts = [next(kept) for _ in codec.layout]
-            for part, encoded in zip(parts, codec.encode(x), strict=True):
-                step.put(part, encoded)
-            stored.append(codec.decode([step.get(part) for part in parts], x.dtype))
-        return stored
+            for encoded in codec.encode(x):
+                step.put(next(kept), encoded)
+        return self.read(step, new[0].dtype)
+
+    def read(self, step: Step, dtype: torch.dtype) -> list[Tensor]:
+        """What a chunk may look at, slot by slot: (R, G, S, size) of each vector."""
+        kept = iter(self.tensors)
+        return [
+            codec.decode([step.get(next(kept)) for _ in codec.layout], dtype)
+            for codec in self.codecs
+        ]
 
     def trim(self, frames: int) -> None:
         self.held = [min(held, frames) for held in self.held]
@@ -199,6 +205,13 @@ class LinearState(State):
         dtype = torch.promote_types(spec.dtype, torch.float32)
         sizes = (spec.batch_size, n_head, features, d_v + 1)
         self.tensors = [torch.zeros(sizes, dtype=dtype, device=spec.device)]
+
+    @classmethod
+    def holding(cls, sums: Tensor) -> Self:
+        """A state of these sums, (B, H, f, d_v + 1)."""
+        state = cls.__new__(cls)
+        state.tensors = [sums]
+        return state
 
     def read(self, step: Step) -> Tensor:
         """(R, H, f, d_v + 1): sum of phi(k) v' and, in the last column, of phi(k)."""

@@ -5,6 +5,7 @@ Shape letters: B batch, H heads, Q queries, S keys, T frames, D model size, d_k 
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,20 @@ def sinusoid(positions: Tensor, size: int) -> Tensor:
     )
     angles = positions.float()[..., None] * rates
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)[..., :size]
+
+
+def at_positions(encoding: Any, x: Tensor, positions: Tensor) -> Tensor:
+    """What ESPnet's PositionalEncoding or ScaledPositionalEncoding gives for frames of a stream.
+
+    Args:
+        encoding: the module.
+        x: (B, T, D), or (N, D) of one position.
+        positions: broadcastable to x without D.
+    """
+    absolute = sinusoid(positions, x.size(-1)).to(x.dtype)
+    if hasattr(encoding, "alpha"):  # the scaled one
+        return x + encoding.alpha * absolute
+    return x * encoding.xscale + absolute
 
 
 def draw_chunks(frames: int, generator: torch.Generator | None = None) -> tuple[int, int]:

@@ -19,6 +19,9 @@ CHOICES = {
         "kv_branchformer": "espnet_kv.encoder.branchformer:KVBranchformerEncoder",
         "kv_e_branchformer": "espnet_kv.encoder.e_branchformer:KVEBranchformerEncoder",
     },
+    "decoder_choices": {
+        "kv_transformer": "espnet_kv.decoder.transformer:KVTransformerDecoder",
+    },
 }
 TASK_MODULES = ("espnet2.tasks.asr", "espnet3.systems.esp2_asr.task")
 

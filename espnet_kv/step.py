@@ -7,7 +7,9 @@ for the rest; each module finds its own state in it.
 Shape letters: R streams that take the step, Q frames of the chunk, N slots, S slots in use.
 """
 
+from collections.abc import Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,10 +45,18 @@ class Step:
     """
 
     pos_emb: Tensor | None = None
+    # the Q "frames" are hypotheses of one utterance, which do not see one another
+    apart: bool = False
+
+    @classmethod
+    def whole(cls, memory: Tensor, states: Sequence[Any] = ()) -> "Step":
+        """The one step in which encoded utterances (B, T, D) are stored."""
+        b, t = memory.shape[:2]
+        return cls(states, None, [0] * b, [t] * b, [0] * b, t, t, memory.device)
 
     def __init__(
         self,
-        states: list[Any],
+        states: Sequence[Any],
         rows: list[int] | None,
         starts: list[int],
         lengths: list[int],
@@ -106,6 +116,19 @@ class Step:
         if isinstance(self.order, int):
             return torch.cat([bias[..., self.order :], bias[..., : self.order]], dim=-1)
         return bias.gather(-1, self.order.expand_as(bias))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Encoded utterances as a decoder's cross-attention keeps them; rides in the mask slot.
+
+    states: of every cross-attention module, by its `state_index`. whole: the step that stored
+    them. visible: (B, 1, 1, T) bool, the frames that exist; None: all.
+    """
+
+    states: Sequence[Any]
+    whole: Step
+    visible: Tensor | None
 
 
 # the step that the encoder of this thread or task is taking

@@ -7,6 +7,7 @@ from espnet2.tasks.asr import ASRTask as ESPnetASRTask
 from espnet2.train.abs_espnet_model import AbsESPnetModel
 
 from espnet_kv.checkpoint import refuse_partial_loads
+from espnet_kv.decoder.transformer import KVTransformerDecoder
 from espnet_kv.encoder.base import KVEncoder
 from espnet_kv.errors import UserError
 
@@ -26,7 +27,7 @@ class ASRTask(ESPnetASRTask):
         """
         model = super().build_model(args)
         for module in model.modules():
-            if isinstance(module, KVEncoder):
+            if isinstance(module, KVEncoder | KVTransformerDecoder):
                 module.load_guard.remove()  # the whole model's guard names all keys at once
         if not getattr(args, "use_adapter", False):  # adapters are saved without the model
             refuse_partial_loads(model)
@@ -50,3 +51,13 @@ class ASRTask(ESPnetASRTask):
             if "loading state_dict" in str(error):
                 raise UserError(f"{model_file}: {' '.join(str(error).split())}") from error
             raise
+
+
+class CachedDecodingTask(ASRTask):
+    """ASRTask for inference: a stock `transformer` decoder becomes kv_transformer."""
+
+    @classmethod
+    def build_model(cls, args: argparse.Namespace) -> AbsESPnetModel:
+        if getattr(args, "decoder", None) == "transformer":
+            args.decoder = "kv_transformer"
+        return super().build_model(args)

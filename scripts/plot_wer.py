@@ -20,8 +20,9 @@ def read_rates(results: str) -> dict[str, dict[str, dict[str, float]]]:
     ends = [*(found.start() for found in starts[1:]), len(results)]
     for found, end in zip(starts, ends, strict=True):
         words = results[found.end() : end].partition("### WER")[2].partition("###")[0]
-        row = {name: float(rate) for name, rate in ROW.findall(words)}
-        rates.setdefault(found[1], {})[found[2]] = row
+        # the first decoding of each test set: the others follow it by name
+        row = {name: float(rate) for name, rate in reversed(ROW.findall(words))}
+        rates.setdefault(found[1], {}).setdefault(found[2], row)
     return rates
 
 

@@ -11,6 +11,7 @@ from espnet2.tasks.asr import ASRTask as ESPnetASRTask
 
 from espnet_kv.bin import asr_inference
 from espnet_kv.checkpoint import refuse_partial_loads
+from espnet_kv.decoder.transformer import KVTransformerDecoder
 from espnet_kv.errors import UserError
 from espnet_kv.task import ASRTask
 
@@ -136,7 +137,7 @@ def test_the_guard_can_be_taken_back():
     assert torch.equal(module.weight, torch.ones(2, 2))
 
 
-def decode(experiments: Path, config: str, model: str, folder: Path) -> int:
+def decode(experiments: Path, config: str, model: str, folder: Path, *options: str) -> int:
     soundfile.write(folder / "u1.wav", 0.1 * torch.randn(16000).numpy(), 16000)
     (folder / "wav.scp").write_text(f"u1 {folder}/u1.wav\n")
     return asr_inference.main(
@@ -145,7 +146,7 @@ def decode(experiments: Path, config: str, model: str, folder: Path) -> int:
             *["--asr_model_file", str(experiments / model / "model.pth")],
             *["--data_path_and_name_and_type", f"{folder}/wav.scp,speech,sound"],
             *["--output_dir", str(folder / "decoded"), "--ngpu", "0", "--num_workers", "0"],
-            *["--beam_size", "2", "--maxlenratio", "-3"],
+            *["--beam_size", "2", "--maxlenratio", "-3", *options],
         ]
     )
 
@@ -164,3 +165,33 @@ def test_asr_inference_says_it_in_one_line(model, experiments, tmp_path, capsys)
 def test_asr_inference_decodes(experiments, tmp_path):
     assert decode(experiments, "mla", "mla", tmp_path) == 0
     assert (tmp_path / "decoded/1best_recog/text").read_text().startswith("u1")
+
+
+@pytest.mark.parametrize("batch", ["1", "2"])
+def test_asr_inference_searches_with_a_cache(batch, experiments, tmp_path, monkeypatch):
+    """In place of a stock decoder, unless told not to; what it writes is the same."""
+    steps, searched = [], KVTransformerDecoder.batch_score
+
+    def counted(decoder, ys, *args, **kwargs):
+        steps.append(len(ys))
+        return searched(decoder, ys, *args, **kwargs)
+
+    monkeypatch.setattr(KVTransformerDecoder, "batch_score", counted)
+    results = {}
+    for cached in ("true", "false"):
+        folder = tmp_path / cached
+        folder.mkdir()
+        torch.manual_seed(0)
+        options = ["--kv_decoder", cached, "--nbest", "2", "--ctc_weight", "0.3"]
+        assert decode(experiments, "mha", "mha", folder, *options, "--batch_size", batch) == 0
+        assert bool(steps) == (cached == "true")
+        steps.clear()
+        files = sorted((folder / "decoded").glob("*best_recog/*"))
+        results[cached] = {f"{f.parent.name}/{f.name}": f.read_text().split() for f in files}
+    assert results["true"].keys() == results["false"].keys()
+    for name, words in results["false"].items():
+        if name.endswith("score"):
+            number = [float(text[1].strip("tensor()")) for text in (words, results["true"][name])]
+            assert number[1] == pytest.approx(number[0], abs=1e-4)
+        else:
+            assert results["true"][name] == words

@@ -62,13 +62,16 @@ def test_help_commands_run(command):
     assert ours in ended.stdout
 
 
-def test_the_yaml_example_builds():
-    from espnet2.tasks.asr import encoder_choices
+def test_the_yaml_examples_build():
+    from espnet2.tasks.asr import decoder_choices, encoder_choices
 
-    (block,) = blocks("yaml")
-    config = yaml.safe_load(block)
+    config = {}
+    for block in blocks("yaml"):
+        config |= yaml.safe_load(block)
     encoder = encoder_choices.get_class(config["encoder"])
     encoder(80, num_blocks=1, rel_pos_type="latest", **config["encoder_conf"])
+    decoder = decoder_choices.get_class(config["decoder"])
+    decoder(100, 256, num_blocks=1, **config["decoder_conf"])
 
 
 def test_the_file_tree_is_complete():

@@ -25,7 +25,7 @@ LAYERS = {
     "attention": {"cache", "position", "step"},
     "encoder": {"cache", "codec", "position", "step", "attention", "checkpoint"},
     "streaming": {"cache", "encoder", "task"},
-    "decoder": {"cache", "position", "attention", "checkpoint"},
+    "decoder": {"cache", "position", "step", "attention", "checkpoint"},
     "task": {"encoder", "decoder", "checkpoint", "registration"},
     "convert": {"cache", "position", "attention", "encoder", "decoder", "task", "checkpoint"},
     "profile": {"cache", "position", "attention", "encoder", "decoder", "task", "checkpoint"},

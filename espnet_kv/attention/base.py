@@ -8,15 +8,16 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espnet_kv.cache import State, StateSpec
+from espnet_kv.cache import FrameState, State, StateSpec
 from espnet_kv.errors import ConfigError
 from espnet_kv.position import Chunks, rel_shift
-from espnet_kv.step import Step
+from espnet_kv.step import Memory, Step
 
 # Long utterances are attended in blocks of queries: of the 2T-1 relative positions each block
 # meets only T+block-1, and under a chunk mask only the keys in reach are touched.
@@ -87,6 +88,10 @@ class Attention(nn.Module):
         position, mask = context if len(context) == 2 else (None, *context)
         if isinstance(position, Step):
             return self.step(query, position)
+        if isinstance(mask, Step):  # the slot that reaches a decoder's attention
+            return self.step(query, mask)
+        if isinstance(mask, Memory):
+            return self.recall(query, mask.states[self.state_index], mask)
         if isinstance(position, Chunks):
             return self.attend(query, key, value, position.pos_emb, mask, position)
         return self.attend(query, key, value, position, mask, None)
@@ -110,6 +115,20 @@ class Attention(nn.Module):
     @abstractmethod
     def step(self, x: Tensor, step: Step) -> Tensor:
         """Self-attention of a chunk (R, Q, D) over itself and what is stored -> (R, Q, D)."""
+
+    @abstractmethod
+    def remember(self, memory: Tensor, spec: StateSpec, mask: Tensor | None) -> State:
+        """What cross-attention keeps of an encoded utterance.
+
+        Args:
+            memory: (B, T, D).
+            spec: with T slots.
+            mask: (B, 1, T), nonzero where there is a frame, or None: everywhere.
+        """
+
+    @abstractmethod
+    def recall(self, x: Tensor, state: Any, memory: Memory) -> Tensor:
+        """Cross-attention of (B, Q, D) over what `remember` kept -> (B, Q, D)."""
 
 
 class SoftmaxAttention(Attention):
@@ -143,6 +162,10 @@ class SoftmaxAttention(Attention):
     @abstractmethod
     def project_kv(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, each (B, S, D) -> (B, G, S, d_k), G a divisor of the heads."""
+
+    @abstractmethod
+    def init_state(self, spec: StateSpec) -> FrameState:
+        """An empty state of this module."""
 
     def project_q(self, query: Tensor) -> Tensor:
         """(B, Q, D) -> (B, Q, H, d_k)."""
@@ -203,6 +226,16 @@ class SoftmaxAttention(Attention):
             if step.visible is not None:
                 bias = bias.masked_fill(~step.visible, torch.finfo(bias.dtype).min)
             out = self.attend_stored(content, stored, bias)
+        return self.linear_out(out.transpose(1, 2).flatten(2))
+
+    def remember(self, memory, spec, mask):
+        state = self.init_state(spec)
+        state.append(Step.whole(memory), *self.to_store(memory))
+        return state
+
+    def recall(self, x, state, memory):
+        q = self.project_q(x).transpose(1, 2)  # (B, H, Q, d_k)
+        out = self.attend_stored(q, state.read(memory.whole, x.dtype), memory.visible)
         return self.linear_out(out.transpose(1, 2).flatten(2))
 
     def to_store(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ from espnet_kv.attention.base import Attention, HeadSizes
 from espnet_kv.cache import LinearState, StateSpec
 from espnet_kv.errors import ConfigError
 from espnet_kv.position import Chunks
+from espnet_kv.step import Step
 
 # keeps the normaliser of a frame that sees nothing (padding) away from zero
 EPSILON = 1e-6
@@ -130,6 +131,12 @@ class LinearAttention(Attention):
         return LinearState(spec, self.h, features, self.d_k)
 
     def step(self, x, step):
+        if step.apart:  # every hypothesis has sums of its own
+            alone = x.reshape(-1, 1, x.size(2))
+            return self._step(alone, step).view(x.shape)
+        return self._step(x, step)
+
+    def _step(self, x: Tensor, step: Step) -> Tensor:
         q, k = self._heads(self.linear_q(x)), self._heads(self.linear_k(x))
         v = self._heads(self.linear_v(x))  # (R, H, Q, d_k)
         state = step.states[self.state_index]
@@ -147,6 +154,24 @@ class LinearAttention(Attention):
                 left = k * _faded(frames, self.decay, k)
                 seen = past * self.decay**frames + torch.matmul(left.transpose(-1, -2), v)
             state.append(step, seen)
+        return self.linear_out(out.to(x.dtype).transpose(1, 2).flatten(2))
+
+    def remember(self, memory, spec, mask):
+        state = self.init_state(spec)
+        k, v = self._heads(self.linear_k(memory)), self._heads(self.linear_v(memory))
+        dtype = state.tensors[0].dtype
+        with torch.autocast(memory.device.type, enabled=False):
+            k, v = self.feature_map(k.to(dtype)), F.pad(v.to(dtype), (0, 1), value=1.0)
+            if mask is not None:
+                k = k * mask[:, :, :, None].ne(0)
+            state.append(Step.whole(memory), torch.matmul(k.transpose(-1, -2), v))
+        return state
+
+    def recall(self, x, state, memory):
+        q, seen = self._heads(self.linear_q(x)), state.tensors[0]
+        with torch.autocast(x.device.type, enabled=False):
+            out = torch.matmul(self.feature_map(q.to(seen.dtype)), seen)
+            out = out[..., :-1] / (out[..., -1:] + EPSILON)
         return self.linear_out(out.to(x.dtype).transpose(1, 2).flatten(2))
 
     def _chunked(self, q: Tensor, k: Tensor, v: Tensor, chunks: Chunks) -> Tensor:

@@ -1,9 +1,25 @@
-"""espnet2.bin.asr_inference with the plug-in registered: same options, same files."""
+"""espnet2.bin.asr_inference with the plug-in registered: its options and one more, same files."""
 
+import argparse
 import sys
 from collections.abc import Sequence
 
 from espnet_kv.errors import command
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """ESPnet's options and --kv_decoder."""
+    from espnet2.bin import asr_inference as espnet
+    from espnet2.utils.types import str2bool
+
+    parser = espnet.get_parser()
+    parser.add_argument(
+        "--kv_decoder",
+        type=str2bool,
+        default=True,
+        help="Search with a true cache in place of a stock transformer decoder: same hypotheses",
+    )
+    return parser
 
 
 @command
@@ -11,14 +27,18 @@ def main(cmd: Sequence[str] | None = None) -> None:
     """Decode as espnet2.bin.asr_inference does, after loading the model strictly.
 
     Args:
-        cmd: ESPnet's options; sys.argv when None.
+        cmd: the options; sys.argv when None.
     """
     from espnet2.bin import asr_inference as espnet
 
-    from espnet_kv.task import ASRTask
+    from espnet_kv.task import ASRTask, CachedDecodingTask
 
-    espnet.ASRTask = ASRTask  # what its Speech2Text builds models with, in this process
-    espnet.main(cmd)
+    print(espnet.get_commandline_args(), file=sys.stderr)
+    options = vars(get_parser().parse_args(cmd))
+    options.pop("config")
+    # what its Speech2Text builds models with, in this process
+    espnet.ASRTask = CachedDecodingTask if options.pop("kv_decoder") else ASRTask
+    espnet.inference(**options)
 
 
 if __name__ == "__main__":

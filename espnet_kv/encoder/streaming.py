@@ -5,14 +5,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from espnet2.legacy.nets.pytorch_backend.transformer.embedding import ScaledPositionalEncoding
 from torch import Tensor, nn
 
 from espnet_kv.cache import EncoderState, FeatureState, StateSpec
 from espnet_kv.codec import build_codec
 from espnet_kv.encoder.base import KVEncoder
 from espnet_kv.errors import ConfigError
-from espnet_kv.position import sinusoid
+from espnet_kv.position import at_positions
 from espnet_kv.step import Step, running
 
 # slots that an unbounded left context begins with, in chunks; they double when full
@@ -263,10 +262,7 @@ class StreamingEncoder(KVEncoder):
             return x * encoding.xscale, step
         starts = torch.tensor(step.starts, device=x.device)[:, None]
         positions = starts + torch.arange(x.size(1), device=x.device)  # (R, Q)
-        absolute = sinusoid(positions, x.size(2)).to(x.dtype)
-        if isinstance(encoding, ScaledPositionalEncoding):
-            return x + encoding.alpha * absolute, step
-        return x * encoding.xscale + absolute, step
+        return at_positions(encoding, x, positions), step
 
 
 def subsampling(embed: nn.Module | None) -> tuple[int, int]:

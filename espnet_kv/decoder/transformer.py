@@ -1,0 +1,175 @@
+"""kv_transformer."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from espnet2.asr.decoder.transformer_decoder import TransformerDecoder
+from torch import Tensor, nn
+
+from espnet_kv.attention import build_attention, check_attention
+from espnet_kv.attention.base import HeadSizes
+from espnet_kv.checkpoint import refuse_partial_loads
+from espnet_kv.decoder.search import Hypothesis, Search
+from espnet_kv.errors import ConfigError
+from espnet_kv.position import at_positions
+
+
+class KVTransformerDecoder(TransformerDecoder):
+    """ESPnet's TransformerDecoder whose search keeps what it has computed.
+
+    Parameters and training are ESPnet's; with mha in both places its checkpoints load. In search,
+    keys and values (or latents, or sums) of a token are computed once, those of the encoder output
+    once per utterance, and every hypothesis looks them up; ESPnet's decoder keeps layer outputs
+    and projects the whole prefix and the whole encoder output again at every token.
+
+    Shape letters: N hypotheses, B utterances, K = N / B, L tokens, V vocabulary, D model size.
+
+    Args:
+        vocab_size: V.
+        encoder_output_size: D.
+        self_attention_type, src_attention_type: mha, gqa, mla or linear, for attention among
+            tokens and to the encoder output.
+        self_attention_conf, src_attention_conf: options of these.
+        espnet_conf: the arguments of ESPnet's class. use_sdpa and use_flash_attn change nothing.
+
+    Raises:
+        ConfigError (a ValueError): names the key, its value and what is allowed.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        encoder_output_size: int,
+        attention_heads: int = 4,
+        self_attention_type: str = "mha",
+        self_attention_conf: Mapping[str, Any] | None = None,
+        src_attention_type: str = "mha",
+        src_attention_conf: Mapping[str, Any] | None = None,
+        **espnet_conf: Any,
+    ):
+        HeadSizes(attention_heads, encoder_output_size)
+        confs = {
+            "self": (self_attention_type, dict(self_attention_conf or {})),
+            "src": (src_attention_type, dict(src_attention_conf or {})),
+        }
+        for place, (kind, conf) in confs.items():
+            try:
+                check_attention(kind, conf)
+            except ConfigError as error:
+                raise ConfigError(f"{place}_{error}") from error
+            if conf.get("decay") is not None:
+                raise ConfigError(f"{place}_attention_conf.decay: works in encoders only")
+        allowed = inspect.signature(TransformerDecoder.__init__).parameters
+        for key in espnet_conf:
+            if key not in allowed:
+                raise ConfigError(
+                    f"decoder_conf.{key}: KVTransformerDecoder has no such argument (allowed: "
+                    f"{', '.join(inspect.signature(type(self)).parameters)})"
+                )
+        super().__init__(vocab_size, encoder_output_size, attention_heads, **espnet_conf)
+        for index, layer in enumerate(self.decoders):
+            for place, (kind, conf) in confs.items():
+                attention = build_attention(
+                    kind,
+                    conf,
+                    attention_heads,
+                    encoder_output_size,
+                    espnet_conf.get(f"{place}_attention_dropout_rate", 0.0),
+                    rel_pos=False,
+                    qk_norm=espnet_conf.get("qk_norm", False),
+                )
+                attention.state_index = index
+                setattr(layer, f"{place}_attn", attention)
+        self.cache_dtype: str | None = None
+        # ESPnet loads non-strictly, and would go on with random attention weights
+        self.load_guard = refuse_partial_loads(self)
+
+    def init_state(self, x: Tensor) -> Hypothesis:
+        """The empty hypothesis of x, (T, D) encoder frames."""
+        return self.batch_init_state(x)
+
+    def batch_init_state(self, x: Tensor, xs_lengths: Tensor | None = None) -> Hypothesis:
+        """The empty hypothesis of one utterance (T, D) or of several (B, T, D).
+
+        xs_lengths: (B,) frames of each; None: all T.
+        """
+        x = x[None] if x.dim() == 2 else x
+        mask = None
+        if xs_lengths is not None and int(min(xs_lengths)) < x.size(1):
+            frames = torch.arange(x.size(1), device=x.device)
+            mask = (frames < xs_lengths.to(x.device)[:, None])[:, None]  # (B, 1, T)
+        return Hypothesis(Search(self, x, mask), x.new_zeros(0, dtype=torch.long), None)
+
+    def score(self, ys: Tensor, state: Hypothesis | None, x: Tensor, return_hs: bool = False):
+        """Score the next token of one hypothesis; as ESPnet's ScorerInterface.
+
+        Args:
+            ys: (L,) tokens. state: of all but the last of them. x: (T, D).
+
+        Returns:
+            (V,) log-probabilities, with return_hs the hidden state (D,), and the new state.
+        """
+        scores, (state,) = self.batch_score(ys[None], [state], x[None], return_hs)
+        if return_hs:
+            return scores[0][0], scores[1][0], state
+        return scores[0], state
+
+    @torch.no_grad()
+    def batch_score(
+        self,
+        ys: Tensor,
+        states: Sequence[Hypothesis | None],
+        xs: Tensor,
+        return_hs: bool = False,
+        xs_mask: Tensor | None = None,
+    ):
+        """Score the next token of every hypothesis; as ESPnet's BatchScorerInterface.
+
+        Args:
+            ys: (N, L) tokens, hypotheses of an utterance side by side.
+            states: of all but the last of them.
+            xs: (N, T, D), the encoder output of each hypothesis.
+            xs_mask: (N, 1, T), frames that exist; None: all.
+
+        Returns:
+            (N, V) log-probabilities, with return_hs the hidden states (N, D), and N new states.
+        """
+        states = self._of_this_memory(states, xs, xs_mask)
+        search = states[0].search
+        for position in range(len(states[0].path), ys.size(1)):  # more than one for a primer
+            x = self._embed(ys[:, position], position).view(search.batch_size, -1, xs.size(-1))
+            step, memory = search.begin(states), search.memory
+            for layer in self.decoders:
+                x = layer(x, step, x, memory)[0]  # (B, K, D)
+            states = search.end(step)
+        hidden = x.flatten(0, 1)  # (N, D)
+        if self.normalize_before:
+            hidden = self.after_norm(hidden)
+        scores = hidden
+        if self.output_layer is not None:
+            scores = torch.log_softmax(self.output_layer(hidden), dim=-1)
+        return ((scores, hidden) if return_hs else scores), states
+
+    def _of_this_memory(
+        self, states: Sequence[Hypothesis | None], xs: Tensor, xs_mask: Tensor | None
+    ) -> list[Hypothesis]:
+        """The states, or new ones where there are none or the encoder output went on."""
+        first = states[0]
+        if first is not None and first.search.frames == xs.size(1):
+            return list(states)  # type: ignore[arg-type]
+        if first is not None and len(first.path):
+            first.search.replace_memory(xs[:: len(xs) // first.search.batch_size], None)
+            return list(states)  # type: ignore[arg-type]
+        # hypotheses of one utterance come as views of it, those of several one by one
+        if xs.stride(0) == 0 or len(xs) == 1:
+            xs, xs_mask = xs[:1], None if xs_mask is None else xs_mask[:1]
+        search = Search(self, xs, xs_mask)
+        return [Hypothesis(search, xs.new_zeros(0, dtype=torch.long), None)] * len(states)
+
+    def _embed(self, tokens: Tensor, position: int) -> Tensor:
+        """(N,) tokens at one position, or (N, mels) inputs -> (N, D)."""
+        *layers, encoding = self.embed
+        x = nn.Sequential(*layers)(tokens)
+        return at_positions(encoding, x, torch.tensor(position, device=x.device))
