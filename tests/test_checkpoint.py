@@ -182,7 +182,8 @@ def test_asr_inference_searches_with_a_cache(batch, experiments, tmp_path, monke
         folder = tmp_path / cached
         folder.mkdir()
         torch.manual_seed(0)
-        options = ["--kv_decoder", cached, "--nbest", "2", "--ctc_weight", "0.3"]
+        options = ["--kv_decoder", cached, "--fast_ctc", cached, "--nbest", "2"]
+        options += ["--ctc_weight", "0.3"]
         assert decode(experiments, "mha", "mha", folder, *options, "--batch_size", batch) == 0
         assert bool(steps) == (cached == "true")
         steps.clear()

@@ -1,4 +1,4 @@
-"""espnet2.bin.asr_inference with the plug-in registered: its options and one more, same files."""
+"""espnet2.bin.asr_inference with the plug-in registered: its options and two more, same files."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from espnet_kv.errors import command
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """ESPnet's options and --kv_decoder."""
+    """ESPnet's options, --kv_decoder and --fast_ctc."""
     from espnet2.bin import asr_inference as espnet
     from espnet2.utils.types import str2bool
 
@@ -18,6 +18,12 @@ def get_parser() -> argparse.ArgumentParser:
         type=str2bool,
         default=True,
         help="Search with a true cache in place of a stock transformer decoder: same hypotheses",
+    )
+    parser.add_argument(
+        "--fast_ctc",
+        type=str2bool,
+        default=True,
+        help="Compute CTC prefix scores of all frames at once: same scores",
     )
     return parser
 
@@ -31,6 +37,7 @@ def main(cmd: Sequence[str] | None = None) -> None:
     """
     from espnet2.bin import asr_inference as espnet
 
+    from espnet_kv.decoder.ctc_prefix import FastCTCPrefixScorer
     from espnet_kv.task import ASRTask, CachedDecodingTask
 
     print(espnet.get_commandline_args(), file=sys.stderr)
@@ -38,7 +45,13 @@ def main(cmd: Sequence[str] | None = None) -> None:
     options.pop("config")
     # what its Speech2Text builds models with, in this process
     espnet.ASRTask = CachedDecodingTask if options.pop("kv_decoder") else ASRTask
-    espnet.inference(**options)
+    stock_scorer = espnet.CTCPrefixScorer
+    if options.pop("fast_ctc"):
+        espnet.CTCPrefixScorer = FastCTCPrefixScorer
+    try:
+        espnet.inference(**options)
+    finally:
+        espnet.CTCPrefixScorer = stock_scorer
 
 
 if __name__ == "__main__":
