@@ -264,32 +264,6 @@ class TestStream:
         _, status = os.waitpid(child.pid, 0)
         assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGPIPE
 
-    def test_on_a_terminal_words_and_meter_are_redrawn(self, model):
-        ours, theirs = pty.openpty()
-        child = Forked(stream.main, [*model, "-"], stdout=theirs, stderr=theirs)
-        os.close(theirs)
-        drawn = b""
-
-        def read_until(end: bytes) -> None:
-            nonlocal drawn
-            while end not in drawn:
-                drawn += os.read(ours, 4096)
-
-        for letters, shown in (("AB", b"] A"), ("__", b"")):
-            data = pcm(letters)
-            for start in range(0, len(data), 8000):
-                child.stdin.write(data[start : start + 8000])
-            read_until(shown)
-        read_until(b"AB\r\n")  # the final line
-        child.stdin.close()
-        read_until(b"real-time factor")
-        assert os.waitpid(child.pid, 0)[1] == 0
-        os.close(ours)
-        text = drawn.decode()
-        assert "\r\x1b[K[" in text and ", RTF 0." in text and " kB] A" in text
-        *_, before = text.split("AB\r\n")[0].split("\n")
-        assert before.endswith("\r\x1b[K")  # erased, then written
-
     def test_wide_characters_do_not_break_the_line(self):
         assert stream._tail("abcdef", 4) == "cdef"
         assert stream._tail("ab", 4) == "ab"
