@@ -1,9 +1,11 @@
-"""What the benchmarks share: models of conf/ with like weights, the card's facts, ratios."""
+"""What the benchmarks share: models of conf/ with like weights, the card's facts, clocks."""
 
 import argparse
 import importlib.metadata
 import statistics
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -75,6 +77,20 @@ def synchronize(device: str) -> None:
         import torch
 
         torch.cuda.synchronize()
+
+
+def timed(device: str, run: Callable, *operands) -> float:
+    """Seconds of one run."""
+    begin = time.perf_counter()
+    run(*operands)
+    synchronize(device)
+    return time.perf_counter() - begin
+
+
+def rotated(names: list, turn: int) -> list:
+    """Each round begins one side later than the last."""
+    first = turn % len(names)
+    return names[first:] + names[:first]
 
 
 def ratio(times: list, others: list) -> float:

@@ -8,7 +8,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,9 +19,10 @@ from common import (
     print_device,
     print_software,
     ratio,
+    rotated,
     set_up_machine,
     settings,
-    synchronize,
+    timed,
 )
 from streams import (
     ATTENTIONS,
@@ -96,20 +96,6 @@ def open_streams(encoders: dict, left_chunks: int, features: Tensor) -> dict[str
         name: sides.get(name, Ours)(encoder, left_chunks, features)
         for name, encoder in encoders.items()
     }
-
-
-def timed(device: str, run: Callable, *operands) -> float:
-    """Seconds of one run."""
-    begin = time.perf_counter()
-    run(*operands)
-    synchronize(device)
-    return time.perf_counter() - begin
-
-
-def rotated(names: list, turn: int) -> list:
-    """Each round begins one side later than the last."""
-    first = turn % len(names)
-    return names[first:] + names[:first]
 
 
 def print_card(encoders: dict, args: argparse.Namespace) -> None:

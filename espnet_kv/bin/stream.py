@@ -129,8 +129,9 @@ class Display:
                 f"[{meter.audio_seconds:.1f} s, RTF {meter.real_time_factor:.2f}, "
                 f"cache {meter.cache_nbytes / 1000:.1f} kB] "
             )
-        width = os.get_terminal_size(self._live.fileno()).columns - 1
-        line = (head + _tail(text, width - len(head)))[: max(width, 0)]
+        # a terminal that was never told its size says 0
+        width = (os.get_terminal_size(self._live.fileno()).columns) - 1
+        line = (head + _tail(text, width - len(head)))[:width]
         print(f"\r\x1b[K{line}", end="", file=self._live, flush=True)
 
     def _erase(self) -> None:
