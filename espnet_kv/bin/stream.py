@@ -130,7 +130,7 @@ class Display:
                 f"cache {meter.cache_nbytes / 1000:.1f} kB] "
             )
         # a terminal that was never told its size says 0
-        width = (os.get_terminal_size(self._live.fileno()).columns) - 1
+        width = (os.get_terminal_size(self._live.fileno()).columns or 80) - 1
         line = (head + _tail(text, width - len(head)))[:width]
         print(f"\r\x1b[K{line}", end="", file=self._live, flush=True)
 
