@@ -49,10 +49,10 @@ class Step:
     apart: bool = False
 
     @classmethod
-    def whole(cls, memory: Tensor, states: Sequence[Any] = ()) -> "Step":
+    def whole(cls, memory: Tensor) -> "Step":
         """The one step in which encoded utterances (B, T, D) are stored."""
         b, t = memory.shape[:2]
-        return cls(states, None, [0] * b, [t] * b, [0] * b, t, t, memory.device)
+        return cls((), None, [0] * b, [t] * b, [0] * b, t, t, memory.device)
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Step:
         self.states = states
         self.slots, self.chunk_size = slots, chunk_size
         self.starts, self.lengths = starts, lengths
-        self.frames = frames = max(lengths)
+        frames = max(lengths)
         self.read = min(slots, max(starts) + frames)
         self.rows = None if rows is None else torch.tensor(rows, device=device)
         self.visible = self.valid = None

@@ -1,6 +1,5 @@
 """The runner that feeds encoders piece by piece; a test of a new attention needs nothing else."""
 
-import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -111,7 +110,3 @@ def reachable(root: Any) -> dict[int, Tensor]:
         elif hasattr(thing, "__dict__"):
             todo += vars(thing).values()
     return found
-
-
-def grid(*axes: Iterable) -> list[tuple]:
-    return list(itertools.product(*axes))

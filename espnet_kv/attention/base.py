@@ -8,7 +8,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +90,7 @@ class Attention(nn.Module):
         if isinstance(mask, Step):  # the slot that reaches a decoder's attention
             return self.step(query, mask)
         if isinstance(mask, Memory):
-            return self.recall(query, mask.states[self.state_index], mask)
+            return self.recall(query, mask)
         if isinstance(position, Chunks):
             return self.attend(query, key, value, position.pos_emb, mask, position)
         return self.attend(query, key, value, position, mask, None)
@@ -127,7 +126,7 @@ class Attention(nn.Module):
         """
 
     @abstractmethod
-    def recall(self, x: Tensor, state: Any, memory: Memory) -> Tensor:
+    def recall(self, x: Tensor, memory: Memory) -> Tensor:
         """Cross-attention of (B, Q, D) over what `remember` kept -> (B, Q, D)."""
 
 
@@ -210,32 +209,33 @@ class SoftmaxAttention(Attention):
         stored = step.states[self.state_index].append(step, *self.to_store(x))
         q = self.project_q(x)  # (R, Q, H, d_k)
         if step.pos_emb is None:
-            out = self.attend_stored(q.transpose(1, 2), stored, step.visible)
-        else:
-            content = (q + self.pos_bias_u).transpose(1, 2)  # (R, H, Q, d_k)
-            position = (q + self.pos_bias_v).transpose(1, 2)
-            keys = step.read
-            first, width = step.slots - keys, keys + x.size(1) - 1
-            window = self._position_table(step)[:, first : first + width]  # (H, S+Q-1, d_k)
-            # (R, H, Q, d_k) x (H, d_k, S+Q-1) -> (R, H, Q, S+Q-1) -> (R, H, Q, S)
-            scores = torch.matmul(position, window.transpose(1, 2))
-            bias = rel_shift(scores, keys)
-            if self.zero_triu:
-                bias = bias.tril(keys - x.size(1))
-            bias = step.arrange(bias)
-            if step.visible is not None:
-                bias = bias.masked_fill(~step.visible, torch.finfo(bias.dtype).min)
-            out = self.attend_stored(content, stored, bias)
-        return self.linear_out(out.transpose(1, 2).flatten(2))
+            return self._mix(q, stored, step.visible)
+        position = (q + self.pos_bias_v).transpose(1, 2)  # (R, H, Q, d_k)
+        keys = step.read
+        first, width = step.slots - keys, keys + x.size(1) - 1
+        window = self._position_table(step)[:, first : first + width]  # (H, S+Q-1, d_k)
+        # (R, H, Q, d_k) x (H, d_k, S+Q-1) -> (R, H, Q, S+Q-1) -> (R, H, Q, S)
+        scores = torch.matmul(position, window.transpose(1, 2))
+        bias = rel_shift(scores, keys)
+        if self.zero_triu:
+            bias = bias.tril(keys - x.size(1))
+        bias = step.arrange(bias)
+        if step.visible is not None:
+            bias = bias.masked_fill(~step.visible, torch.finfo(bias.dtype).min)
+        return self._mix(q + self.pos_bias_u, stored, bias)
 
     def remember(self, memory, spec, mask):
         state = self.init_state(spec)
         state.append(Step.whole(memory), *self.to_store(memory))
         return state
 
-    def recall(self, x, state, memory):
-        q = self.project_q(x).transpose(1, 2)  # (B, H, Q, d_k)
-        out = self.attend_stored(q, state.read(memory.whole, x.dtype), memory.visible)
+    def recall(self, x, memory):
+        stored = memory.states[self.state_index].read(memory.whole, x.dtype)
+        return self._mix(self.project_q(x), stored, memory.visible)
+
+    def _mix(self, q: Tensor, stored: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        """`attend_stored` of q (B, Q, H, d_k), projected to (B, Q, D)."""
+        out = self.attend_stored(q.transpose(1, 2), stored, bias)
         return self.linear_out(out.transpose(1, 2).flatten(2))
 
     def to_store(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -137,40 +137,44 @@ class LinearAttention(Attention):
         return self._step(x, step)
 
     def _step(self, x: Tensor, step: Step) -> Tensor:
-        q, k = self._heads(self.linear_q(x)), self._heads(self.linear_k(x))
-        v = self._heads(self.linear_v(x))  # (R, H, Q, d_k)
         state = step.states[self.state_index]
         past = state.read(step)  # (R, H, f, d_k + 1)
+        k, v = self._to_sum(x, step.valid, past.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            q, k = self.feature_map(q.to(past.dtype)), self.feature_map(k.to(past.dtype))
-            if step.valid is not None:
-                k = k * step.valid
-            v = F.pad(v.to(past.dtype), (0, 1), value=1.0)  # the last column sums up phi(k)
-            seen = past + torch.matmul(k.transpose(-1, -2), v)
-            out = torch.matmul(q, seen)
-            out = out[..., :-1] / (out[..., -1:] + EPSILON)
+            seen = left = past + torch.matmul(k.transpose(-1, -2), v)
             if self.decay is not None:
                 frames = k.size(2)
-                left = k * _faded(frames, self.decay, k)
-                seen = past * self.decay**frames + torch.matmul(left.transpose(-1, -2), v)
-            state.append(step, seen)
-        return self.linear_out(out.to(x.dtype).transpose(1, 2).flatten(2))
+                faded = k * _faded(frames, self.decay, k)
+                left = past * self.decay**frames + torch.matmul(faded.transpose(-1, -2), v)
+            state.append(step, left)
+        return self._look_up(x, seen)
 
     def remember(self, memory, spec, mask):
         state = self.init_state(spec)
-        k, v = self._heads(self.linear_k(memory)), self._heads(self.linear_v(memory))
-        dtype = state.tensors[0].dtype
+        valid = None if mask is None else mask[:, :, :, None].ne(0)
+        k, v = self._to_sum(memory, valid, state.tensors[0].dtype)
         with torch.autocast(memory.device.type, enabled=False):
-            k, v = self.feature_map(k.to(dtype)), F.pad(v.to(dtype), (0, 1), value=1.0)
-            if mask is not None:
-                k = k * mask[:, :, :, None].ne(0)
             state.append(Step.whole(memory), torch.matmul(k.transpose(-1, -2), v))
         return state
 
-    def recall(self, x, state, memory):
-        q, seen = self._heads(self.linear_q(x)), state.tensors[0]
+    def recall(self, x, memory):
+        return self._look_up(x, memory.states[self.state_index].tensors[0])
+
+    def _to_sum(self, x: Tensor, valid: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """phi(k) (B, H, S, f) and (v, 1) (B, H, S, d_k + 1) of frames x (B, S, D).
+
+        The column of ones sums up phi(k); frames that are not valid (B, 1, S, 1) add nothing.
+        """
+        k, v = self._heads(self.linear_k(x)), self._heads(self.linear_v(x))
         with torch.autocast(x.device.type, enabled=False):
-            out = torch.matmul(self.feature_map(q.to(seen.dtype)), seen)
+            k, v = self.feature_map(k.to(dtype)), F.pad(v.to(dtype), (0, 1), value=1.0)
+            return (k if valid is None else k * valid), v
+
+    def _look_up(self, x: Tensor, sums: Tensor) -> Tensor:
+        """What frames x (B, Q, D) find in sums (B, H, f, d_k + 1) -> (B, Q, D)."""
+        q = self._heads(self.linear_q(x))
+        with torch.autocast(x.device.type, enabled=False):
+            out = torch.matmul(self.feature_map(q.to(sums.dtype)), sums)
             out = out[..., :-1] / (out[..., -1:] + EPSILON)
         return self.linear_out(out.to(x.dtype).transpose(1, 2).flatten(2))
 

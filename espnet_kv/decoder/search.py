@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from espnet_kv.cache import LinearState, State, StateSpec
+from espnet_kv.cache import LinearState, StateSpec
 from espnet_kv.step import Memory, Step
 
 # slots that a store begins with; they double when full
@@ -25,12 +25,12 @@ class Hypothesis:
     """A hypothesis as its search knows it.
 
     search: what it shares with the others. path: (L,) the slots of its tokens. sums: of each
-    layer with linear attention, (H, f, d_v + 1); None before the first token.
+    layer with linear attention, (H, f, d_v + 1), and None of the others; empty at first.
     """
 
     search: "Search"
     path: Tensor
-    sums: Sequence[Tensor] | None
+    sums: Sequence[Any] = ()
 
 
 class Search:
@@ -46,8 +46,8 @@ class Search:
         self._decoder = decoder
         self.batch_size = len(xs)
         self._slots, self._used = FIRST_SLOTS, 0
-        self._spec = self._make_spec(xs, FIRST_SLOTS)
-        self.states = [layer.self_attn.init_state(self._spec) for layer in decoder.decoders]
+        spec = self._make_spec(xs, FIRST_SLOTS)
+        self.states = [layer.self_attn.init_state(spec) for layer in decoder.decoders]
         self.replace_memory(xs, mask)
 
     def _make_spec(self, xs: Tensor, slots: int) -> StateSpec:
@@ -61,12 +61,16 @@ class Search:
         visible = None if mask is None else mask[:, None].ne(0)
         self.memory = Memory(states, Step.whole(xs), visible)
 
-    def begin(self, hypotheses: Sequence[Hypothesis]) -> Step:
-        """The step in which N hypotheses, K of each utterance, take one token more."""
+    def begin(self, hypotheses: Sequence[Hypothesis]) -> tuple[Step, Tensor]:
+        """The step in which N hypotheses, K of each utterance, take one token more.
+
+        Returns:
+            The step, and the paths (N, L) of the hypotheses after it.
+        """
         count = len(hypotheses) // self.batch_size
         while self._used + count > self._slots:
             self._slots *= 2
-        b, device = self.batch_size, self._spec.device
+        b, device = self.batch_size, hypotheses[0].path.device
         states = [
             self._sums(hypotheses, index) if isinstance(state, LinearState) else state
             for index, state in enumerate(self.states)
@@ -76,11 +80,11 @@ class Search:
         )
         step.apart = True
         new = torch.arange(self._used, self._used + count, device=device).repeat(b)[:, None]
-        self._paths = torch.cat([torch.stack([h.path for h in hypotheses]), new], dim=1)  # (N, L)
+        paths = torch.cat([torch.stack([h.path for h in hypotheses]), new], dim=1)
         seen = torch.zeros(len(hypotheses), step.read, dtype=torch.bool, device=device)
-        step.visible = seen.scatter_(1, self._paths, True).view(b, 1, count, step.read)
+        step.visible = seen.scatter_(1, paths, True).view(b, 1, count, step.read)
         self._used += count
-        return step
+        return step, paths
 
     def _sums(self, hypotheses: Sequence[Hypothesis], index: int) -> LinearState:
         """The sums of N hypotheses as one state, which the step may change."""
@@ -89,17 +93,13 @@ class Search:
         old = [h.sums[index] if h.sums else state.tensors[0].new_zeros(size) for h in hypotheses]
         return LinearState.holding(torch.stack(old))
 
-    def end(self, step: Step) -> list[Hypothesis]:
-        """The N hypotheses after a step."""
-        sums: list[Any] = [None] * len(self._paths)
-        if any(isinstance(state, LinearState) for state in step.states):
-            held = [state.tensors[0] if state else None for state in map(_linear, step.states)]
-            sums = [
-                [None if layer is None else layer[n] for layer in held]
-                for n in range(len(self._paths))
-            ]
-        pairs = zip(self._paths, sums, strict=True)
-        return [Hypothesis(self, path, own) for path, own in pairs]
+    def end(self, step: Step, paths: Tensor) -> list[Hypothesis]:
+        """The N hypotheses after a step that `begin` gave."""
+        sums = [s.tensors[0] if isinstance(s, LinearState) else None for s in step.states]
+        return [
+            Hypothesis(self, path, [None if layer is None else layer[n] for layer in sums])
+            for n, path in enumerate(paths)
+        ]
 
     def nbytes_by_kind(self) -> dict[str, int]:
         """Bytes held: {"self": of all tokens of all hypotheses, "cross": of all utterances}.
@@ -108,7 +108,3 @@ class Search:
         """
         own = sum(state.nbytes for state in self.states if not isinstance(state, LinearState))
         return {"self": own, "cross": sum(state.nbytes for state in self.memory.states)}
-
-
-def _linear(state: State) -> LinearState | None:
-    return state if isinstance(state, LinearState) else None

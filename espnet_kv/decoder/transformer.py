@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from espnet2.asr.decoder.transformer_decoder import TransformerDecoder
-from torch import Tensor, nn
+from torch import Tensor
 
 from espnet_kv.attention import build_attention, check_attention
 from espnet_kv.attention.base import HeadSizes
@@ -100,7 +100,7 @@ class KVTransformerDecoder(TransformerDecoder):
         if xs_lengths is not None and int(min(xs_lengths)) < x.size(1):
             frames = torch.arange(x.size(1), device=x.device)
             mask = (frames < xs_lengths.to(x.device)[:, None])[:, None]  # (B, 1, T)
-        return Hypothesis(Search(self, x, mask), x.new_zeros(0, dtype=torch.long), None)
+        return Hypothesis(Search(self, x, mask), x.new_zeros(0, dtype=torch.long))
 
     def score(self, ys: Tensor, state: Hypothesis | None, x: Tensor, return_hs: bool = False):
         """Score the next token of one hypothesis; as ESPnet's ScorerInterface.
@@ -140,10 +140,10 @@ class KVTransformerDecoder(TransformerDecoder):
         search = states[0].search
         for position in range(len(states[0].path), ys.size(1)):  # more than one for a primer
             x = self._embed(ys[:, position], position).view(search.batch_size, -1, xs.size(-1))
-            step, memory = search.begin(states), search.memory
+            step, paths = search.begin(states)
             for layer in self.decoders:
-                x = layer(x, step, x, memory)[0]  # (B, K, D)
-            states = search.end(step)
+                x = layer(x, step, x, search.memory)[0]  # (B, K, D)
+            states = search.end(step, paths)
         hidden = x.flatten(0, 1)  # (N, D)
         if self.normalize_before:
             hidden = self.after_norm(hidden)
@@ -166,10 +166,12 @@ class KVTransformerDecoder(TransformerDecoder):
         if xs.stride(0) == 0 or len(xs) == 1:
             xs, xs_mask = xs[:1], None if xs_mask is None else xs_mask[:1]
         search = Search(self, xs, xs_mask)
-        return [Hypothesis(search, xs.new_zeros(0, dtype=torch.long), None)] * len(states)
+        return [Hypothesis(search, xs.new_zeros(0, dtype=torch.long))] * len(states)
 
     def _embed(self, tokens: Tensor, position: int) -> Tensor:
         """(N,) tokens at one position, or (N, mels) inputs -> (N, D)."""
         *layers, encoding = self.embed
-        x = nn.Sequential(*layers)(tokens)
+        x = tokens
+        for layer in layers:
+            x = layer(x)
         return at_positions(encoding, x, torch.tensor(position, device=x.device))

@@ -5,9 +5,8 @@ import time
 import numpy as np
 from torch import Tensor
 
+from espnet_kv.cache import KINDS
 from espnet_kv.streaming.recognizer import Result, StreamingRecognizer
-
-CACHE = ("attention", "conv", "input")
 
 
 class Meter:
@@ -38,7 +37,7 @@ class Meter:
     def cache_nbytes(self) -> int:
         """Bytes that the encoder's cache holds now."""
         held = self.recognizer.nbytes_by_kind()
-        return sum(held[kind] for kind in CACHE)
+        return sum(held[kind] for kind in KINDS)
 
     def summary(self) -> str:
         """One line: real-time factor, and the most bytes held between two pieces, by kind."""
@@ -47,5 +46,5 @@ class Meter:
         return (
             f"real-time factor {self.real_time_factor:.3f} ({self.busy_seconds:.1f} s for "
             f"{self.audio_seconds:.1f} s of audio), cache at most "
-            f"{sum(peak.get(kind, 0) for kind in CACHE)} bytes (held in all: {kinds or 'nothing'})"
+            f"{sum(peak.get(kind, 0) for kind in KINDS)} bytes (held in all: {kinds or 'nothing'})"
         )
