@@ -2,11 +2,13 @@
 
 import argparse
 import importlib.metadata
+import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 MELS = 80
@@ -87,10 +89,31 @@ def timed(device: str, run: Callable, *operands) -> float:
     return time.perf_counter() - begin
 
 
-def rotated(names: list, turn: int) -> list:
-    """Each round begins one side later than the last."""
-    first = turn % len(names)
-    return names[first:] + names[:first]
+def rounds(
+    runs: dict[Any, Callable], device: str, most: int, enough: float = math.inf
+) -> Iterator[dict]:
+    """Run every side once a round, each round beginning one side later than the last.
+
+    Args:
+        runs: the sides, by name.
+        most: rounds.
+        enough: seconds after which no third round begins.
+
+    Yields:
+        Seconds of every side in a round, by name.
+    """
+    names = list(runs)
+    begin = time.perf_counter()
+    for turn in range(most):
+        if turn >= 2 and time.perf_counter() - begin > enough:
+            return
+        first = turn % len(names)
+        yield {name: timed(device, runs[name]) for name in names[first:] + names[:first]}
+
+
+def by_side(timings: list[dict]) -> dict[Any, list]:
+    """What `rounds` gave, as the seconds of each side in every round."""
+    return {name: [seconds[name] for seconds in timings] for name in timings[0]}
 
 
 def ratio(times: list, others: list) -> float:

@@ -13,7 +13,6 @@ import json
 import logging
 import statistics
 import sys
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -21,14 +20,14 @@ from typing import Any
 import torch
 from common import (
     add_machine_options,
+    by_side,
     positive,
     print_device,
     print_software,
     ratio,
-    rotated,
+    rounds,
     set_up_machine,
     settings,
-    timed,
 )
 from espnet2.asr.ctc import CTC
 from espnet2.asr.decoder.transformer_decoder import TransformerDecoder
@@ -230,16 +229,13 @@ def measure(decoders: dict, ctc: CTC, setting: Setting, args: argparse.Namespace
     sides = {name: SIDES[setting.case](d, ctc, setting, args) for name, d in decoders.items()}
     for side in sides.values():
         side.warm_up()
-    seconds: dict[str, list] = {name: [] for name in sides}
-    same, worst = True, 0.0
-    begin = time.perf_counter()
-    for turn in range(args.rounds):
-        if turn >= 2 and time.perf_counter() - begin > args.row_seconds:
-            break
-        for name in rotated(list(sides), turn):
-            seconds[name].append(timed(args.device, sides[name].run) / setting.batch)
+    runs = {name: side.run for name, side in sides.items()}
+    timings, same, worst = [], True, 0.0
+    for spent in rounds(runs, args.device, args.rounds, args.row_seconds):
+        timings.append({name: s / setting.batch for name, s in spent.items()})
         now, difference = sides[OURS].check(sides[STOCK])
         same, worst = same and now, max(worst, difference)
+    seconds = by_side(timings)
     return {
         "rounds": len(seconds[STOCK]),
         "ms": {name: round(1e3 * statistics.median(s), 1) for name, s in seconds.items()},

@@ -8,7 +8,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,15 +16,17 @@ from common import (
     DROPOUTS,
     MELS,
     add_machine_options,
+    by_side,
     copy_weights,
     encoder_conf,
     positive,
     print_device,
     print_software,
     ratio,
+    rounds,
     set_up_machine,
     settings,
-    synchronize,
+    timed,
 )
 
 from espnet_kv.errors import command
@@ -227,29 +228,13 @@ def workload(encoder, case: Case, device: str) -> Callable[[], None]:
 
 
 def measure(encoders: dict, case: Case, args: argparse.Namespace) -> dict[str, list]:
-    """Seconds of every model in every round; each round begins one model later than the last."""
-
-    def timed(run: Callable[[], None]) -> float:
-        begin = time.perf_counter()
-        run()
-        synchronize(args.device)
-        return time.perf_counter() - begin
-
+    """Seconds of every model in every round."""
     # on a GPU kernels are picked by shape; a CPU is warm after a second of audio
     warm_up = case if args.device == "cuda" else replace(case, seconds=1)
     for encoder in encoders.values():
-        timed(workload(encoder, warm_up, args.device))
+        timed(args.device, workload(encoder, warm_up, args.device))
     runs = {model: workload(encoder, case, args.device) for model, encoder in encoders.items()}
-    names = list(runs)
-    seconds: dict[str, list] = {name: [] for name in names}
-    begin = time.perf_counter()
-    for turn in range(args.repeats):
-        if turn >= 2 and time.perf_counter() - begin > args.case_seconds:
-            break
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            seconds[name].append(timed(runs[name]))
-    return seconds
+    return by_side(list(rounds(runs, args.device, args.repeats, args.case_seconds)))
 
 
 def tabulate(case: Case, seconds: dict[str, list]) -> dict[str, dict]:

@@ -8,21 +8,22 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from common import (
     MELS,
     add_machine_options,
+    by_side,
     positive,
     print_device,
     print_software,
     ratio,
-    rotated,
+    rounds,
     set_up_machine,
     settings,
-    timed,
 )
 from streams import (
     ATTENTIONS,
@@ -146,11 +147,11 @@ def run_chunk(encoders: dict, case: Case, args: argparse.Namespace) -> dict:
     pieces = {name: stream.pieces(features) for name, stream in streams.items()}
     for name, stream in streams.items():
         stream.run(pieces[name])
-    seconds: dict[str, list] = {name: [] for name in streams}
-    for turn in range(args.rounds):
-        for name in rotated(list(streams), turn):
-            spent = timed(args.device, streams[name].run, pieces[name][-args.chunks :])
-            seconds[name].append(spent / args.chunks)
+    runs = {
+        name: partial(stream.run, pieces[name][-args.chunks :]) for name, stream in streams.items()
+    }
+    spent = by_side(list(rounds(runs, args.device, args.rounds)))
+    seconds = {name: [s / args.chunks for s in times] for name, times in spent.items()}
 
     print(f"One stream, left context of {case.left} frames full, {args.rounds} rounds\n")
     return tabulate_chunk(streams, seconds, case)
@@ -207,11 +208,8 @@ def run_streams(encoders: dict, case: Case, args: argparse.Namespace) -> dict:
         for x in batch.pieces(features):
             batch.step(x)
             step_each(singles, x.split(1))
-        runs = {"single": (step_each, singles, x.split(1)), "batch": (batch.step, x)}
-        seconds: dict[str, list] = {side: [] for side in runs}
-        for turn in range(args.rounds):
-            for side in rotated(list(runs), turn):
-                seconds[side].append(timed(args.device, *runs[side]))
+        runs = {"single": partial(step_each, singles, x.split(1)), "batch": partial(batch.step, x)}
+        seconds = by_side(list(rounds(runs, args.device, args.rounds)))
         gain = ratio(seconds["single"], seconds["batch"])
         ms = {side: round(1e3 * statistics.median(spent), 1) for side, spent in seconds.items()}
         met = gain >= LEAST_GAIN
@@ -227,6 +225,10 @@ def step_each(streams: list[Stream], xs: Sequence[Tensor]) -> None:
         stream.step(x)
 
 
+def step_next(stream: Stream, xs: Iterator[Tensor]) -> None:
+    stream.step(next(xs))
+
+
 def run_hour(encoders: dict, case: Case, args: argparse.Namespace) -> dict:
     """Minute 2 of one stream against the last minute of another, chunk by chunk in turns."""
     generator = torch.Generator().manual_seed(0)
@@ -236,8 +238,8 @@ def run_hour(encoders: dict, case: Case, args: argparse.Namespace) -> dict:
 
     begins = {minute: (minute - 1) * FRAMES_PER_MINUTE // CHUNK for minute in (2, args.hour)}
     names = {minute: f"minute {minute}" for minute in begins}
-    rounds = FRAMES_PER_MINUTE // CHUNK
-    print(f"Left context of {case.left} frames, {rounds} rounds of one chunk each\n")
+    turns = FRAMES_PER_MINUTE // CHUNK
+    print(f"Left context of {case.left} frames, {turns} rounds of one chunk each\n")
     print("| model |", " | ".join(f"{name}: ms a chunk, KiB" for name in names.values()), end="")
     print(" | ratio | bar |  |\n" + "|---" * 6 + "|")
     results = {}
@@ -247,11 +249,11 @@ def run_hour(encoders: dict, case: Case, args: argparse.Namespace) -> dict:
             streams[minute] = Ours(encoders[name], case.left_chunks, noise(args.device, 1))
             for _ in range(begin):
                 streams[minute].step(fresh())
-        seconds: dict[int, list] = {minute: [] for minute in streams}
-        for turn in range(rounds):
-            x = fresh()
-            for minute in rotated(list(streams), turn):
-                seconds[minute].append(timed(args.device, streams[minute].step, x))
+        pieces = [fresh() for _ in range(turns)]
+        runs = {
+            minute: partial(step_next, stream, iter(pieces)) for minute, stream in streams.items()
+        }
+        seconds = by_side(list(rounds(runs, args.device, turns)))
         ageing = ratio(seconds[args.hour], seconds[2])
         met = ageing <= MOST_AGEING
         row, cells = {}, []
