@@ -2,6 +2,7 @@
 
 import math
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,6 +159,15 @@ def _copy(state: EncoderState) -> EncoderState:
 HOUR = 90_000  # frames of 40 ms
 
 
+def resident_kib() -> int:
+    """Memory of this process now; its peak, which the tests before may have set, where that is all
+    that the system tells."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize() // 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["mha", "linear"])
 def test_an_hour_takes_the_memory_of_ten_minutes(attention):
@@ -165,14 +175,14 @@ def test_an_hour_takes_the_memory_of_ten_minutes(attention):
     encoder = streaming("kv_conformer", 60, 2, num_blocks=1, **STREAMED[attention])
     state = encoder.init_state()
     noise = torch.randn(1, 4 * 1500, FEATURES)
-    peaks, capacities = [], set()
+    held, capacities = [], set()
     for _ in range(HOUR // 1500):  # minutes
         _, state = encoder.forward_chunk(noise, state)
-        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        held.append(resident_kib())
         capacities.add(sum(s.capacity_bytes for s in state.states))
     assert state.frames[0] >= HOUR - 60
     assert len(capacities) == 1
-    assert peaks[-1] == pytest.approx(peaks[9], abs=1024)  # 1 MiB, in KiB
+    assert held[-1] == pytest.approx(held[9], abs=1024)  # 1 MiB, in KiB
 
 
 @pytest.mark.slow
