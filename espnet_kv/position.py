@@ -45,7 +45,7 @@ def rel_shift(scores: Tensor, keys: int) -> Tensor:
     j at position Q - 1 - i + j (Transformer-XL, arXiv 1901.02860, appendix B).
 
     Args:
-        scores: (B, H, Q, S+Q-1), contiguous.
+        scores: (B, H, Q, S+Q-1), contiguous in its last two dimensions.
         keys: S.
 
     Returns:

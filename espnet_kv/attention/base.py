@@ -210,15 +210,16 @@ class SoftmaxAttention(Attention):
         q = self.project_q(x)  # (R, Q, H, d_k)
         if step.pos_emb is None:
             return self._mix(q, stored, step.visible)
-        position = (q + self.pos_bias_v).transpose(1, 2)  # (R, H, Q, d_k)
-        keys = step.read
-        first, width = step.slots - keys, keys + x.size(1) - 1
-        window = self._position_table(step)[:, first : first + width]  # (H, S+Q-1, d_k)
-        # (R, H, Q, d_k) x (H, d_k, S+Q-1) -> (R, H, Q, S+Q-1) -> (R, H, Q, S)
-        scores = torch.matmul(position, window.transpose(1, 2))
-        bias = rel_shift(scores, keys)
+        keys, (r, queries) = step.read, x.shape[:2]
+        # streams as further queries: the table is read once for all of them
+        position = (q + self.pos_bias_v).permute(2, 0, 1, 3).flatten(1, 2)  # (H, R Q, d_k)
+        first = step.slots - keys
+        window = self._position_table(step)[:, first : first + keys + queries - 1]
+        # (H, R Q, d_k) x (H, d_k, S+Q-1) -> (H, R Q, S+Q-1) -> (R, H, Q, S)
+        scores = torch.bmm(position, window.transpose(1, 2)).unflatten(1, (r, queries))
+        bias = rel_shift(scores.transpose(0, 1), keys)
         if self.zero_triu:
-            bias = bias.tril(keys - x.size(1))
+            bias = bias.tril(keys - queries)
         bias = step.arrange(bias)
         if step.visible is not None:
             bias = bias.masked_fill(~step.visible, torch.finfo(bias.dtype).min)
