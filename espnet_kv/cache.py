@@ -250,7 +250,6 @@ class EncoderState:
         states: of the encoder's modules, by their state_index.
         features: what is not encoded yet.
         frames: frames encoded so far, of each stream.
-        held: how many of them the next chunk may look at, of each stream.
         emitted: frames that the last call gave, of each stream.
         finished: streams that had their last piece.
     """
@@ -262,13 +261,18 @@ class EncoderState:
     states: list[Any]
     features: FeatureState
     frames: list[int]
-    held: list[int]
     emitted: list[int]
     finished: list[bool]
 
     @property
     def batch_size(self) -> int:
         return len(self.frames)
+
+    @property
+    def held(self) -> list[int]:
+        """How many of its frames the next chunk may look at, of each stream; sums see all."""
+        counts = (state.held for state in self.states if isinstance(state, FrameState))
+        return next(counts, self.frames)
 
     @property
     def _all(self) -> list[State]:
@@ -288,7 +292,6 @@ class EncoderState:
             states=[state.select(rows) for state in self.states],
             features=self.features.select(rows),
             frames=[self.frames[row] for row in rows],
-            held=[self.held[row] for row in rows],
             emitted=[self.emitted[row] for row in rows],
             finished=[self.finished[row] for row in rows],
         )
@@ -315,7 +318,6 @@ class EncoderState:
             states=[state.join(rest) for state, *rest in groups],
             features=first.features.join([part.features for part in others]),
             frames=[n for part in parts for n in part.frames],
-            held=[n for part in parts for n in part.held],
             emitted=[n for part in parts for n in part.emitted],
             finished=[done for part in parts for done in part.finished],
         )
@@ -325,7 +327,6 @@ class EncoderState:
 
         The sums of linear attention cannot forget.
         """
-        self.held = [min(held, frames) for held in self.held]
         for state in self.states:
             state.trim(frames)
 

@@ -78,7 +78,7 @@ class Step:
             self.write: slice | Tensor = slice(first, first + frames)
             wrapped = starts[0] + frames > slots
             self.order: int | Tensor = -(first + frames) % slots if wrapped else 0
-            if held[0] + frames == self.read:
+            if held[0] + frames >= self.read:
                 return
             starts, lengths, held = starts[:1], lengths[:1], held[:1]
         begin = torch.tensor(starts, device=device)[:, None] % slots  # (R, 1), as the next three

@@ -80,7 +80,6 @@ class StreamingEncoder(KVEncoder):
             states=[module.init_state(spec) for module in self._stateful_modules()],
             features=FeatureState(spec, self._input_size),
             frames=[0] * batch_size,
-            held=[0] * batch_size,
             emitted=[0] * batch_size,
             finished=[False] * batch_size,
         )
@@ -124,7 +123,6 @@ class StreamingEncoder(KVEncoder):
             pieces.append((chunk, self._encode_chunk(state, chunk, read)))
             for stream, frames in chunk.items():
                 state.frames[stream] += frames
-                state.held[stream] += frames
                 read[stream] += frames * self._subsampling[0]
             if state.left_chunks >= 0:
                 state.trim(state.left_chunks * state.chunk_size)
@@ -168,12 +166,13 @@ class StreamingEncoder(KVEncoder):
             streams, [read[stream] for stream in streams], (max(lengths) - 1) * stride + context
         )
         everyone = len(streams) == state.batch_size
+        held = state.held
         step = Step(
             state.states,
             None if everyone else streams,
             starts,
             lengths,
-            [state.held[stream] for stream in streams],
+            [held[stream] for stream in streams],
             state.slots,
             state.chunk_size,
             xs.device,
