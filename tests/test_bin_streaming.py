@@ -1,4 +1,4 @@
-"""asr_inference_streaming and stream as commands, and the recipe's streaming decoding."""
+"""asr_inference_streaming and stream as commands."""
 
 import os
 import pty
@@ -16,12 +16,9 @@ import soxr
 import torch
 import yaml
 from commands import Forked, assert_one_line, run
-from small_models import CHUNKS, RATE, TOKENS, save, speech
+from small_models import CHUNKS, RATE, save, speech
 
 from espnet_kv.bin import asr_inference_streaming, stream
-from espnet_kv.recipe.__main__ import main as recipe_main
-from espnet_kv.recipe.layout import Layout
-from espnet_kv.recipe.options import parse
 from espnet_kv.streaming.audio import FileSource, Stream
 
 REPO = Path(__file__).parents[1]
@@ -203,6 +200,12 @@ class TestStream:
         (line,) = ended.stderr.splitlines()
         assert line.startswith("real-time factor") and "cache at most" in line
 
+    def test_speech_without_a_pause_is_cut_in_the_end(self, model, folder):
+        """Else what is held for an open segment would grow with the stream."""
+        soundfile.write(folder / "long.wav", speech("AB" * 25).numpy(), RATE)
+        lines = run(stream.main, *model, str(folder / "long.wav")).stdout.splitlines()
+        assert len(lines) > 1 and "".join(lines) == "AB" * 25
+
     def test_another_rate_format_and_stereo(self, model, folder):
         samples = soxr.resample(speech("AB__BA").numpy(), RATE, 44100)
         soundfile.write(folder / "cd.flac", np.stack([samples, samples], axis=1), 44100)
@@ -327,75 +330,6 @@ class TestStream:
         cut = folder / "cut.flac"
         cut.write_bytes(whole.read_bytes()[:6000])
         assert_one_line(run(stream.main, *model, str(cut)), "cut.flac cannot be read")
-
-
-class TestRecipe:
-    @pytest.fixture
-    def experiment(self, tmp_path, audio, monkeypatch) -> list[str]:
-        """What stages 1 to 11 would leave; options for the stages after them."""
-        monkeypatch.chdir(tmp_path)
-        (tmp_path / "conf").symlink_to(REPO / "conf")
-        (tmp_path / "train.yaml").write_text("encoder: kv_conformer\n")
-        dump = tmp_path / "dump/raw/test"
-        dump.mkdir(parents=True)
-        (dump / "wav.scp").write_text("".join(f"{k} {path}\n" for k, path in audio.items()))
-        (dump / "text").write_text("".join(f"{k} {LETTERS[k].replace('_', '')}\n" for k in audio))
-        for file in ("utt2spk", "spk2utt"):
-            (dump / file).write_text("".join(f"{k} {k}\n" for k in audio))
-        (tmp_path / "data/token_list/char").mkdir(parents=True)
-        (tmp_path / "data/token_list/char/tokens.txt").write_text("\n".join(TOKENS) + "\n")
-        exp = tmp_path / "exp/asr_x"
-        exp.mkdir(parents=True)
-        save(exp)
-        (exp / "model.pth").rename(exp / "valid.acc.ave.pth")
-        return [
-            *["--stage", "12", "--stop_stage", "13", "--asr_config", "train.yaml"],
-            *["--asr_tag", "x", "--test_sets", "test", "--audio_format", "wav"],
-            *["--token_type", "char", "--speed_perturb_factors", "", "--inference_nj", "2"],
-        ]
-
-    def test_stages_12_and_13_stream_and_score(self, experiment):
-        arguments = "--chunk_size 4 --left_chunks 2 --cache_dtype int8 --ctc_weight 0.95"
-        options = (*experiment, "--use_streaming", "true", "--inference_args", arguments)
-        ended = run(recipe_main, *options)
-        assert ended.returncode == 0, ended.stderr
-        (decoded,) = Path("exp/asr_x").glob("decode_*")
-        assert decoded.name == (
-            "decode_asr_streaming_chunk_size4_left_chunks2_cache_dtypeint8_ctc_weight0.95"
-            "_asr_model_valid.acc.ave"
-        )
-        assert (decoded / "test/text").read_text() == "u1 ABBA\nu2 B\nu3 ABBA\n"
-        log = (decoded / "test/logdir/asr_inference.1.log").read_text()
-        assert "real-time factor" in log and "cache at most" in log
-        row = f"|{decoded.name}/test|3|3|100.0|0.0|0.0|0.0|0.0|0.0|"
-        assert row in Path("exp/RESULTS.md").read_text()
-        again = run(recipe_main, *options)
-        assert f"{decoded}/test is up to date" in again.stdout
-
-    def test_a_bad_argument_is_told_by_the_stage(self, experiment):
-        options = ("--use_streaming", "true", "--inference_args", "--cache_dtype int3")
-        ended = run(recipe_main, *experiment, *options)
-        assert_one_line(ended, "int3")
-        # either of the two jobs may be the first to fail
-        assert re.search(r"asr_inference\.[12]\.log", ended.stderr)
-
-    def test_the_decoding_has_a_name_of_its_own(self, experiment):
-        def name(*options: str) -> str:
-            return Layout(parse([*experiment, *options])).inference_name
-
-        streaming = ("--use_streaming", "true")
-        offline = name()
-        assert offline == "decode_asr_asr_model_valid.acc.ave"
-        assert name(*streaming) == "decode_asr_streaming_asr_model_valid.acc.ave"
-        given = ("--inference_config", "conf/decode_asr.yaml")
-        assert name(*given) == offline != name(*streaming, *given)
-        names = {name(*streaming, "--inference_args", f"--chunk_size {n}") for n in (8, 16)}
-        assert len(names) == 2
-
-    @pytest.mark.parametrize("name", ["use_lm", "use_ngram"])
-    def test_a_language_model_is_refused(self, experiment, name):
-        ended = run(recipe_main, *experiment, "--use_streaming", "true", f"--{name}", "true")
-        assert_one_line(ended, f"--{name} true: streaming decodes with the model alone")
 
 
 def test_the_streaming_configuration_fits_both_commands():

@@ -114,6 +114,24 @@ def test_streams_join_a_running_batch(name, attention, left):
     feeder.run(size=10).check()
 
 
+@encoders
+def test_streams_of_different_ages_have_positions_of_their_own(name):
+    """Absolute ones, which a frame carries into the cache."""
+    encoder = streaming(name, **position_conf(name, rel_pos=False))
+    feeder = Feeder(encoder, utterances(40))
+    feeder.feed([90])
+    late = Feeder(encoder, utterances(21, 12), empty=1e4)
+    feeder.join(late)
+    feeder.run(size=10).check()
+
+
+@encoders
+def test_convolutions_of_many_frames(name, monkeypatch):
+    """Those of few are written out; all tests but this one have few."""
+    monkeypatch.setattr("espnet_kv.encoder.causal.FEW_PRODUCTS", 0)
+    Feeder(streaming(name), utterances(23, 17)).run(size=9).check()
+
+
 def test_an_ended_stream_waits_for_the_others():
     encoder = streaming("kv_conformer")
     feeder = Feeder(encoder, utterances(5, 30)).run(size=20)

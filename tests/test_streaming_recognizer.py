@@ -98,6 +98,23 @@ class TestAgainstTheWhole:
         scores = [score for score, _ in expected]
         assert [result[3].score for result in got] == pytest.approx(scores, abs=1e-3)
 
+    @pytest.mark.parametrize("chunk_size", [1, 3, 16, 40])
+    @pytest.mark.parametrize("left_chunks", [0, 2, -1])
+    def test_a_model_takes_any_chunks(self, models, recognizer, chunk_size, left_chunks):
+        """The log-probabilities it searches are those of one pass under these chunks' mask."""
+        model = copy.deepcopy(models["conformer-mla"][0])
+        model.encoder.chunk_size, model.encoder.left_chunks = chunk_size, left_chunks
+        audio = speech("ABBAB")
+        with torch.no_grad():
+            encoded, _ = model.encode(audio[None], torch.tensor([len(audio)]))
+            search = build_search(10)
+            search.advance(model.ctc.log_softmax(encoded)[0])
+        options = {"chunk_size": chunk_size, "left_chunks": left_chunks, "ctc_weight": 1.0}
+        got = in_pieces(recognizer(nbest=3, **options), audio, [900] * 60)
+        assert [ids for _, _, ids, _ in got] == [tokens for tokens, _ in search.nbest(3)]
+        scores = [score for _, score in search.nbest(3)]
+        assert [result[3].score for result in got] == pytest.approx(scores, abs=1e-3)
+
     @given(sizes=st.lists(st.sampled_from([0, 1, 37, 160, 999, 2560, 20000]), max_size=30))
     @settings(
         max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

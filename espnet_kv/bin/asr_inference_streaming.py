@@ -36,7 +36,7 @@ def get_parser() -> argparse.ArgumentParser:
         parents=[espnet.get_parser()],
         conflict_handler="resolve",
     )
-    add_streaming_options(parser, endpoint_silence_ms=0)
+    add_streaming_options(parser, endpoint_silence_ms=0, max_segment_seconds=0)
     parser.add_argument(
         "--simulate_chunk_ms",
         type=float,

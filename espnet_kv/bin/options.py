@@ -44,11 +44,13 @@ class Parser(config_argparse.ArgumentParser):
             raise UserError(f"--config: {' '.join(str(error).split())}") from error
 
 
-def add_streaming_options(parser: argparse.ArgumentParser, endpoint_silence_ms: float) -> None:
+def add_streaming_options(
+    parser: argparse.ArgumentParser, endpoint_silence_ms: float, max_segment_seconds: float
+) -> None:
     """Add the options of the encoder's chunks and cache, and of endpoints.
 
     Args:
-        endpoint_silence_ms: its default.
+        endpoint_silence_ms, max_segment_seconds: their defaults.
     """
     group = parser.add_argument_group("Streaming related")
     add = group.add_argument
@@ -72,7 +74,7 @@ def add_streaming_options(parser: argparse.ArgumentParser, endpoint_silence_ms: 
     add(
         "--max_segment_seconds",
         type=float,
-        default=0.0,
+        default=max_segment_seconds,
         help="So many seconds without a pause do, too; 0 = any number",
     )
 

@@ -36,7 +36,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--penalty", type=float, default=0.0, help="Added to the score for every token")
     add("--token_type", choices=["char", "bpe"], help="Default: the model's")
     add("--bpemodel", help="Sentencepiece model; default: the model's")
-    add_streaming_options(parser, endpoint_silence_ms=1000)
+    # audio may come for ever and without a pause: what is held for an open segment is bounded
+    add_streaming_options(parser, endpoint_silence_ms=1000, max_segment_seconds=30)
     return parser
 
 
