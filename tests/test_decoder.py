@@ -12,6 +12,7 @@ from espnet2.legacy.nets.beam_search import BeamSearch
 from espnet2.legacy.nets.scorers.ctc import CTCPrefixScorer
 from espnet2.legacy.nets.scorers.length_bonus import LengthBonus
 from espnet2.lm.transformer_lm import TransformerLM
+from espnet2.utils.get_default_kwargs import get_default_kwargs
 from small_encoders import assert_close
 
 from espnet_kv.decoder.transformer import KVTransformerDecoder
@@ -277,6 +278,15 @@ def test_a_checkpoint_that_does_not_fit_is_refused():
     stock, ours = build(TransformerDecoder), build(**of("mla", "mha"))
     with pytest.raises(UserError, match="linear_kv_down"):
         ours.load_state_dict(stock.state_dict(), strict=False)
+
+
+def test_arguments_are_listed_for_espnet():
+    """--print_config shows ESPnet's arguments and ours with their defaults."""
+    stock, ours = (get_default_kwargs(cls) for cls in (TransformerDecoder, KVTransformerDecoder))
+    assert stock.items() <= ours.items()
+    assert set(ours) - set(stock) == {
+        f"{place}_attention_{key}" for place in ("self", "src") for key in ("type", "conf")
+    }
 
 
 def test_espnet_knows_it():

@@ -1,6 +1,5 @@
 """kv_transformer."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from espnet2.asr.decoder.transformer_decoder import TransformerDecoder
 from torch import Tensor
 
+from espnet_kv.arguments import complete_arguments, with_arguments_of
 from espnet_kv.attention import build_attention, check_attention
 from espnet_kv.attention.base import HeadSizes
 from espnet_kv.checkpoint import refuse_partial_loads
@@ -16,6 +16,7 @@ from espnet_kv.errors import ConfigError
 from espnet_kv.position import at_positions
 
 
+@with_arguments_of(TransformerDecoder)
 class KVTransformerDecoder(TransformerDecoder):
     """ESPnet's TransformerDecoder whose search keeps what it has computed.
 
@@ -61,13 +62,7 @@ class KVTransformerDecoder(TransformerDecoder):
                 raise ConfigError(f"{place}_{error}") from error
             if conf.get("decay") is not None:
                 raise ConfigError(f"{place}_attention_conf.decay: works in encoders only")
-        allowed = inspect.signature(TransformerDecoder.__init__).parameters
-        for key in espnet_conf:
-            if key not in allowed:
-                raise ConfigError(
-                    f"decoder_conf.{key}: KVTransformerDecoder has no such argument (allowed: "
-                    f"{', '.join(inspect.signature(type(self)).parameters)})"
-                )
+        espnet = complete_arguments("decoder_conf", type(self), TransformerDecoder, espnet_conf)
         super().__init__(vocab_size, encoder_output_size, attention_heads, **espnet_conf)
         for index, layer in enumerate(self.decoders):
             for place, (kind, conf) in confs.items():
@@ -76,9 +71,9 @@ class KVTransformerDecoder(TransformerDecoder):
                     conf,
                     attention_heads,
                     encoder_output_size,
-                    espnet_conf.get(f"{place}_attention_dropout_rate", 0.0),
+                    espnet[f"{place}_attention_dropout_rate"],
                     rel_pos=False,
-                    qk_norm=espnet_conf.get("qk_norm", False),
+                    qk_norm=espnet["qk_norm"],
                 )
                 attention.state_index = index
                 setattr(layer, f"{place}_attn", attention)
