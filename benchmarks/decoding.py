@@ -21,6 +21,7 @@ import torch
 from common import (
     add_machine_options,
     by_side,
+    peak_bytes,
     positive,
     print_device,
     print_software,
@@ -81,6 +82,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--row_seconds", type=positive, default=10, help="begin no third round after")
     add("--largest", type=positive, default=24000, help="leave out rows of a larger B x K x T")
     add("--fast_ctc", action="store_true", help="our side with the CTC scorer of asr_inference")
+    add("--peak", action="store_true", help="measure peak memory in one more run of each side")
     add_machine_options(parser)
     cases = (DECODER, SEARCH)
     add("--cases", nargs="+", choices=cases, default=list(cases), metavar="CASE", help="of these")
@@ -236,6 +238,7 @@ def measure(decoders: dict, ctc: CTC, setting: Setting, args: argparse.Namespace
         now, difference = sides[OURS].check(sides[STOCK])
         same, worst = same and now, max(worst, difference)
     seconds = by_side(timings)
+    peaks = {name: peak_bytes(args.device, run) for name, run in runs.items() if args.peak}
     return {
         "rounds": len(seconds[STOCK]),
         "ms": {name: round(1e3 * statistics.median(s), 1) for name, s in seconds.items()},
@@ -243,6 +246,7 @@ def measure(decoders: dict, ctc: CTC, setting: Setting, args: argparse.Namespace
         "identical": same,
         "difference": worst,
         "bytes": {name: side.nbytes() for name, side in sides.items()},
+        "peak_bytes": peaks,
     }
 
 
@@ -282,6 +286,7 @@ def row_of(setting: Setting, result: dict) -> str:
         "yes" if result["identical"] else f"no ({result['difference']:.0e})",
         f"{held[STOCK]['self'] / 2**20:.2f}",
         f"{held[OURS]['self'] / 2**20:.2f} + {held[OURS]['cross'] / 2**20:.2f}",
+        " / ".join(f"{peak / 2**20:.0f}" for peak in result["peak_bytes"].values()),
     ]
     return "| " + " | ".join(cells) + " |"
 
@@ -309,8 +314,8 @@ def judge(found: dict[Setting, dict]) -> list[dict]:
 def run(decoders: dict, ctc: CTC, args: argparse.Namespace) -> dict:
     """The table and its bars. Returns the numbers."""
     print("| case | batch | T | CTC | beam | rounds | stock: ms an utterance | ours: ms |", end="")
-    print(" times faster | identical | stock: MiB | ours: MiB, self + cross |")
-    print("|---" * 12 + "|", flush=True)
+    print(" times faster | identical | stock: MiB | ours: MiB, self + cross | peak MiB |")
+    print("|---" * 13 + "|", flush=True)
     found = {}
     for setting in chosen(args):
         if setting.size <= args.largest:

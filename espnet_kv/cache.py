@@ -92,9 +92,24 @@ class FrameState(State):
                 bigger[:, :, : tensor.size(2)] = tensor
                 self.tensors[i] = bigger
 
+    def keep(self, order: Tensor, held: Sequence[int]) -> None:
+        """Keep slots order (B, U) of each stream and nothing else, in this order, in [0, U).
+
+        held: of these, the first held[b] are in use.
+        """
+        for tensor in self.tensors:
+            index = order[:, None, :, None].expand(-1, tensor.size(1), -1, tensor.size(3))
+            tensor[:, :, : order.size(1)] = tensor.gather(2, index)
+        self.held = list(held)
+
+    @property
+    def frame_nbytes(self) -> int:
+        """Bytes of a frame, read off the storage."""
+        return sum(tensor[:1, :, :1].nbytes for tensor in self.tensors)
+
     @property
     def nbytes(self) -> int:
-        return sum(self.held) * sum(tensor[:1, :, :1].nbytes for tensor in self.tensors)
+        return sum(self.held) * self.frame_nbytes
 
     @property
     def nbytes_analytic(self) -> int:

@@ -38,7 +38,8 @@ class Step:
         read: S; the slots [0, S) are read.
         order: of the newest S frames, the place in time that lies in slot 0 where the slots are
             only turned round, or (R, 1, 1, S) of each slot.
-        visible: (R, 1, 1, S) bool, the slots that may be seen; None: all.
+        visible: (R, 1, 1, S) bool, the slots that may be seen; None: all. Of hypotheses,
+            (R, 1, Q, S), added to the logits.
         valid: (R, 1, Q, 1) bool, the frames of the chunk that exist; None: all.
         pos_emb: (1, N+C-1, D), ESPnet's relative positions from N - 1 down to -(C - 1); None
             without relative positions. Set by the encoder.

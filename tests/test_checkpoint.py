@@ -13,7 +13,7 @@ from espnet_kv.bin import asr_inference
 from espnet_kv.checkpoint import refuse_partial_loads
 from espnet_kv.decoder.transformer import KVTransformerDecoder
 from espnet_kv.errors import UserError
-from espnet_kv.task import ASRTask
+from espnet_kv.task import ASRTask, CachedDecodingTask
 
 ATTENTIONS = {
     "mha": {"attention_type": "mha"},
@@ -196,3 +196,15 @@ def test_asr_inference_searches_with_a_cache(batch, experiments, tmp_path, monke
             assert number[1] == pytest.approx(number[0], abs=1e-4)
         else:
             assert results["true"][name] == words
+
+
+@pytest.mark.parametrize("partial_ar", ["true", "false"])
+def test_a_search_of_another_kind_keeps_the_stock_decoder(partial_ar, monkeypatch):
+    from espnet2.bin import asr_inference as espnet
+
+    tasks = []
+    monkeypatch.setattr(espnet, "ASRTask", ASRTask)
+    monkeypatch.setattr(espnet, "inference", lambda **_: tasks.append(espnet.ASRTask))
+    data = ["--data_path_and_name_and_type", "wav.scp,speech,sound"]
+    assert asr_inference.main(["--output_dir", "none", *data, "--partial_ar", partial_ar]) == 0
+    assert tasks == [ASRTask if partial_ar == "true" else CachedDecodingTask]

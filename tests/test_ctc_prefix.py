@@ -5,8 +5,8 @@ import torch
 from espnet2.asr.ctc import CTC
 from espnet2.legacy.nets.ctc_prefix_score import CTCPrefixScoreTH
 from espnet2.legacy.nets.scorers.ctc import CTCPrefixScorer
+from small_decoders import SIZE, VOCABULARY, assert_same, build, search
 from small_encoders import assert_close
-from test_decoder import SIZE, VOCABULARY, assert_same, build, search
 
 from espnet_kv.decoder.ctc_prefix import FastCTCPrefixScore, FastCTCPrefixScorer
 

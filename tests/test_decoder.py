@@ -1,116 +1,19 @@
-"""kv_transformer searches as ESPnet's decoder does: same hypotheses, same scores."""
+"""kv_transformer token by token: its scores, its bytes, its options."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
-from espnet2.asr.ctc import CTC
 from espnet2.asr.decoder.transformer_decoder import TransformerDecoder
-from espnet2.legacy.nets.batch_beam_search import BatchBeamSearch
-from espnet2.legacy.nets.beam_search import BeamSearch
-from espnet2.legacy.nets.scorers.ctc import CTCPrefixScorer
-from espnet2.legacy.nets.scorers.length_bonus import LengthBonus
-from espnet2.lm.transformer_lm import TransformerLM
+from espnet2.utils.get_default_kwargs import get_default_kwargs
+from small_decoders import ATTENTIONS, OPTIONS, SIZE, VOCABULARY, build, of, pair, search
 from small_encoders import assert_close
 
+from espnet_kv.decoder import search as search_module
 from espnet_kv.decoder.transformer import KVTransformerDecoder
 from espnet_kv.errors import UserError
 
-VOCABULARY, SIZE = 23, 16
-SIZES = {"attention_heads": 4, "linear_units": 24, "num_blocks": 2}
-OFF = {
-    "dropout_rate": 0.0,
-    "positional_dropout_rate": 0.0,
-    "self_attention_dropout_rate": 0.0,
-    "src_attention_dropout_rate": 0.0,
-}
-ATTENTIONS: dict[str, tuple[str, dict]] = {
-    "mha": ("mha", {}),
-    "gqa": ("gqa", {"num_kv_heads": 2}),
-    "mla": ("mla", {"kv_rank": 5}),
-    "linear": ("linear", {}),
-}
 attentions = pytest.mark.parametrize("attention", ATTENTIONS)
-OPTIONS: list[dict[str, Any]] = [
-    {},
-    {"normalize_before": False},
-    {"concat_after": True},
-    {"qk_norm": True},
-    {"num_blocks": 1, "attention_heads": 2},
-]
-
-
-def build(cls=KVTransformerDecoder, **conf: Any) -> torch.nn.Module:
-    """A decoder with weights far from their start, in eval mode."""
-    decoder = cls(VOCABULARY, SIZE, **SIZES | OFF | conf)
-    with torch.no_grad():
-        for parameter in decoder.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return decoder.eval()
-
-
-def pair(**conf: Any) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """ESPnet's decoder and ours with its state dict, loaded strictly."""
-    stock, ours = build(TransformerDecoder, **conf), build(**conf)
-    ours.load_state_dict(stock.state_dict(), strict=True)
-    return stock, ours
-
-
-def of(self_attention: str, src_attention: str) -> dict[str, Any]:
-    kinds = {"self": ATTENTIONS[self_attention], "src": ATTENTIONS[src_attention]}
-    return {f"{place}_attention_type": kind for place, (kind, _) in kinds.items()} | {
-        f"{place}_attention_conf": conf for place, (_, conf) in kinds.items()
-    }
-
-
-def scorers(decoder: torch.nn.Module, ctc_weight: float, lm: bool) -> tuple[dict, dict]:
-    """Scorers with the same weights for every decoder."""
-    torch.manual_seed(5)
-    ctc = CTC(VOCABULARY, SIZE)
-    language_model = TransformerLM(VOCABULARY, embed_unit=8, att_unit=8, head=2, unit=8, layer=1)
-    made = {
-        "decoder": decoder,
-        "ctc": CTCPrefixScorer(ctc, VOCABULARY - 1),
-        "length_bonus": LengthBonus(VOCABULARY),
-        "lm": language_model.eval(),
-    }
-    weights = {
-        "decoder": 1 - ctc_weight,
-        "ctc": ctc_weight,
-        "length_bonus": 0.1,
-        "lm": 0.5 if lm else 0.0,
-    }
-    return {k: v for k, v in made.items() if weights[k]}, weights
-
-
-def search(
-    decoder: torch.nn.Module,
-    beam: int,
-    ctc_weight: float = 0.0,
-    lm: bool = False,
-    cls: type = BatchBeamSearch,
-):
-    made, weights = scorers(decoder, ctc_weight, lm)
-    return cls(
-        scorers=made,
-        weights=weights,
-        beam_size=beam,
-        vocab_size=VOCABULARY,
-        sos=VOCABULARY - 1,
-        eos=VOCABULARY - 1,
-        pre_beam_score_key=None if ctc_weight in (0.0, 1.0) else "full",
-    ).eval()
-
-
-def assert_same(ours, stock) -> None:
-    """The same n-best list: tokens exactly, every score to 1e-4."""
-    assert len(ours) == len(stock) > 0
-    for one, other in zip(ours, stock, strict=True):
-        assert one.yseq.tolist() == other.yseq.tolist()
-        assert_close(torch.as_tensor(one.score), torch.as_tensor(other.score), 1e-4)
-        for name, score in other.scores.items():
-            assert_close(torch.as_tensor(one.scores[name]), torch.as_tensor(score), 1e-4)
 
 
 @pytest.mark.parametrize("conf", OPTIONS, ids=str)
@@ -122,56 +25,6 @@ def test_training_forward_is_espnets(conf):
     got, _ = ours(hs, hlens, ys, lens)
     for y, e, n in zip(got, expected, lens, strict=True):
         assert_close(y[:n], e[:n])
-
-
-@pytest.mark.parametrize("conf", OPTIONS, ids=str)
-@pytest.mark.parametrize("beam", [1, 5])
-@pytest.mark.parametrize("ctc_weight", [0.0, 0.3])
-def test_search_of_one_utterance(conf, beam, ctc_weight):
-    stock, ours = pair(**conf)
-    x = torch.randn(20, SIZE)
-    results = [search(d, beam, ctc_weight)(x, maxlenratio=0.6) for d in (ours, stock)]
-    assert_same(*results)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"beam": 10, "ctc_weight": 0.3, "lm": True},
-        {"beam": 20},
-        {"beam": 4, "cls": BeamSearch},
-        {"beam": 4, "cls": BeamSearch, "ctc_weight": 0.3},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("ratios", [(0.0, 0.0), (0.9, 0.4), (-6, 0.0)], ids=str)
-def test_search_with_other_scorers_and_lengths(settings, ratios):
-    stock, ours = pair()
-    x = torch.randn(12, SIZE)
-    results = [search(d, **settings)(x, *ratios) for d in (ours, stock)]
-    assert_same(*results)
-
-
-@pytest.mark.parametrize("ctc_weight", [0.0, 0.3])
-def test_search_of_utterances_of_unequal_lengths(ctc_weight):
-    stock, ours = pair()
-    x, lengths = torch.randn(3, 20, SIZE), torch.tensor([20, 13, 7])
-    results = [
-        search(d, 4, ctc_weight)(x, maxlenratio=0.5, x_lengths=lengths) for d in (ours, stock)
-    ]
-    for one, other in zip(*results, strict=True):
-        assert_same(one, other)
-
-
-def test_a_primer_of_several_tokens():
-    stock, ours = pair()
-    x = torch.randn(9, SIZE)
-    results = []
-    for decoder in (ours, stock):
-        beam_search = search(decoder, 3)
-        beam_search.set_hyp_primer([VOCABULARY - 1, 4, 7])
-        results.append(beam_search(x, maxlenratio=0.8))
-    assert_same(*results)
 
 
 @attentions
@@ -228,6 +81,72 @@ def test_without_a_state_one_is_made():
     assert_close(got, expected)
 
 
+def test_padded_encoder_output_that_goes_on():
+    stock, ours = pair()
+    ys, x = torch.randint(VOCABULARY, (4, 3)), torch.randn(2, 12, SIZE)
+    lengths_at_last = torch.tensor([12, 9])
+    states: dict = {
+        stock: [None] * 4,
+        ours: [ours.batch_init_state(x[:, :7], lengths_at_last - 5)] * 4,
+    }
+    for length, frames in enumerate((7, 7, 12), start=1):
+        xs = x[:, :frames].repeat_interleave(2, dim=0)
+        lengths = (lengths_at_last + frames - 12).repeat_interleave(2)
+        mask, scored = (torch.arange(frames) < lengths[:, None])[:, None], []
+        for decoder in (ours, stock):
+            scores, states[decoder] = decoder.batch_score(
+                ys[:, :length], states[decoder], xs, xs_mask=mask
+            )
+            scored.append(scores)
+        assert_close(*scored)
+
+
+@pytest.mark.parametrize("conf", OPTIONS, ids=str)
+def test_one_step_forward_is_espnets(conf):
+    """forward_one_step, whose caller keeps the layer outputs."""
+    stock, ours = pair(**conf)
+    x, ys = torch.randn(2, 9, SIZE), torch.randint(VOCABULARY, (2, 4))
+    caches: dict = {stock: None, ours: None}
+    for length in range(1, 5):
+        mask, results = torch.ones(1, length, length).tril().bool(), []
+        for decoder in (ours, stock):
+            scores, caches[decoder] = decoder.forward_one_step(
+                ys[:, :length], mask, x, cache=caches[decoder]
+            )
+            results.append(scores)
+        assert_close(*results)
+
+
+@attentions
+@pytest.mark.parametrize("utterances", [1, 2])
+def test_tokens_that_nobody_lists_make_room(attention, utterances, monkeypatch):
+    """A store of few slots: scores stay right, of earlier hypotheses too, and it stays small."""
+    monkeypatch.setattr(search_module, "FIRST_SLOTS", 4)
+    decoder = build(**of(attention, attention))
+    beam, xs = 3, torch.randn(utterances, 7, SIZE)
+    rows = utterances * beam
+    own = torch.arange(utterances).repeat_interleave(beam)
+    ys = torch.randint(VOCABULARY, (rows, 1))
+    states = [decoder.batch_init_state(xs)] * rows
+    earlier: tuple | None = None
+    for turn in range(24):
+        if turn == 12:
+            earlier = ys, states
+        elif turn == 18:
+            ys, states = earlier
+        scores, states = decoder.batch_score(ys, states, xs[own])
+        lens = torch.full((rows,), ys.size(1))
+        expected, _ = decoder(xs[own], torch.full_like(lens, 7), ys, lens)
+        assert_close(scores, torch.log_softmax(expected[:, -1], dim=-1))
+        parents = torch.randint(beam, (rows,)) + own * beam
+        states = [states[parent] for parent in parents]
+        ys = torch.cat([ys[parents], torch.randint(VOCABULARY, (rows, 1))], dim=1)
+    kept = [state for state in states[0].search.states if state.nbytes and attention != "linear"]
+    for state in kept:
+        assert sum(state.held) < rows * 24
+        assert state.nbytes == state.nbytes_analytic
+
+
 @attentions
 def test_bytes_are_those_of_tokens_and_frames(attention):
     """Once per token of a hypothesis, once per frame of an utterance, in each layer."""
@@ -237,12 +156,17 @@ def test_bytes_are_those_of_tokens_and_frames(attention):
     for _ in range(4):
         _, states = decoder.batch_score(ys, states, x.expand(3, *x.shape))
         ys = torch.cat([ys, ys[:, :1]], dim=1)
-    numbers = {"mha": 2 * SIZE, "gqa": 2 * 2 * 4, "mla": 5}.get(attention, 0)
-    cross = 4 * 4 * 5 * 4 if attention == "linear" else 11 * numbers
-    assert states[0].search.nbytes_by_kind() == {
-        "self": 2 * 3 * 4 * numbers * 4,
-        "cross": 2 * (cross if attention == "linear" else cross * 4),
+    float32, layers, sums = 4, 2, 4 * 4 * (4 + 1)  # H f (d_v + 1)
+    of_token = {"mha": 2 * SIZE, "gqa": 2 * 2 * 4, "mla": 5, "linear": 0}[attention]
+    of_hypothesis = sums if attention == "linear" else 4 * of_token
+    of_utterance = sums if attention == "linear" else 11 * of_token
+    search = states[0].search
+    assert search.nbytes_by_kind() == search.nbytes_analytic()
+    assert search.nbytes_by_kind() == {
+        "self": 3 * layers * of_hypothesis * float32,
+        "cross": layers * of_utterance * float32,
     }
+    assert [state.nbytes for state in states] == [layers * of_hypothesis * float32] * 3
 
 
 def test_a_search_leaves_nothing_behind_in_the_model():
@@ -277,6 +201,15 @@ def test_a_checkpoint_that_does_not_fit_is_refused():
     stock, ours = build(TransformerDecoder), build(**of("mla", "mha"))
     with pytest.raises(UserError, match="linear_kv_down"):
         ours.load_state_dict(stock.state_dict(), strict=False)
+
+
+def test_arguments_are_listed_for_espnet():
+    """--print_config shows ESPnet's arguments and ours with their defaults."""
+    stock, ours = (get_default_kwargs(cls) for cls in (TransformerDecoder, KVTransformerDecoder))
+    assert stock.items() <= ours.items()
+    assert set(ours) - set(stock) == {
+        f"{place}_attention_{key}" for place in ("self", "src") for key in ("type", "conf")
+    }
 
 
 def test_espnet_knows_it():

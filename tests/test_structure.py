@@ -16,6 +16,7 @@ RECIPE = REPO / "egs2/librispeech_100_kv/asr1"
 # module or folder of the package.
 LAYERS = {
     "errors": set(),
+    "arguments": set(),
     "position": set(),
     "codec": set(),
     "step": set(),
@@ -24,9 +25,9 @@ LAYERS = {
     "checkpoint": set(),
     "registration": set(),
     "attention": {"cache", "position", "step"},
-    "encoder": {"cache", "codec", "position", "step", "attention", "checkpoint"},
+    "encoder": {"arguments", "cache", "codec", "position", "step", "attention", "checkpoint"},
     "streaming": {"cache", "encoder", "task"},
-    "decoder": {"cache", "position", "step", "attention", "checkpoint"},
+    "decoder": {"arguments", "cache", "position", "step", "attention", "checkpoint"},
     "task": {"encoder", "decoder", "checkpoint", "registration"},
     "convert": {"cache", "position", "attention", "encoder", "decoder", "task", "checkpoint"},
     "profile": {"cache", "position", "attention", "encoder", "decoder", "task", "checkpoint"},
@@ -36,6 +37,7 @@ LAYERS = {
 }
 WITHOUT_ESPNET = (
     "errors",
+    "arguments",
     "position",
     "codec",
     "step",

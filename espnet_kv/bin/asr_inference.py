@@ -44,7 +44,8 @@ def main(cmd: Sequence[str] | None = None) -> None:
     options = vars(get_parser().parse_args(cmd))
     options.pop("config")
     # what its Speech2Text builds models with, in this process
-    espnet.ASRTask = CachedDecodingTask if options.pop("kv_decoder") else ASRTask
+    cached = options.pop("kv_decoder") and not options["partial_ar"]  # a search of another kind
+    espnet.ASRTask = CachedDecodingTask if cached else ASRTask
     stock_scorer = espnet.CTCPrefixScorer
     if options.pop("fast_ctc"):
         espnet.CTCPrefixScorer = FastCTCPrefixScorer

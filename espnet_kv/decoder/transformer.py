@@ -1,13 +1,13 @@
 """kv_transformer."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from espnet2.asr.decoder.transformer_decoder import TransformerDecoder
-from torch import Tensor
+from torch import Tensor, nn
 
+from espnet_kv.arguments import complete_arguments, with_arguments_of
 from espnet_kv.attention import build_attention, check_attention
 from espnet_kv.attention.base import HeadSizes
 from espnet_kv.checkpoint import refuse_partial_loads
@@ -16,6 +16,7 @@ from espnet_kv.errors import ConfigError
 from espnet_kv.position import at_positions
 
 
+@with_arguments_of(TransformerDecoder)
 class KVTransformerDecoder(TransformerDecoder):
     """ESPnet's TransformerDecoder whose search keeps what it has computed.
 
@@ -61,13 +62,7 @@ class KVTransformerDecoder(TransformerDecoder):
                 raise ConfigError(f"{place}_{error}") from error
             if conf.get("decay") is not None:
                 raise ConfigError(f"{place}_attention_conf.decay: works in encoders only")
-        allowed = inspect.signature(TransformerDecoder.__init__).parameters
-        for key in espnet_conf:
-            if key not in allowed:
-                raise ConfigError(
-                    f"decoder_conf.{key}: KVTransformerDecoder has no such argument (allowed: "
-                    f"{', '.join(inspect.signature(type(self)).parameters)})"
-                )
+        espnet = complete_arguments("decoder_conf", type(self), TransformerDecoder, espnet_conf)
         super().__init__(vocab_size, encoder_output_size, attention_heads, **espnet_conf)
         for index, layer in enumerate(self.decoders):
             for place, (kind, conf) in confs.items():
@@ -76,12 +71,17 @@ class KVTransformerDecoder(TransformerDecoder):
                     conf,
                     attention_heads,
                     encoder_output_size,
-                    espnet_conf.get(f"{place}_attention_dropout_rate", 0.0),
+                    espnet[f"{place}_attention_dropout_rate"],
                     rel_pos=False,
-                    qk_norm=espnet_conf.get("qk_norm", False),
+                    qk_norm=espnet["qk_norm"],
                 )
                 attention.state_index = index
                 setattr(layer, f"{place}_attn", attention)
+        for module in self.modules():
+            if isinstance(
+                module, nn.Linear
+            ):  # BLAS is faster at a few rows with weights so laid out
+                module.weight.data = module.weight.data.t().contiguous().t()
         self.cache_dtype: str | None = None
         # ESPnet loads non-strictly, and would go on with random attention weights
         self.load_guard = refuse_partial_loads(self)
@@ -100,7 +100,7 @@ class KVTransformerDecoder(TransformerDecoder):
         if xs_lengths is not None and int(min(xs_lengths)) < x.size(1):
             frames = torch.arange(x.size(1), device=x.device)
             mask = (frames < xs_lengths.to(x.device)[:, None])[:, None]  # (B, 1, T)
-        return Hypothesis(Search(self, x, mask), x.new_zeros(0, dtype=torch.long))
+        return Hypothesis(Search(self, x, mask), 0, x.new_zeros(0, dtype=torch.long))
 
     def score(self, ys: Tensor, state: Hypothesis | None, x: Tensor, return_hs: bool = False):
         """Score the next token of one hypothesis; as ESPnet's ScorerInterface.
@@ -160,13 +160,14 @@ class KVTransformerDecoder(TransformerDecoder):
         if first is not None and first.search.frames == xs.size(1):
             return list(states)  # type: ignore[arg-type]
         if first is not None and len(first.path):
-            first.search.replace_memory(xs[:: len(xs) // first.search.batch_size], None)
+            each = slice(None, None, len(xs) // first.search.batch_size)
+            first.search.replace_memory(xs[each], None if xs_mask is None else xs_mask[each])
             return list(states)  # type: ignore[arg-type]
         # hypotheses of one utterance come as views of it, those of several one by one
         if xs.stride(0) == 0 or len(xs) == 1:
             xs, xs_mask = xs[:1], None if xs_mask is None else xs_mask[:1]
         search = Search(self, xs, xs_mask)
-        return [Hypothesis(search, xs.new_zeros(0, dtype=torch.long))] * len(states)
+        return [Hypothesis(search, 0, xs.new_zeros(0, dtype=torch.long))] * len(states)
 
     def _embed(self, tokens: Tensor, position: int) -> Tensor:
         """(N,) tokens at one position, or (N, mels) inputs -> (N, D)."""

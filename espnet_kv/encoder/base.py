@@ -1,12 +1,12 @@
 """What the encoders share: attention by name, chunk masks, causal convolution."""
 
-import inspect
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from torch import nn
 
+from espnet_kv.arguments import complete_arguments, with_arguments_of
 from espnet_kv.attention import build_attention, check_attention
 from espnet_kv.attention.base import HeadSizes
 from espnet_kv.checkpoint import refuse_partial_loads
@@ -51,11 +51,7 @@ class KVEncoder:
         super().__init_subclass__(**kwargs)
         if cls._espnet_class() is None:
             return
-        # tools that look at signatures (ESPnet's --print_config) see ESPnet's arguments too
-        own = [p for p in _parameters(KVEncoder) if p.kind is not p.VAR_KEYWORD]
-        names = {p.name for p in own}
-        espnet = [p for p in _parameters(cls._espnet_class()) if p.name not in names]
-        cls.__signature__ = inspect.Signature(own + espnet)  # type: ignore[attr-defined]
+        with_arguments_of(cls._espnet_class(), own=KVEncoder)(cls)
 
     def __init__(
         self,
@@ -76,7 +72,8 @@ class KVEncoder:
         _check_whole("left_chunks", left_chunks, -1, "-1 (all) or more chunks")
         _check_bool("dynamic_chunk_training", dynamic_chunk_training)
         _check_bool("causal", causal)
-        conf = self._espnet_arguments(input_size, espnet_conf)
+        given = espnet_conf | {"input_size": input_size}
+        conf = complete_arguments("encoder_conf", type(self), self._espnet_class(), given)
         HeadSizes(conf["attention_heads"], conf["output_size"])
         chunked = chunk_size > 0 or dynamic_chunk_training
         ours = self._takes_our_attention(conf, attention_type, chunked)
@@ -117,19 +114,6 @@ class KVEncoder:
     @classmethod
     def _espnet_class(cls) -> Any:
         return next((c for c in cls.__mro__ if c.__module__.startswith("espnet2.")), None)
-
-    @classmethod
-    def _espnet_arguments(cls, input_size: int, espnet_conf: dict[str, Any]) -> dict[str, Any]:
-        """Every argument of the ESPnet class with the value it will get."""
-        parameters = {p.name: p for p in _parameters(cls._espnet_class())}
-        for key in espnet_conf:
-            if key not in parameters:
-                raise ConfigError(
-                    f"encoder_conf.{key}: {cls.__name__} has no such argument (allowed: "
-                    f"{', '.join(inspect.signature(cls).parameters)})"
-                )
-        defaults = {name: p.default for name, p in parameters.items()}
-        return defaults | espnet_conf | {"input_size": input_size}
 
     def _takes_our_attention(self, conf: dict, attention_type: str, chunked: bool) -> bool:
         """Whether attention modules are replaced: not for kinds that ESPnet alone has."""
@@ -202,10 +186,6 @@ class KVEncoder:
         if self.training and self.dynamic_chunk_training:
             size, left = draw_chunks(x.size(1))
         return (x, Chunks(pos_emb, size, left)) if size > 0 else output
-
-
-def _parameters(cls: type) -> list[inspect.Parameter]:
-    return list(inspect.signature(cls.__init__).parameters.values())[1:]  # type: ignore[misc]
 
 
 def _check_whole(key: str, value: Any, least: int, allowed: str) -> None:
