@@ -26,6 +26,7 @@ STAGES = {
     11: "ASR training",
     12: "decoding",
     13: "scoring",
+    14: "profiling of cache, time and memory",
 }
 LAST_STAGE = max(STAGES)
 DECODE, DECODE_STREAMING = Path("conf/decode_asr.yaml"), Path("conf/decode_asr_streaming.yaml")
@@ -143,6 +144,9 @@ def parser() -> argparse.ArgumentParser:
     add(g, "inference_args", "", "more options for asr_inference, or asr_inference_streaming")
     add(g, "inference_asr_model", "valid.acc.ave.pth", "model file to decode with")
     add(g, "results", None, "tables of stage 13 (default: EXPDIR/RESULTS.md)", type=_path_or_none)
+
+    g = p.add_argument_group("profiling")
+    add(g, "profile_args", "", "more options for espnet_kv.bin.profile (stage 14)")
     return p
 
 

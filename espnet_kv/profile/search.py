@@ -1,0 +1,193 @@
+"""The beam search of whole utterances: its time, and what the decoder keeps while it runs."""
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from espnet2.asr.decoder.transformer_decoder import TransformerDecoder
+from torch import Tensor
+
+from espnet_kv.decoder.search import Search
+from espnet_kv.decoder.transformer import KVTransformerDecoder
+from espnet_kv.errors import UserError
+from espnet_kv.profile.analytic import decoder_bytes
+from espnet_kv.profile.cache import check
+from espnet_kv.profile.clock import median, milliseconds, spread, undisturbed
+from espnet_kv.profile.sound import Sound
+from espnet_kv.profile.subject import Subject
+
+# a search on random weights emits so many tokens for a second of audio, about as many as speech
+# has pieces of a vocabulary of 5000
+TOKENS_PER_SECOND = 3
+KINDS = {"self": "decoder_self", "cross": "decoder_cross"}
+OPTIONS = ("beam_size", "ctc_weight", "penalty", "maxlenratio", "minlenratio")
+"""What of an inference configuration plays a part here."""
+
+
+class Recognizer:
+    """ESPnet's Speech2Text of an already loaded model, with our CTC scorer and cached decoder.
+
+    Args:
+        subject: what it recognizes with.
+        options: of OPTIONS.
+    """
+
+    def __init__(self, subject: Subject, options: Mapping[str, Any]):
+        self.subject = subject
+        self.options = {key: options[key] for key in OPTIONS if key in options}
+        with _espnet_inference(subject) as espnet:
+            try:
+                self.speech2text = espnet.Speech2Text(device=subject.device, **self.options)
+            except TypeError as error:  # of typeguard, too
+                raise UserError(f"--inference_config: {' '.join(str(error).split())}") from error
+        self._never_ends = False
+        if not subject.source.trained:
+            self._force_length()
+
+    def _force_length(self) -> None:
+        """Keep hypotheses of random weights from ending by themselves."""
+        output = getattr(self.subject.model.decoder, "output_layer", None)
+        if output is not None:
+            with torch.no_grad():
+                output.bias[self.subject.model.eos] -= 10000
+            self._never_ends = True
+
+    def __call__(self, samples: np.ndarray | Tensor) -> list:
+        """N-best results of (N,) samples."""
+        if self._never_ends:
+            seconds = len(samples) / self.subject.sample_rate
+            self.speech2text.maxlenratio = -float(math.ceil(TOKENS_PER_SECOND * seconds))
+        with self.subject.offline():
+            return self.speech2text(samples)
+
+
+@contextmanager
+def _espnet_inference(subject: Subject) -> Iterator[Any]:
+    """ESPnet's inference module, which within it builds searches of the loaded model."""
+    from espnet2.bin import asr_inference as espnet
+
+    from espnet_kv.decoder.ctc_prefix import FastCTCPrefixScorer
+
+    class Loaded:
+        """Stands in for the task."""
+
+        @staticmethod
+        def build_model_from_file(*_: Any) -> tuple[Any, Any]:
+            return subject.model, subject.args
+
+    own = espnet.ASRTask, espnet.CTCPrefixScorer
+    espnet.ASRTask, espnet.CTCPrefixScorer = Loaded, FastCTCPrefixScorer
+    try:
+        yield espnet
+    finally:
+        espnet.ASRTask, espnet.CTCPrefixScorer = own
+
+
+def time_utterances(recognizer: Recognizer, sound: Sound, repeats: int) -> dict[str, Any]:
+    """{"utterance_ms", "rtf"}: the median of the repeats of each utterance counts."""
+    device = recognizer.subject.device
+    recognizer(sound.utterances[0])
+    times = []
+    with undisturbed():
+        for samples in sound.utterances:
+            runs = [milliseconds(device, recognizer, samples) for _ in range(repeats)]
+            times.append(median(runs))
+    return {"utterance_ms": spread(times), "rtf": sum(times) / 1000 / sound.seconds}
+
+
+@dataclass
+class Watched:
+    """What a search did.
+
+    search: its caches. steps: (hypotheses, bytes by kind after it) of each.
+    """
+
+    search: Search | None = None
+    steps: list[tuple[int, dict[str, int]]] = field(default_factory=list)
+
+    @property
+    def scored(self) -> int:
+        """Tokens that entered the cache."""
+        return sum(count for count, _ in self.steps)
+
+
+@contextmanager
+def watch(decoder: KVTransformerDecoder) -> Iterator[Watched]:
+    """See what a search asks of the decoder within it."""
+    watched = Watched()
+    score = decoder.batch_score
+
+    def batch_score(ys: Tensor, states: Any, *args: Any, **kwargs: Any) -> Any:
+        scores, new = score(ys, states, *args, **kwargs)
+        watched.search = new[0].search
+        held = {KINDS[kind]: count for kind, count in new[0].search.nbytes_by_kind().items()}
+        watched.steps.append((len(ys), held))
+        return scores, new
+
+    decoder.batch_score = batch_score  # type: ignore[method-assign]
+    try:
+        yield watched
+    finally:
+        del decoder.batch_score
+
+
+def measure_decoder(recognizer: Recognizer, samples: np.ndarray) -> dict[str, Any] | None:
+    """The profile's `decoder_cache`, of one utterance; None without a cached decoder.
+
+    Raises:
+        MismatchError: the search does not hold what arithmetic says.
+    """
+    decoder = recognizer.subject.model.decoder
+    if not isinstance(decoder, KVTransformerDecoder):
+        return None
+    with watch(decoder) as watched:
+        recognizer(samples)
+    if not watched.steps or watched.search is None:
+        return None  # CTC alone
+    (hypotheses, held), frames = watched.steps[-1], watched.search.frames
+    conf = decoder_conf(recognizer.subject)
+    size = recognizer.subject.encoder.output_size()
+    analytic = decoder_bytes(conf, size, watched.scored, hypotheses, frames)
+    check(held, analytic, f"decoder, {len(watched.steps)} tokens, {frames} frames")
+    return {
+        "hypotheses": max(count for count, _ in watched.steps),
+        "tokens": len(watched.steps),
+        "frames": frames,
+        "bytes": held,
+        "analytic": analytic,
+        "bytes_per_token": _per_token(watched.steps),
+        "bytes_per_frame": _per_frame(recognizer.subject, frames),
+    }
+
+
+def decoder_conf(subject: Subject) -> dict[str, Any]:
+    """Every argument of the kv_transformer decoder."""
+    parameters = inspect.signature(KVTransformerDecoder).parameters
+    espnet = inspect.signature(TransformerDecoder).parameters
+    defaults = {name: p.default for name, p in (espnet | parameters).items()}
+    return defaults | dict(subject.args.decoder_conf)
+
+
+def _per_token(steps: list[tuple[int, dict[str, int]]]) -> float | None:
+    """Bytes that a hypothesis adds with a token: in the last step in which none came or went."""
+    for (count, before), (after, held) in reversed(list(pairwise(steps))):
+        if count == after:
+            return (held["decoder_self"] - before["decoder_self"]) / count
+    return None
+
+
+def _per_frame(subject: Subject, frames: int) -> float:
+    """Bytes that an encoder frame adds to what cross-attention keeps."""
+    xs = torch.zeros(1, frames + 1, subject.encoder.output_size(), device=subject.device)
+    with torch.no_grad():
+        shorter, longer = (
+            Search(subject.model.decoder, xs[:, :length], None).nbytes_by_kind()["cross"]
+            for length in (frames, frames + 1)
+        )
+    return float(longer - shorter)
