@@ -6,6 +6,7 @@ spawned, loads the model, warms up, and forks for every measurement.
 
 import ctypes
 import multiprocessing
+import os
 import re
 import resource
 import signal
@@ -30,6 +31,10 @@ WARM_UP_SECONDS = 1.5
 LAST_CHUNKS = 25
 # a length is encoded again until it took so long, or so often
 ENOUGH_MS, MOST_RUNS = 2000.0, 3
+
+# Linux: forgets the peak of a process
+FORGET = Path("/proc/self/clear_refs")
+RESETS = os.access(FORGET, os.W_OK)
 
 type Row = dict[str, Any]
 """seconds, encode_ms, offline_bytes; or seconds, chunk_ms, streaming_bytes."""
@@ -58,9 +63,8 @@ class ProcessPeak:
     def __init__(self) -> None:
         if hasattr(ctypes.CDLL(None), "malloc_trim"):
             ctypes.CDLL(None).malloc_trim(0)  # what is free would hide growth
-        forget = Path("/proc/self/clear_refs")
-        if forget.exists():
-            forget.write_text("5")  # the peak so far
+        if RESETS:
+            FORGET.write_text("5")
         self._before = self._most()
 
     def read(self) -> int:

@@ -36,12 +36,22 @@ class Recognizer:
     Args:
         subject: what it recognizes with.
         options: of OPTIONS.
+
+    Raises:
+        UserError: an option cannot be used.
     """
 
     def __init__(self, subject: Subject, options: Mapping[str, Any]):
         self.subject = subject
-        self.options = {key: options[key] for key in OPTIONS if key in options}
         with _espnet_inference(subject) as espnet:
+            defaults = inspect.signature(espnet.Speech2Text).parameters
+            self.options = {key: options.get(key, defaults[key].default) for key in OPTIONS}
+            tokens = len(subject.model.token_list)
+            if self.options["beam_size"] > tokens:
+                raise UserError(
+                    f"--inference_config: beam_size: {self.options['beam_size']} is more than the "
+                    f"{tokens} tokens of the model; give a smaller one"
+                )
             try:
                 self.speech2text = espnet.Speech2Text(device=subject.device, **self.options)
             except TypeError as error:  # of typeguard, too
