@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from small_encoders import ATTENTIONS, BLOCKS, FEATURES, attentions, build, encoders
-from small_models import RATE, save, speech
+from small_models import RATE, speech
 from small_models import build as build_model
 
 from espnet_kv.attention import ATTENTIONS as REGISTERED
@@ -154,8 +154,20 @@ class TestSearch:
         found = measure_decoder(recognizer, speech("ABBA").numpy())
         assert found["bytes"] == found["analytic"]
         assert found["bytes"]["decoder_cross"] == found["frames"] * 2 * 32 * 4
+        assert found["bytes"]["decoder_self"] % (6 * 4) == 0
         assert (found["bytes_per_token"], found["bytes_per_frame"]) == (6 * 4, 2 * 32 * 4)
         assert found["hypotheses"] == 3 and found["tokens"] > 4
+
+    @pytest.mark.parametrize("kind", REGISTERED)
+    def test_every_attention_among_tokens_and_to_the_audio(self, kind, tmp_path):
+        conf = {"num_blocks": 2, "self_attention_type": kind, "src_attention_type": kind}
+        model, args = build_model(tmp_path, decoder="kv_transformer", decoder_conf=conf)
+        subject = Subject(Source("config.yaml", "model.pth"), model, args, "cpu", CHUNK, LEFT)
+        recognizer = Recognizer(subject, {"beam_size": 2, "ctc_weight": 0.5})
+        found = measure_decoder(recognizer, speech("AB").numpy())
+        assert found["bytes"] == found["analytic"]
+        constant = kind == "linear"
+        assert (found["bytes_per_token"] == 0) == (found["bytes_per_frame"] == 0) == constant
 
     def test_the_decoder_is_left_as_it_was(self, tone_subject):
         decoder = tone_subject.model.decoder
@@ -169,7 +181,7 @@ class TestSearch:
         assert text == "ABBA"
 
     def test_a_beam_of_more_than_all_tokens(self, tone_subject):
-        with pytest.raises(UserError, match="beam_size: 6 .* 5 tokens"):
+        with pytest.raises(UserError, match=r"beam_size: 6 .* 5 tokens"):
             Recognizer(tone_subject, {"beam_size": 6})
 
     def test_random_weights_emit_tokens_at_a_rate(self, tone_subject):
@@ -223,18 +235,17 @@ def test_multiply_accumulates_grow_with_the_left_context_as_attention_does(tone_
 
 
 class TestGrowth:
-    @pytest.mark.slow
-    def test_rows_of_a_process_of_its_own(self, tmp_path):
-        options = save(tmp_path)
-        task = growth.Task(Source(options[1], options[3]), tones(), [1, 3], CHUNK, LEFT)
+    def test_a_length_that_memory_does_not_suffice_for_stays_unmeasured(
+        self, tone_subject, monkeypatch
+    ):
+        row = {"seconds": 1, "encode_ms": 2.0, "offline_bytes": 3}
+        monkeypatch.setattr(growth, "_measure_apart", lambda task: iter([row]))
         said: list[str] = []
-        method, rows = growth.measure(task, task.load("cpu"), said.append)
-        assert method == "peak resident set of a child process"
-        assert [row["seconds"] for row in rows] == [1, 3]
-        for row in rows:
-            assert row["encode_ms"] > 0 and row["chunk_ms"] > 0
-            assert 0 <= row["streaming_bytes"] < 2**30 and 0 <= row["offline_bytes"] < 2**30
-        assert len(said) == 4
+        task = growth.Task(tone_subject.source, tones(), [1, 9], CHUNK, LEFT)
+        _, rows = growth.measure(task, tone_subject, said.append)
+        assert rows == [row, {"seconds": 9}]
+        assert said[0] == "1 s: encode_ms 2, offline_bytes 3"
+        assert said[1:] == ["9 s: not enough memory to encode it in one go"]
 
     @pytest.mark.skipif(not growth.RESETS, reason="the peak of a process cannot be forgotten here")
     def test_the_peak_is_that_of_the_moment(self):

@@ -173,27 +173,37 @@ class EncoderArithmetic:
 
 
 def decoder_bytes(
-    conf: Mapping[str, Any], size: int, scored: int, alive: int, frames: int
+    conf: Mapping[str, Any], size: int, stored: int, frames: int, measured: int
 ) -> dict[str, int]:
     """{"decoder_self", "decoder_cross"} of a search in one utterance, in float32.
 
     Args:
         conf: every argument of the decoder.
         size: D.
-        scored: tokens that entered it, of all hypotheses together.
-        alive: hypotheses that took the last step.
+        stored: tokens of hypotheses that the search keeps.
         frames: of the encoder.
+        measured: decoder_self as measured. Sums of linear attention belong to hypotheses, of which
+            the search may know more than take a step: so many times the arithmetic is taken as
+            comes closest.
     """
-    total = {"decoder_self": 0, "decoder_cross": 0}
-    places = {"self": ("decoder_self", scored, alive), "src": ("decoder_cross", frames, 1)}
-    for place, (key, count, holders) in places.items():
-        for layer in range(conf["num_blocks"]):
-            per_item, constant = attention_bytes(
-                conf[f"{place}_attention_type"],
-                of_layer(conf[f"{place}_attention_conf"] or {}, layer),
-                conf["attention_heads"],
-                size,
-                "fp32",
-            )
-            total[key] += count * per_item + holders * constant
-    return total
+    token, sums = _decoder_layers(conf, size, "self")
+    frame, constant = _decoder_layers(conf, size, "src")
+    own = stored * token
+    if sums:
+        own += sums * round((measured - own) / sums)
+    return {"decoder_self": own, "decoder_cross": frames * frame + constant}
+
+
+def _decoder_layers(conf: Mapping[str, Any], size: int, place: str) -> tuple[int, int]:
+    """(bytes per item, bytes whatever their number) of all layers."""
+    layers = [
+        attention_bytes(
+            conf[f"{place}_attention_type"],
+            of_layer(conf[f"{place}_attention_conf"] or {}, layer),
+            conf["attention_heads"],
+            size,
+            "fp32",
+        )
+        for layer in range(conf["num_blocks"])
+    ]
+    return sum(item for item, _ in layers), sum(constant for _, constant in layers)

@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from espnet2.asr.decoder.transformer_decoder import TransformerDecoder
 from torch import Tensor
 
+from espnet_kv.cache import FrameState
 from espnet_kv.decoder.search import Search
 from espnet_kv.decoder.transformer import KVTransformerDecoder
 from espnet_kv.errors import UserError
@@ -113,18 +113,31 @@ def time_utterances(recognizer: Recognizer, sound: Sound, repeats: int) -> dict[
 
 @dataclass
 class Watched:
-    """What a search did.
+    """What a search did, and what it held after each of its steps."""
 
-    search: its caches. steps: (hypotheses, bytes by kind after it) of each.
+    steps: list["SearchStep"] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SearchStep:
+    """After a token.
+
+    hypotheses: that took it. stored: tokens that the store keeps, where it keeps any. frames: of
+    the utterance. held: bytes by kind.
     """
 
-    search: Search | None = None
-    steps: list[tuple[int, dict[str, int]]] = field(default_factory=list)
+    hypotheses: int
+    stored: int
+    frames: int
+    held: dict[str, int]
 
-    @property
-    def scored(self) -> int:
-        """Tokens that entered the cache."""
-        return sum(count for count, _ in self.steps)
+    @classmethod
+    def of(cls, search: Search, hypotheses: int) -> "SearchStep":
+        """As the search is now."""
+        stores = [state for state in search.states if isinstance(state, FrameState)]
+        stored = sum(stores[0].held) if stores else 0
+        held = {KINDS[kind]: count for kind, count in search.nbytes_by_kind().items()}
+        return cls(hypotheses, stored, search.frames, held)
 
 
 @contextmanager
@@ -135,9 +148,7 @@ def watch(decoder: KVTransformerDecoder) -> Iterator[Watched]:
 
     def batch_score(ys: Tensor, states: Any, *args: Any, **kwargs: Any) -> Any:
         scores, new = score(ys, states, *args, **kwargs)
-        watched.search = new[0].search
-        held = {KINDS[kind]: count for kind, count in new[0].search.nbytes_by_kind().items()}
-        watched.steps.append((len(ys), held))
+        watched.steps.append(SearchStep.of(new[0].search, len(ys)))
         return scores, new
 
     decoder.batch_score = batch_score  # type: ignore[method-assign]
@@ -158,21 +169,22 @@ def measure_decoder(recognizer: Recognizer, samples: np.ndarray) -> dict[str, An
         return None
     with watch(decoder) as watched:
         recognizer(samples)
-    if not watched.steps or watched.search is None:
+    if not watched.steps:
         return None  # CTC alone
-    (hypotheses, held), frames = watched.steps[-1], watched.search.frames
-    conf = decoder_conf(recognizer.subject)
+    most = max(watched.steps, key=lambda step: step.held["decoder_self"])
     size = recognizer.subject.encoder.output_size()
-    analytic = decoder_bytes(conf, size, watched.scored, hypotheses, frames)
-    check(held, analytic, f"decoder, {len(watched.steps)} tokens, {frames} frames")
+    analytic = decoder_bytes(
+        decoder_conf(recognizer.subject), size, most.stored, most.frames, most.held["decoder_self"]
+    )
+    check(most.held, analytic, f"decoder, {most.stored} tokens, {most.frames} frames")
     return {
-        "hypotheses": max(count for count, _ in watched.steps),
+        "hypotheses": max(step.hypotheses for step in watched.steps),
         "tokens": len(watched.steps),
-        "frames": frames,
-        "bytes": held,
+        "frames": most.frames,
+        "bytes": most.held,
         "analytic": analytic,
-        "bytes_per_token": _per_token(watched.steps),
-        "bytes_per_frame": _per_frame(recognizer.subject, frames),
+        "bytes_per_token": most.held["decoder_self"] / most.stored if most.stored else 0.0,
+        "bytes_per_frame": _per_frame(recognizer.subject, most.frames),
     }
 
 
@@ -182,14 +194,6 @@ def decoder_conf(subject: Subject) -> dict[str, Any]:
     espnet = inspect.signature(TransformerDecoder).parameters
     defaults = {name: p.default for name, p in (espnet | parameters).items()}
     return defaults | dict(subject.args.decoder_conf)
-
-
-def _per_token(steps: list[tuple[int, dict[str, int]]]) -> float | None:
-    """Bytes that a hypothesis adds with a token: in the last step in which none came or went."""
-    for (count, before), (after, held) in reversed(list(pairwise(steps))):
-        if count == after:
-            return (held["decoder_self"] - before["decoder_self"]) / count
-    return None
 
 
 def _per_frame(subject: Subject, frames: int) -> float:
