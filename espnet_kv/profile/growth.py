@@ -4,6 +4,7 @@ On a CPU peak memory is read off the process, so each measurement has one for it
 spawned, loads the model, warms up, and forks for every measurement.
 """
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -174,18 +175,26 @@ def measure(task: Task, subject: Subject, say: Callable[[str], None]) -> tuple[s
     """
     rows: dict[float, Row] = {seconds: {"seconds": seconds} for seconds in task.seconds}
     if subject.device == "cpu":
-        method, found = ProcessPeak.method, _measure_apart(task)
+        method, measured = ProcessPeak.method, _measure_apart(task)
     else:
         task.warm_up(subject, Peak)
         method = Peak.method
-        found = (row for run in task.runs(subject, Peak) for row in run())
-    for row in found:
+        measured = _measure_here(task, subject)
+    for row in measured:
         rows[row["seconds"]] |= row
-        said = ", ".join(f"{key} {value:.6g}" for key, value in row.items() if key != "seconds")
-        say(f"{row['seconds']:g} s: {said}")
+        found = {key: value for key, value in row.items() if key != "seconds" and value is not None}
+        said = ", ".join(f"{key} {value:.6g}" for key, value in found.items())
+        say(f"{row['seconds']:g} s: {said or 'shorter than a chunk'}")
     for missing in (row["seconds"] for row in rows.values() if "encode_ms" not in row):
         say(f"{missing:g} s: not enough memory to encode it in one go")
     return method, list(rows.values())
+
+
+def _measure_here(task: Task, subject: Subject) -> Iterator[Row]:
+    for run in task.runs(subject, Peak):
+        # where memory does not suffice the length stays unmeasured
+        with contextlib.suppress(torch.OutOfMemoryError):
+            yield from run()
 
 
 def _measure_apart(task: Task) -> Iterator[Row]:
@@ -227,6 +236,6 @@ def _serve(task: Task, out: Connection, threads: int) -> None:
         process = fork.Process(target=work)
         process.start()
         process.join()
-        # where memory did not suffice the length stays unmeasured
+        # killed: as where memory does not suffice
         if process.exitcode not in (0, -signal.SIGKILL):
             sys.exit(1)
