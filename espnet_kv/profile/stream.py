@@ -1,5 +1,6 @@
 """Time of streaming: a chunk, the first token, a whole stream, an hour of it."""
 
+import inspect
 import time
 from collections.abc import Mapping
 from itertools import cycle
@@ -33,7 +34,7 @@ def time_chunks(subject: Subject, sound: Sound) -> dict[str, float]:
 
 def time_hour(subject: Subject, sound: Sound, minutes: int = 60) -> list[dict[str, float]]:
     """The profile's `hour`: a stream of so many minutes, the median of a chunk in each."""
-    xs = features(subject, sound.clip(min(60.0, sound.seconds)))
+    xs = features(subject, sound.clip(60))
     size = subject.chunk_size * subject.stride
     endless = cycle(list(pieces(xs, size)))
     done, heard, rows = 0, 0.0, []
@@ -60,7 +61,8 @@ class Streamer:
 
     def __init__(self, subject: Subject, options: Mapping[str, Any]):
         self.subject = subject
-        self.options = {key: options[key] for key in OPTIONS if key in options}
+        defaults = inspect.signature(StreamingRecognizer).parameters
+        self.options = {key: options.get(key, defaults[key].default) for key in OPTIONS}
         if not subject.source.trained:
             self.options["ctc_weight"] = 1.0
 
