@@ -16,6 +16,7 @@ RECIPE = REPO / "egs2/librispeech_100_kv/asr1"
 # module or folder of the package.
 LAYERS = {
     "errors": set(),
+    "atomic": set(),
     "position": set(),
     "codec": set(),
     "step": set(),
@@ -29,12 +30,13 @@ LAYERS = {
     "task": {"encoder", "decoder", "checkpoint", "registration"},
     "convert": {"cache", "position", "attention", "encoder", "decoder", "task", "checkpoint"},
     "profile": {"cache", "codec", "encoder", "decoder", "streaming", "task", "__init__"},
-    "report": set(),
+    "report": {"atomic"},
     "__main__": set(),
     "__init__": {"registration"},
 }
 WITHOUT_ESPNET = (
     "errors",
+    "atomic",
     "position",
     "codec",
     "step",
