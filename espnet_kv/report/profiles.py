@@ -244,9 +244,14 @@ class Profile:
         """The model's own, in which its headline figures are."""
         return next(iter(self.cache), None)
 
+    @property
+    def own_cache(self) -> Cache | None:
+        """The cache in the model's own cache_dtype."""
+        return self.cache.get(self.cache_dtype or "")
+
     def held(self, cache_dtype: str | None = None) -> Kinds | None:
         """The headline cache size, bounded, at the longest length; None where not measured."""
-        cache = self.cache.get(cache_dtype or self.cache_dtype or "")
+        cache = self.cache.get(cache_dtype) if cache_dtype else self.own_cache
         longest = cache.longest if cache else None
         return longest.bounded.bytes if longest and longest.bounded else None
 

@@ -1,0 +1,172 @@
+"""Figures with a line for each model: cache, time and memory over the length of the audio."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from espnet_kv.report.labels import label_ends
+from espnet_kv.report.looks import (
+    INK,
+    Entry,
+    by_encoder,
+    dense,
+    length_axis,
+    log_axis,
+    milliseconds,
+    panels,
+    size,
+)
+from espnet_kv.report.models import attention_name, origin
+
+Points = list[tuple[float, float]]
+
+
+def cache_growth(entries: Sequence[Entry], narrow: bool = False) -> Figure | None:
+    """Bytes of attention cache over seconds of audio: left_chunks bounds it, or nothing does."""
+
+    def points(entry: Entry, side: str) -> Points:
+        cache = entry.profile.own_cache
+        return [
+            (length.seconds, held.bytes.attention)
+            for length in sorted(cache.lengths if cache else (), key=lambda length: length.seconds)
+            if (held := getattr(length, side)) and held.bytes.attention
+        ]
+
+    figure = _by_encoder(
+        entries, narrow, [("unbounded", "-"), ("bounded", "--")], points, size, "attention cache"
+    )
+    if figure is not None:
+        figure.legend(
+            handles=[
+                Line2D([], [], color=INK, label="sees all that came before"),
+                Line2D([], [], color=INK, ls="--", label="bounded by left_chunks"),
+            ],
+            loc="outside upper left",
+            ncols=1 if narrow else 2,
+        )
+    return figure
+
+
+def time_growth(entries: Sequence[Entry], narrow: bool = False) -> Figure | None:
+    """ms that the encoder takes for a whole utterance, over its length."""
+
+    def points(entry: Entry, _: str) -> Points:
+        return sorted(
+            (length.seconds, length.encode_ms)
+            for length in entry.profile.time.lengths
+            if length.encode_ms
+        )
+
+    return _by_encoder(entries, narrow, [("", "-")], points, milliseconds, "whole utterance")
+
+
+def memory_growth(entries: Sequence[Entry], narrow: bool = False) -> Figure | None:
+    """Peak bytes of a whole utterance and of a stream, over the length of the audio."""
+
+    def points(entry: Entry, mode: str) -> Points:
+        found = [(m.seconds, getattr(m, f"{mode}_bytes")) for m in entry.profile.memory.lengths]
+        return sorted((seconds, value) for seconds, value in found if value)
+
+    figure = _by_encoder(
+        entries, narrow, [("offline", "-"), ("streaming", "--")], points, size, "peak memory"
+    )
+    if figure is not None:
+        figure.legend(
+            handles=[
+                Line2D([], [], color=INK, label="whole utterance"),
+                Line2D([], [], color=INK, ls="--", label="streamed"),
+            ],
+            loc="outside upper left",
+            ncols=2,
+        )
+    return figure
+
+
+def hour(entries: Sequence[Entry], narrow: bool = False) -> Figure | None:
+    """Median ms of a chunk in each minute of an hour of audio."""
+    groups = by_encoder([entry for entry in entries if entry.profile.time.hour])
+    if not groups:
+        return None
+    figure, axes = panels(len(groups), narrow, 3.0, sharex=True, sharey=True)
+    every = [minute for entry in entries for minute in entry.profile.time.hour]
+    last = max(minute.minute for minute in every)
+    ends = []
+    for axis, (encoder, members) in zip(axes, groups.items(), strict=True):
+        lines = {
+            entry: sorted((float(m.minute), m.chunk_ms) for m in entry.profile.time.hour)
+            for entry in members
+        }
+        for entry, points in lines.items():
+            _line(axis, points, color=entry.colour, lw=1.4, label=entry.name)
+        ends.append(_ends(lines))
+        axis.set_xlim(0, max(last, 1) * 1.4)
+        axis.set_ylim(0, max(minute.chunk_ms for minute in every) * 1.15)
+        axis.set_xticks([tick for tick in range(0, 61, 15) if tick <= last + 1])
+        _finish(axis, encoder, "minute of the stream", "a chunk, median (ms)")
+    figure.draw_without_rendering()
+    for axis, named in zip(axes, ends, strict=True):
+        label_ends(axis, named)
+    return figure
+
+
+def _by_encoder(
+    entries: Sequence[Entry],
+    narrow: bool,
+    lines: Sequence[tuple[str, str]],
+    points: Callable[[Entry, str], Points],
+    written: Callable[[float], str],
+    label: str,
+) -> Figure | None:
+    """A panel for each encoder, both axes logarithmic.
+
+    Args:
+        lines: (what `points` gives for a model, how its line is drawn); the first is named.
+    """
+    found = {entry: {which: points(entry, which) for which, _ in lines} for entry in entries}
+    groups = by_encoder([entry for entry, drawn in found.items() if any(drawn.values())])
+    if not groups:
+        return None
+    figure, axes = panels(len(groups), narrow, 3.2, sharex=True, sharey=True)
+    every = [point for drawn in found.values() for line in drawn.values() for point in line]
+    ends = []
+    for axis, (encoder, members) in zip(axes, groups.items(), strict=True):
+        for entry in members:
+            for which, dashes in lines:
+                name = f"{entry.name}, {which}" if which else entry.name
+                look = {"ls": dashes, "lw": 1.6, "marker": ".", "ms": 5}
+                _line(axis, found[entry][which], color=entry.colour, label=name, **look)
+        ends.append(_ends({entry: found[entry][lines[0][0]] for entry in members}))
+        log_axis(axis.yaxis, written, dense([y for _, y in every]))
+        length_axis(axis, [x for x, _ in every])
+        _finish(axis, encoder, "length of the audio (logarithmic)", f"{label} (logarithmic)")
+    figure.draw_without_rendering()
+    for axis, named in zip(axes, ends, strict=True):
+        label_ends(axis, named)
+    return figure
+
+
+def _line(axis: Axes, points: Points, **look: Any) -> None:
+    if points:
+        axis.plot([x for x, _ in points], [y for _, y in points], **look)
+
+
+def _ends(lines: dict[Entry, Points]) -> list[tuple[float, float, str, str]]:
+    """What stands beside the end of each line, in the terms of `label_ends`."""
+    ends = []
+    for entry, points in lines.items():
+        source = origin(entry.profile)
+        text = attention_name(entry.profile) + (f", {source}" if source != "trained" else "")
+        if points:
+            ends.append((*points[-1], text, entry.colour))
+    return ends
+
+
+def _finish(axis: Axes, encoder: str, x: str, y: str) -> None:
+    axis.set_title(encoder)
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.grid(axis="y")
+    axis.tick_params(labelleft=True, labelbottom=True)
