@@ -16,6 +16,7 @@ from espnet_kv.report.looks import (
     MUTED,
     Entry,
     dense,
+    lay_out,
     log_axis,
     milliseconds,
     on_ticks,
@@ -54,6 +55,7 @@ def cache_size(entries: Sequence[Entry], narrow: bool = False) -> Figure | None:
         handler_map={tuple: HandlerTuple(ndivide=None, pad=0.2)},
         ncols=3,
     )
+    lay_out(figure)
     return figure
 
 
@@ -138,6 +140,7 @@ def cache_dtypes(entries: Sequence[Entry], narrow: bool = False) -> Figure | Non
     axis.set_xlim(min(values) / 1.5, max(values) * 1.5)
     axis.grid(axis="x")
     axis.set_xlabel("attention cache of one stream (logarithmic)")
+    lay_out(figure)
     return figure
 
 
@@ -165,6 +168,7 @@ def _measured(
         _value_axis(axis, max(max(v, r or 0.0) for _, v, r in values), written, room=room)
         axis.set_title(title)
     figure.supxlabel(label, fontsize=9)
+    lay_out(figure)
     return figure
 
 

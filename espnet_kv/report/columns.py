@@ -52,13 +52,13 @@ class Column:
         ]
 
     def _decimals(self, values: Sequence[float]) -> int:
-        """One for rates; else so many that the smallest shows two figures, at most three."""
+        """One for rates; else so many that the smallest shows two figures, at most four."""
         if self.unit == "%":
             return 1
         if self.scale == 1 and all(float(v).is_integer() for v in values):
             return 0
         smallest = min((abs(v) * self.scale for v in values if v), default=0.0)
-        return next((n for n in range(3) if smallest * 10**n >= 10), 3)
+        return next((n for n in range(4) if smallest * 10**n >= 10), 4)
 
 
 @dataclass(frozen=True)
@@ -123,11 +123,12 @@ def _mb(key: str, title: str, value: Callable[[Profile], Value]) -> Column:
 
 def _overview(profiles: Sequence[Profile]) -> list[Column]:
     chosen = (
-        *("cache_attention_bytes", "cache_rest_bytes", "bytes_per_second", "compression_mha"),
+        *("cache_attention_bytes", "compression_mha", "bytes_per_second", "cache_rest_bytes"),
         *("chunk_ms_p50", "streaming_rtf", "rtf", "streaming_bytes"),
     )
     columns = {c.key: c for c in (*_cache(profiles), *_time(), *_memory())}
-    return [*(columns[key] for key in chosen), *_error_rates(profiles, "wer")]
+    found = [columns[key] for key in chosen]
+    return [*found[:2], *_error_rates(profiles, "wer"), *found[2:]]
 
 
 def _cache(profiles: Sequence[Profile]) -> list[Column]:
@@ -154,9 +155,8 @@ def _cache(profiles: Sequence[Profile]) -> list[Column]:
         *(
             Column(
                 f"compression_{reference}{suffix}",
-                f"less than {words}{', unbounded' if suffix else ''}",
+                f"times less than {words}{', unbounded' if suffix else ''}",
                 _at("compression", reference, side),
-                "times",
             )
             for suffix, side in (("", "bounded"), ("_unbounded", "unbounded"))
             for reference, words in (("mha", "mha"), ("input", "input cache"))

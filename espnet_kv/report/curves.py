@@ -1,18 +1,19 @@
 """Figures with a line for each model: cache, time and memory over the length of the audio."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from espnet_kv.report.labels import label_ends
+from espnet_kv.report.labels import label_ends, room_for
 from espnet_kv.report.looks import (
     INK,
     Entry,
     by_encoder,
     dense,
+    lay_out,
     length_axis,
     log_axis,
     milliseconds,
@@ -35,19 +36,8 @@ def cache_growth(entries: Sequence[Entry], narrow: bool = False) -> Figure | Non
             if (held := getattr(length, side)) and held.bytes.attention
         ]
 
-    figure = _by_encoder(
-        entries, narrow, [("unbounded", "-"), ("bounded", "--")], points, size, "attention cache"
-    )
-    if figure is not None:
-        figure.legend(
-            handles=[
-                Line2D([], [], color=INK, label="sees all that came before"),
-                Line2D([], [], color=INK, ls="--", label="bounded by left_chunks"),
-            ],
-            loc="outside upper left",
-            ncols=1 if narrow else 2,
-        )
-    return figure
+    sides = {"unbounded": "sees all that came before", "bounded": "bounded by left_chunks"}
+    return _by_encoder(entries, narrow, sides, points, size, "attention cache")
 
 
 def time_growth(entries: Sequence[Entry], narrow: bool = False) -> Figure | None:
@@ -60,7 +50,7 @@ def time_growth(entries: Sequence[Entry], narrow: bool = False) -> Figure | None
             if length.encode_ms
         )
 
-    return _by_encoder(entries, narrow, [("", "-")], points, milliseconds, "whole utterance")
+    return _by_encoder(entries, narrow, {"": ""}, points, milliseconds, "whole utterance")
 
 
 def memory_growth(entries: Sequence[Entry], narrow: bool = False) -> Figure | None:
@@ -70,19 +60,8 @@ def memory_growth(entries: Sequence[Entry], narrow: bool = False) -> Figure | No
         found = [(m.seconds, getattr(m, f"{mode}_bytes")) for m in entry.profile.memory.lengths]
         return sorted((seconds, value) for seconds, value in found if value)
 
-    figure = _by_encoder(
-        entries, narrow, [("offline", "-"), ("streaming", "--")], points, size, "peak memory"
-    )
-    if figure is not None:
-        figure.legend(
-            handles=[
-                Line2D([], [], color=INK, label="whole utterance"),
-                Line2D([], [], color=INK, ls="--", label="streamed"),
-            ],
-            loc="outside upper left",
-            ncols=2,
-        )
-    return figure
+    modes = {"offline": "whole utterance", "streaming": "streamed"}
+    return _by_encoder(entries, narrow, modes, points, size, "peak memory")
 
 
 def hour(entries: Sequence[Entry], narrow: bool = False) -> Figure | None:
@@ -93,6 +72,7 @@ def hour(entries: Sequence[Entry], narrow: bool = False) -> Figure | None:
     figure, axes = panels(len(groups), narrow, 3.0, sharex=True, sharey=True)
     every = [minute for entry in entries for minute in entry.profile.time.hour]
     last = max(minute.minute for minute in every)
+    room = room_for([_end_name(entry) for entry in entries], narrow)
     ends = []
     for axis, (encoder, members) in zip(axes, groups.items(), strict=True):
         lines = {
@@ -102,11 +82,11 @@ def hour(entries: Sequence[Entry], narrow: bool = False) -> Figure | None:
         for entry, points in lines.items():
             _line(axis, points, color=entry.colour, lw=1.4, label=entry.name)
         ends.append(_ends(lines))
-        axis.set_xlim(0, max(last, 1) * 1.4)
+        axis.set_xlim(0, max(last, 1) / (1 - room))
         axis.set_ylim(0, max(minute.chunk_ms for minute in every) * 1.15)
         axis.set_xticks([tick for tick in range(0, 61, 15) if tick <= last + 1])
         _finish(axis, encoder, "minute of the stream", "a chunk, median (ms)")
-    figure.draw_without_rendering()
+    lay_out(figure)
     for axis, named in zip(axes, ends, strict=True):
         label_ends(axis, named)
     return figure
@@ -115,7 +95,7 @@ def hour(entries: Sequence[Entry], narrow: bool = False) -> Figure | None:
 def _by_encoder(
     entries: Sequence[Entry],
     narrow: bool,
-    lines: Sequence[tuple[str, str]],
+    lines: Mapping[str, str],
     points: Callable[[Entry, str], Points],
     written: Callable[[float], str],
     label: str,
@@ -123,26 +103,34 @@ def _by_encoder(
     """A panel for each encoder, both axes logarithmic.
 
     Args:
-        lines: (what `points` gives for a model, how its line is drawn); the first is named.
+        lines: what `points` gives for a model -> the legend's word for it. The first line of
+            each model is drawn through and named, the second is dashed.
     """
-    found = {entry: {which: points(entry, which) for which, _ in lines} for entry in entries}
+    found = {entry: {which: points(entry, which) for which in lines} for entry in entries}
     groups = by_encoder([entry for entry, drawn in found.items() if any(drawn.values())])
     if not groups:
         return None
     figure, axes = panels(len(groups), narrow, 3.2, sharex=True, sharey=True)
+    room = room_for([_end_name(entry) for entry in found], narrow)
     every = [point for drawn in found.values() for line in drawn.values() for point in line]
-    ends = []
+    first, ends = next(iter(lines)), []
     for axis, (encoder, members) in zip(axes, groups.items(), strict=True):
         for entry in members:
-            for which, dashes in lines:
+            for which, dashes in zip(lines, ("-", "--"), strict=False):
                 name = f"{entry.name}, {which}" if which else entry.name
                 look = {"ls": dashes, "lw": 1.6, "marker": ".", "ms": 5}
                 _line(axis, found[entry][which], color=entry.colour, label=name, **look)
-        ends.append(_ends({entry: found[entry][lines[0][0]] for entry in members}))
+        ends.append(_ends({entry: found[entry][first] for entry in members}))
         log_axis(axis.yaxis, written, dense([y for _, y in every]))
-        length_axis(axis, [x for x, _ in every])
+        length_axis(axis, [x for x, _ in every], room)
         _finish(axis, encoder, "length of the audio (logarithmic)", f"{label} (logarithmic)")
-    figure.draw_without_rendering()
+    if len(lines) > 1:
+        handles = [
+            Line2D([], [], color=INK, ls=dashes, label=word)
+            for dashes, word in zip(("-", "--"), lines.values(), strict=True)
+        ]
+        figure.legend(handles=handles, loc="outside upper left", ncols=1 if narrow else 2)
+    lay_out(figure)
     for axis, named in zip(axes, ends, strict=True):
         label_ends(axis, named)
     return figure
@@ -155,13 +143,14 @@ def _line(axis: Axes, points: Points, **look: Any) -> None:
 
 def _ends(lines: dict[Entry, Points]) -> list[tuple[float, float, str, str]]:
     """What stands beside the end of each line, in the terms of `label_ends`."""
-    ends = []
-    for entry, points in lines.items():
-        source = origin(entry.profile)
-        text = attention_name(entry.profile) + (f", {source}" if source != "trained" else "")
-        if points:
-            ends.append((*points[-1], text, entry.colour))
-    return ends
+    return [
+        (*points[-1], _end_name(entry), entry.colour) for entry, points in lines.items() if points
+    ]
+
+
+def _end_name(entry: Entry) -> str:
+    source = origin(entry.profile)
+    return attention_name(entry.profile) + (f", {source}" if source != "trained" else "")
 
 
 def _finish(axis: Axes, encoder: str, x: str, y: str) -> None:

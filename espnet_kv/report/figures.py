@@ -20,12 +20,14 @@ class Plot:
 
     stem: its file name without suffix.
     about: what it shows, as its caption.
+    columns: where their keys start so, they hold the numbers that it shows.
     draw: models, narrow -> the figure, or None where no model has what it shows.
     """
 
     stem: str
     title: str
     about: str
+    columns: tuple[str, ...]
     draw: Callable[[Sequence[Entry], bool], Figure | None]
 
 
@@ -35,54 +37,63 @@ PLOTS = (
         "Word error rate against cache size",
         "Below and to the left is better; the dashed line joins the models that no other beats in "
         "both. Colour is attention, marker is encoder.",
+        ("cache_attention_bytes", "wer_"),
         scatter.wer_against_cache,
     ),
     Plot(
         "cache_size",
         "Cache size",
         "What a stream holds between two chunks at the longest audio, bounded by left_chunks.",
+        ("cache_attention_bytes", "cache_conv", "cache_input"),
         bars.cache_size,
     ),
     Plot(
         "cache_growth",
         "Cache over the length of the audio",
         "Bytes of attention cache, with left context bounded by left_chunks and without bound.",
+        ("cache_attention_bytes", "unbounded_bytes", "bytes_per_second"),
         curves.cache_growth,
     ),
     Plot(
         "cache_dtype",
         "Cache in fewer bits",
         "The attention cache in each cache_dtype; scales of int8 and int4 count.",
+        ("cache_attention_bytes",),
         bars.cache_dtypes,
     ),
     Plot(
         "inference_time",
         "Inference time",
         "First token: from the first sample, the audio that it has to wait for included.",
+        ("chunk_ms_p", "utterance_ms_p", "first_token_ms_p"),
         bars.inference_time,
     ),
     Plot(
         "time_growth",
         "Time over the length of the audio",
         "Time of the encoder for a whole utterance.",
+        ("rtf",),
         curves.time_growth,
     ),
     Plot(
         "hour",
         "An hour of audio in one stream",
         "Median time of a chunk in each minute.",
+        ("chunk_ms_p50",),
         curves.hour,
     ),
     Plot(
         "peak_memory",
         "Peak memory",
         "At the longest audio, over what the loaded model holds by itself.",
+        ("streaming_bytes", "offline_bytes"),
         bars.peak_memory,
     ),
     Plot(
         "memory_growth",
         "Memory over the length of the audio",
         "Peaks over what the loaded model holds by itself.",
+        ("streaming_bytes", "offline_bytes"),
         curves.memory_growth,
     ),
 )

@@ -16,10 +16,16 @@ Box = tuple[float, float, float, float]
 SPOTS = [*((dx, dy) for dy in (0, 9, -9, 18, -18) for dx in (9, -9)), (0, 12), (0, -12)]
 
 
+def room_for(names: Sequence[str], narrow: bool) -> float:
+    """The share of an axis that `names` take beside the ends of its lines."""
+    longest = max(map(len, names), default=0)
+    return min((30 + 0.6 * SIZE * longest) / (270 if narrow else 240), 0.6)
+
+
 def label_ends(axis: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Write (x, y, text, colour) to the right of where lines end, spread where they are near.
 
-    The figure must be laid out (`draw_without_rendering`), with the limits of `axis` final.
+    The figure must be laid out (`looks.lay_out`), with the limits of `axis` final.
     """
     if not ends:
         return
@@ -52,7 +58,7 @@ def label_ends(axis: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
 def label_points(axis: Axes, points: Sequence[tuple[float, float, str]]) -> None:
     """Write the text of (x, y, text) beside each point, where it covers least.
 
-    The figure must be laid out (`draw_without_rendering`), with the limits of `axis` final.
+    The figure must be laid out (`looks.lay_out`), with the limits of `axis` final.
     """
     unit = axis.get_figure(root=True).dpi / 72  # type: ignore[union-attr]
     places = [tuple(axis.transData.transform(point[:2])) for point in points]

@@ -114,6 +114,12 @@ def panels(
     return figure, list(axes[:count])
 
 
+def lay_out(figure: Figure) -> None:
+    """Find the places of all panels once and for all: afterwards places in pixels are final."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+
+
 def size(value: float) -> str:
     """Bytes for a person: 81.9 kB."""
     return _with_unit(value, (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0)))
@@ -159,12 +165,16 @@ def dense(values: Sequence[float], narrow: bool = True) -> bool:
     return max(values) / min(values) < (60 if narrow else 600)
 
 
-def length_axis(axis: Axes, seconds: Sequence[float]) -> None:
-    """A logarithmic x of audio lengths: ticks where something was measured, room for names."""
+def length_axis(axis: Axes, seconds: Sequence[float], room: float) -> None:
+    """A logarithmic x of audio lengths: ticks where something was measured.
+
+    Args:
+        room: the share of the axis that stays free on the right.
+    """
     axis.set_xscale("log")
     ticks = sorted(set(seconds))
     axis.xaxis.set_major_locator(FixedLocator(ticks))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(on_ticks(duration))
-    room = (ticks[-1] / ticks[0]) ** 0.45
-    axis.set_xlim(ticks[0] / 1.15, ticks[-1] * max(room, 1.3))
+    span = max(ticks[-1] / ticks[0], 2.0)
+    axis.set_xlim(ticks[0] / span**0.03, ticks[-1] * span ** (room / (1 - room)))

@@ -22,7 +22,7 @@ COMPARED: dict[str, Callable[[Profile], Any]] = {
     "chunk_size": lambda p: p.settings.chunk_size,
     "left_chunks": lambda p: p.settings.left_chunks,
     "cache_dtype": lambda p: p.cache_dtype,
-    "longest audio (s)": lambda p: _longest(p),
+    "longest audio": lambda p: _longest(p),
     "utterances": lambda p: p.settings.audio,
     "torch": lambda p: p.settings.torch,
     "memory measured as": lambda p: p.memory.method,
@@ -132,9 +132,9 @@ def _rank(known: Sequence[str], name: str) -> tuple[int, str]:
     return (known.index(name) if name in known else len(known)), name
 
 
-def _longest(profile: Profile) -> float | None:
+def _longest(profile: Profile) -> str | None:
     lengths = [cache.longest.seconds for cache in profile.cache.values() if cache.longest]
-    return max(lengths, default=None)
+    return f"{max(lengths):g} s" if lengths else None
 
 
 def _said(value: Any) -> str:

@@ -20,6 +20,7 @@ from espnet_kv.report.looks import (
     Entry,
     by_encoder,
     dense,
+    lay_out,
     log_axis,
     panels,
     size,
@@ -57,19 +58,22 @@ def wer_against_cache(entries: Sequence[Entry], narrow: bool = False) -> Figure 
                     found.setdefault((mode, name), []).append(point)
     if not found:
         return None
-    figure, axes = panels(len(found), narrow, 3.1)
+    figure, axes = panels(len(found), narrow, 3.3)
+    # in all panels or in none, so that they can be looked at side by side
+    ranges = [[wer for _, _, wer in points] for points in found.values()]
+    logarithmic = min(map(min, ranges)) > 0 and any(max(r) / min(r) > 5 for r in ranges)
     for axis, ((mode, name), points) in zip(axes, found.items(), strict=True):
-        _draw(axis, points)
+        _draw(axis, points, logarithmic)
         axis.set_title(f"{name}, {mode}")
     drawn = [entry for entry in entries if any(entry is e for ps in found.values() for e, *_ in ps)]
     figure.legend(handles=_legend(drawn), loc="outside upper left", ncols=2 if narrow else 4)
-    figure.draw_without_rendering()
+    lay_out(figure)
     for axis, points in zip(axes, found.values(), strict=True):
         label_points(axis, [(x, y, attention_name(entry.profile)) for entry, x, y in points])
     return figure
 
 
-def _draw(axis: Axes, points: Sequence[tuple[Entry, float, float]]) -> None:
+def _draw(axis: Axes, points: Sequence[tuple[Entry, float, float]], logarithmic: bool) -> None:
     """Points, a thin line through those of one encoder that were trained, and the front."""
     place = {entry: (x, y) for entry, x, y in points}
     trained = [entry for entry in place if origin(entry.profile) == "trained"]
@@ -93,7 +97,7 @@ def _draw(axis: Axes, points: Sequence[tuple[Entry, float, float]]) -> None:
     log_axis(axis.xaxis, size, dense(sizes))
     axis.set_xlim(min(sizes) / 1.9, max(sizes) * 1.9)
     low, high = min(rates), max(rates)
-    if low > 0 and high / low > 8:
+    if logarithmic:
         log_axis(axis.yaxis, lambda y: f"{y:g} %", dense(rates))
         axis.set_ylim(low / 1.3, high * 1.3)
         axis.set_ylabel("WER (%, logarithmic)")

@@ -24,8 +24,8 @@ def comparison_csv(profiles: Sequence[Profile], names: Sequence[str], notes: Not
     return text.getvalue()
 
 
-def markdown(profiles: Sequence[Profile], names: Sequence[str], notes: Notes) -> str:
-    """The overview in Markdown: what all rows share, the table, the notes."""
+def markdown(profiles: Sequence[Profile], names: Sequence[str], notes: Notes, command: str) -> str:
+    """The overview in Markdown: what all rows share, the table, the notes, the commands."""
     columns = tables(profiles)[0].columns
     marked = [
         _escaped(name) + (f" <sup>{','.join(map(str, marks))}</sup>" if marks else "")
@@ -38,7 +38,16 @@ def markdown(profiles: Sequence[Profile], names: Sequence[str], notes: Notes) ->
         *(f"|{'|'.join(row)}|" for row in zip(*cells, strict=True)),
     ]
     numbered = [f"{n}. {_escaped(text)}" for n, text in enumerate(notes.texts, 1)]
-    parts = [_escaped(shared(notes)), "\n".join(lines), "\n".join(numbered)]
+    commands = [
+        f"- {_escaped(name)}: {_code(said)}"
+        for name, said in (
+            *((name, p.settings.command) for name, p in zip(names, profiles, strict=True)),
+            ("this table", command),
+        )
+        if said
+    ]
+    made = "<details><summary>Commands</summary>\n\n" + "\n".join(commands) + "\n\n</details>"
+    parts = [_escaped(shared(notes)), "\n".join(lines), "\n".join(numbered), made]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -81,6 +90,11 @@ def placed(text: str, title: str, block: str, path: Path) -> str:
     if text.count(begin) != 1 or text.count(end) != 1 or not found:
         raise UserError(f"{path}: keep one line {begin} and below it one line {end}, or neither")
     return before + whole + after
+
+
+def _code(text: str) -> str:
+    fence = "``" if "`" in text else "`"
+    return f"{fence}{' '.join(text.split())}{fence}"
 
 
 def _escaped(text: str) -> str:
