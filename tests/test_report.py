@@ -3,12 +3,16 @@
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from profile_json import eight, make_profile, write_profile
 from reports import NAMES, STRANGE
 
 from espnet_kv.bin.report import main
+from espnet_kv.errors import UserError
+from espnet_kv.recipe.layout import Layout
+from espnet_kv.recipe.report_stage import compare_models
 from espnet_kv.report.columns import MISSING, tables
 from espnet_kv.report.models import ordered
 from espnet_kv.report.profiles import read_profiles
@@ -161,6 +165,21 @@ def test_a_figure_of_an_earlier_report_does_not_stay(tmp_path):
     profile = write_profile(tmp_path / "p.json", make_profile(**parts))
     assert main([str(profile), "--output", str(tmp_path / "out")]) == 0
     assert not stale.exists() and (tmp_path / "out/report.html").exists()
+
+
+def test_stage_15_compares_all_that_is_profiled(tmp_path, capsys):
+    exp = tmp_path / "exp"
+    args = SimpleNamespace(expdir=exp, results=exp / "RESULTS.md", command="./run.sh --stage 15")
+    with pytest.raises(UserError, match="profile first"):
+        compare_models(Layout(args))
+    for n, profile in enumerate(eight(time=None, memory=None, cache=None)[:2]):
+        write_profile(exp / f"m{n}/profile/profile.json", profile)
+    compare_models(Layout(args))
+    assert f"page: {exp}/report/report.html" in capsys.readouterr().out
+    assert "- this table: `./run.sh --stage 15`" in args.results.read_text()
+    assert {"conformer mha", "conformer gqa G2"} <= {
+        row[0] for row in Reader(exp / "report/report.html").tables[0]
+    }
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ SPOTS = [*((dx, dy) for dy in (0, 9, -9, 18, -18) for dx in (9, -9)), (0, 12), (
 def room_for(names: Sequence[str], narrow: bool) -> float:
     """The share of an axis that `names` take beside the ends of its lines."""
     longest = max(map(len, names), default=0)
-    return min((30 + 0.6 * SIZE * longest) / (270 if narrow else 240), 0.6)
+    return min((30 + 0.55 * SIZE * longest) / (270 if narrow else 240), 0.6)
 
 
 def label_ends(axis: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
