@@ -117,7 +117,7 @@ def test_ids_are_unique_and_figures_are_described(reader):
     assert len(ids) == len(set(ids))
     described = [value for _, key, value in reader.attributes if key == "aria-label"]
     sizes = [text for text in described if text.startswith("Cache size")]
-    assert len(sizes) == 2 and all("conformer mha: attention cache 164 kB" in s for s in sizes)
+    assert len(sizes) == 2 and all("conformer mha: attention cache 163.8 kB" in s for s in sizes)
 
 
 def test_names_and_commands_are_text_not_markup(report, reader):

@@ -97,9 +97,13 @@ def test_names_say_what_of_the_options_is_not_usual(report, conf, name):
     assert called == [f"conformer {name}"]
 
 
-def test_models_of_one_name_are_numbered(report):
-    _, called, _ = report([make_profile(), make_profile(settings__device="cuda")])
-    assert called == ["conformer mha #1", "conformer mha #2"]
+def test_models_of_one_name_are_told_apart(report):
+    same = [make_profile() for _ in range(2)]
+    assert report(same)[1] == ["conformer mha #1", "conformer mha #2"]
+    same[1]["model"]["weights"] = "random"
+    assert report(same)[1] == ["conformer mha trained", "conformer mha random"]
+    same[1]["settings"]["device"] = "cuda"
+    assert report(same)[1] == ["conformer mha cpu", "conformer mha cuda"]
 
 
 @pytest.mark.parametrize(

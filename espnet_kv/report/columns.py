@@ -52,13 +52,14 @@ class Column:
         ]
 
     def _decimals(self, values: Sequence[float]) -> int:
-        """One for rates; else so many that the smallest shows two figures, at most four."""
+        """One for rates; else so many that the smallest shows two figures, or three of bytes."""
         if self.unit == "%":
             return 1
         if self.scale == 1 and all(float(v).is_integer() for v in values):
             return 0
         smallest = min((abs(v) * self.scale for v in values if v), default=0.0)
-        return next((n for n in range(4) if smallest * 10**n >= 10), 4)
+        wanted = 100 if self.unit == "kB" else 10  # bytes are exact, times are not
+        return next((n for n in range(4) if smallest * 10**n >= wanted), 4)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from espnet_kv.report.looks import (
     panels,
     size,
 )
-from espnet_kv.report.models import attention_name, origin
 
 Points = list[tuple[float, float]]
 
@@ -72,7 +71,7 @@ def hour(entries: Sequence[Entry], narrow: bool = False) -> Figure | None:
     figure, axes = panels(len(groups), narrow, 3.0, sharex=True, sharey=True)
     every = [minute for entry in entries for minute in entry.profile.time.hour]
     last = max(minute.minute for minute in every)
-    room = room_for([_end_name(entry) for entry in entries], narrow)
+    room = room_for([entry.short for entry in entries], narrow)
     ends = []
     for axis, (encoder, members) in zip(axes, groups.items(), strict=True):
         lines = {
@@ -111,7 +110,7 @@ def _by_encoder(
     if not groups:
         return None
     figure, axes = panels(len(groups), narrow, 3.2, sharex=True, sharey=True)
-    room = room_for([_end_name(entry) for entry in found], narrow)
+    room = room_for([entry.short for entry in found], narrow)
     every = [point for drawn in found.values() for line in drawn.values() for point in line]
     first, ends = next(iter(lines)), []
     for axis, (encoder, members) in zip(axes, groups.items(), strict=True):
@@ -143,14 +142,7 @@ def _line(axis: Axes, points: Points, **look: Any) -> None:
 
 def _ends(lines: dict[Entry, Points]) -> list[tuple[float, float, str, str]]:
     """What stands beside the end of each line, in the terms of `label_ends`."""
-    return [
-        (*points[-1], _end_name(entry), entry.colour) for entry, points in lines.items() if points
-    ]
-
-
-def _end_name(entry: Entry) -> str:
-    source = origin(entry.profile)
-    return attention_name(entry.profile) + (f", {source}" if source != "trained" else "")
+    return [(*points[-1], entry.short, entry.colour) for entry, points in lines.items() if points]
 
 
 def _finish(axis: Axes, encoder: str, x: str, y: str) -> None:

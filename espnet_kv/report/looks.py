@@ -62,6 +62,11 @@ class Entry:
         return self.profile.model.encoder
 
     @property
+    def short(self) -> str:
+        """Its name without that of the encoder."""
+        return self.name.removeprefix(f"{self.encoder} ")
+
+    @property
     def colour(self) -> str:
         return COLOURS.get(self.profile.model.attention_type, OTHER_COLOUR)
 

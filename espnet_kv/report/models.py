@@ -86,18 +86,22 @@ def attention_name(profile: Profile) -> str:
 
 
 def names(profiles: Sequence[Profile]) -> list[str]:
-    """A short name for each, unlike those of the others."""
-    given = []
-    for profile in profiles:
+    """A short name for each, told apart by device, weights or number where need be."""
+    given: dict[str, list[int]] = {}
+    for n, profile in enumerate(profiles):
         source = origin(profile)
         said = f" ({source})" if source != "trained" else ""
-        given.append(f"{profile.model.encoder} {attention_name(profile)}{said}")
-    counts, seen = Counter(given), Counter[str]()
-    for n, name in enumerate(given):
-        if counts[name] > 1:
-            seen[name] += 1
-            given[n] = f"{name} #{seen[name]}"
-    return given
+        name = f"{profile.model.encoder} {attention_name(profile)}{said}"
+        given.setdefault(name, []).append(n)
+    found = [""] * len(profiles)
+    for name, rows in given.items():
+        numbers = [f"#{n}" for n in range(1, len(rows) + 1)]
+        devices = [profiles[row].settings.device for row in rows]
+        weights = [profiles[row].model.weights for row in rows]
+        apart = next(said for said in (devices, weights, numbers) if len({*said}) == len(rows))
+        for row, word in zip(rows, apart, strict=True):
+            found[row] = f"{name} {word}" if len(rows) > 1 else name
+    return found
 
 
 def compare(profiles: Sequence[Profile]) -> Notes:

@@ -25,7 +25,7 @@ from espnet_kv.report.looks import (
     panels,
     size,
 )
-from espnet_kv.report.models import attention_name, origin
+from espnet_kv.report.models import origin
 
 WORDS = {
     "trained": "trained from scratch",
@@ -69,8 +69,13 @@ def wer_against_cache(entries: Sequence[Entry], narrow: bool = False) -> Figure 
     figure.legend(handles=_legend(drawn), loc="outside upper left", ncols=2 if narrow else 4)
     lay_out(figure)
     for axis, points in zip(axes, found.values(), strict=True):
-        label_points(axis, [(x, y, attention_name(entry.profile)) for entry, x, y in points])
+        label_points(axis, [(x, y, _text(entry)) for entry, x, y in points])
     return figure
+
+
+def _text(entry: Entry) -> str:
+    """Its name but for what the marker says: encoder and origin."""
+    return entry.short.replace(f" ({origin(entry.profile)})", "")
 
 
 def _draw(axis: Axes, points: Sequence[tuple[Entry, float, float]], logarithmic: bool) -> None:
