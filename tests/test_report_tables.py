@@ -115,6 +115,7 @@ def test_models_of_one_name_are_told_apart(report):
         ("commit", None, "commit not known instead of v1-3-gabcdef0"),
         ("threads", 8, "threads 8 instead of 1"),
         ("left_chunks", -1, "left_chunks -1 instead of 4"),
+        ("search", {"beam_size": 5}, "search beam_size 5 instead of beam_size 10, ctc_weight 0.7"),
     ],
 )
 def test_a_row_that_differs_from_the_others_is_marked(report, key, value, note):

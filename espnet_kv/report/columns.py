@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from espnet_kv.report.models import attention_name, origin
+from espnet_kv.report.models import attention_name, options, origin
 from espnet_kv.report.profiles import Profile
 
 Value = str | float | None
@@ -198,9 +198,9 @@ def _memory() -> list[Column]:
         _mb("parameter_bytes", "parameters", _at("model", "parameter_bytes")),
         Column(
             "macs_per_second",
-            "multiply-accumulates per second of audio",
+            "multiply-accumulates",
             _at("model", "macs_per_second"),
-            "million",
+            "million per second of audio",
             1e-6,
         ),
     ]
@@ -254,6 +254,11 @@ def _settings() -> list[Column]:
         Column("frame_ms", "frame", _at("settings", "frame_ms"), "ms"),
         *plain("settings", "audio", "utterances"),
         Column("utterance_seconds", "their length", _at("settings", "utterance_seconds"), "s"),
+        Column("search", "search", lambda p: options(p.settings.search)),
+        Column(
+            "streaming_search", "streaming search", lambda p: options(p.settings.streaming_search)
+        ),
+        *plain("settings", "tokens_per_second"),
         Column("memory_method", "memory measured as", _at("memory", "method")),
         *plain("settings", "commit", "date", "python", "torch", "espnet", "espnet_kv"),
         *plain("settings", "command"),

@@ -1,7 +1,7 @@
 """The models of a report: their order, their names, and what keeps two of them from comparing."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,9 @@ COMPARED: dict[str, Callable[[Profile], Any]] = {
     "left_chunks": lambda p: p.settings.left_chunks,
     "cache_dtype": lambda p: p.cache_dtype,
     "longest audio": lambda p: _longest(p),
-    "utterances": lambda p: p.settings.audio,
+    "audio": lambda p: p.settings.audio,
+    "search": lambda p: options(p.settings.search),
+    "streaming search": lambda p: options(p.settings.streaming_search),
     "torch": lambda p: p.settings.torch,
     "memory measured as": lambda p: p.memory.method,
 }
@@ -83,6 +85,11 @@ def attention_name(profile: Profile) -> str:
         elif value is not None and (key, value) not in PLAIN:
             words.append(f"{key} {value}")
     return " ".join(words)
+
+
+def options(values: Mapping[str, Any]) -> str | None:
+    """beam_size 10, ctc_weight 0.3; None where there are none."""
+    return ", ".join(f"{key} {value}" for key, value in values.items()) or None
 
 
 def names(profiles: Sequence[Profile]) -> list[str]:

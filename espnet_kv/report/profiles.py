@@ -46,7 +46,11 @@ class Model:
 
 @dataclass(frozen=True)
 class Settings:
-    """Under what conditions: figures of two profiles compare where these agree."""
+    """Under what conditions: figures of two profiles compare where these agree.
+
+    search, streaming_search: options of the searches that were timed.
+    tokens_per_second: at what rate a search on random weights was made to emit tokens.
+    """
 
     device: str
     device_name: str | None = None
@@ -59,6 +63,9 @@ class Settings:
     audio: str | None = None
     utterances: int | None = None
     utterance_seconds: float | None = None
+    search: dict[str, Any] = field(default_factory=dict)
+    streaming_search: dict[str, Any] = field(default_factory=dict)
+    tokens_per_second: float | None = None
     command: str | None = None
     commit: str | None = None
     date: str | None = None
