@@ -9,7 +9,7 @@ from profile_json import eight, make_profile, write_profile
 
 from espnet_kv.report import bars, curves, scatter
 from espnet_kv.report.figures import PLOTS, inline_svg, save
-from espnet_kv.report.looks import COLOURS, Entry, duration, milliseconds, size, style
+from espnet_kv.report.looks import COLOURS, Entry, duration, milliseconds, on_ticks, size, style
 from espnet_kv.report.models import names, ordered
 from espnet_kv.report.profiles import read_profiles
 
@@ -227,6 +227,20 @@ def test_an_inline_figure_takes_the_colours_of_the_page_and_keeps_its_ids_apart(
     assert len(ids) == len(set(ids)) and all(i.startswith("growth-") for i in ids)
     assert set(re.findall(r"url\(#([^)]+)\)", svg)) <= set(ids)
     assert "http" not in svg and ">mha<" in svg
+
+
+def test_a_name_is_never_read_as_a_formula(entries, tmp_path):
+    models = entries([make_profile("$\\frac$", "mha"), make_profile("$x$", "mla")])
+    for draw in (bars.cache_size, curves.cache_growth, scatter.wer_against_cache):
+        assert ">$x$" in inline_svg(draw(models), "a")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0 B"), (100e3, "100 kB"), (2.5e6, "2.5 MB"), (10e3, "10 kB"), (1.25e6, "1.25 MB")],
+)
+def test_ticks_have_no_zeros_behind_the_point(value, text):
+    assert on_ticks(size)(value) == text
 
 
 @pytest.mark.parametrize(

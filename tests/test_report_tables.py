@@ -87,8 +87,9 @@ def test_models_are_ordered_by_encoder_and_attention(report):
         ({"kv_rank": 64}, "mla r64"),
         ({"kv_rank": [32, 64, 48]}, "mla r32-64"),
         ({"kv_rank": [32, 32]}, "mla r32"),
-        ({"cache": "input"}, "mla input"),
-        ({"feature_map": "elu"}, "mla"),
+        ({"cache": "input"}, "mla cache input"),
+        ({"feature_map": "elu", "cache": "kv"}, "mla"),
+        ({"feature_map": ["elu", 1], "other": {}}, "mla feature_map ['elu', 1] other {}"),
         ({"feature_map": "hedgehog", "decay": None}, "mla feature_map hedgehog"),
     ],
 )

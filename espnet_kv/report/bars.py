@@ -15,7 +15,7 @@ from espnet_kv.report.looks import (
     INPUT,
     MUTED,
     Entry,
-    dense,
+    fine_ticks,
     lay_out,
     log_axis,
     milliseconds,
@@ -136,7 +136,7 @@ def cache_dtypes(entries: Sequence[Entry], narrow: bool = False) -> Figure | Non
                 fontsize=7.5,
             )
     values = [value for _, sizes in held for value in sizes.values()]
-    log_axis(axis.xaxis, size, dense(values, narrow))
+    log_axis(axis.xaxis, size, fine_ticks(values, narrow))
     axis.set_xlim(min(values) / 1.5, max(values) * 1.5)
     axis.grid(axis="x")
     axis.set_xlabel("attention cache of one stream (logarithmic)")

@@ -12,7 +12,7 @@ from espnet_kv.report.looks import (
     INK,
     Entry,
     by_encoder,
-    dense,
+    fine_ticks,
     lay_out,
     length_axis,
     log_axis,
@@ -120,7 +120,7 @@ def _by_encoder(
                 look = {"ls": dashes, "lw": 1.6, "marker": ".", "ms": 5}
                 _line(axis, found[entry][which], color=entry.colour, label=name, **look)
         ends.append(_ends({entry: found[entry][first] for entry in members}))
-        log_axis(axis.yaxis, written, dense([y for _, y in every]))
+        log_axis(axis.yaxis, written, fine_ticks([y for _, y in every]))
         length_axis(axis, [x for x, _ in every], room)
         _finish(axis, encoder, "length of the audio (logarithmic)", f"{label} (logarithmic)")
     if len(lines) > 1:

@@ -46,6 +46,7 @@ STYLE: dict[Any, Any] = {
     "ytick.labelcolor": INK,
     "legend.frameon": False,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a dollar sign in a name is one
 }
 WIDE, NARROW = 8.4, 4.3  # inches
 
@@ -142,30 +143,27 @@ def milliseconds(value: float) -> str:
 
 def on_ticks(written: Callable[[float], str]) -> FuncFormatter:
     """`written` without zeros at the end, as ticks have them."""
-    return FuncFormatter(
-        lambda value, _: re.sub(r"(\.\d*?)0+(?= )", r"\1", written(value)).replace(". ", " ")
-    )
+    zeros = re.compile(r"\.0+(?= )|(?<=\.\d)0(?= )")
+    return FuncFormatter(lambda value, _: zeros.sub("", written(value)))
 
 
 def _with_unit(value: float, units: Sequence[tuple[str, float]]) -> str:
     """Three figures of `value` and the largest unit that is not above it."""
     unit, factor = next((u for u in units if abs(value) >= u[1]), units[-1])
     amount = value / factor
-    decimals = (
-        0 if abs(amount) >= 100 or (factor == 1 and unit == "B") else 1 if abs(amount) >= 10 else 2
-    )
+    decimals = 0 if abs(amount) >= 100 or unit == "B" else 1 if abs(amount) >= 10 else 2
     return f"{amount:.{decimals}f} {unit}"
 
 
-def log_axis(axis: Any, written: Callable[[float], str], dense: bool) -> None:
+def log_axis(axis: Any, written: Callable[[float], str], fine: bool) -> None:
     """Make `axis` (axes.xaxis or yaxis) logarithmic, with 1 (2, 5) labelled as `written` says."""
     (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log")
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if dense else (1,)))
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if fine else (1,)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(on_ticks(written))
 
 
-def dense(values: Sequence[float], narrow: bool = True) -> bool:
+def fine_ticks(values: Sequence[float], narrow: bool = True) -> bool:
     """Whether an axis of `values` has room for labels at 2 and 5 as well as at powers of ten."""
     return max(values) / min(values) < (60 if narrow else 600)
 

@@ -10,7 +10,7 @@ from espnet_kv.report.profiles import Profile
 ENCODERS = ("conformer", "branchformer", "e_branchformer", "transformer")
 ATTENTIONS = ("mha", "gqa", "mla", "linear")
 PREFIX = {"kv_rank": "r", "num_kv_heads": "G"}
-PLAIN = {("feature_map", "elu")}
+USUAL = {"feature_map": "elu", "cache": "kv", "decay": None}
 ORIGINS = ("trained", "converted", "fine-tuned")
 
 COMPARED: dict[str, Callable[[Profile], Any]] = {
@@ -72,17 +72,15 @@ def origin(profile: Profile) -> str:
 
 
 def attention_name(profile: Profile) -> str:
-    """mla r64, gqa G2, mha input: the attention with what of its options is not usual."""
+    """mla r64, gqa G2, mha cache input: the attention with what of its options is not usual."""
     words = [profile.model.attention_type]
     for key, value in profile.model.attention_conf.items():
-        if isinstance(value, list) and value:  # one for each layer
-            low, high = min(value), max(value)
+        if isinstance(value, list) and value and all(isinstance(v, int) for v in value):
+            low, high = min(value), max(value)  # one for each layer
             value = low if low == high else f"{low}-{high}"
         if key in PREFIX:
             words.append(f"{PREFIX[key]}{value}")
-        elif key == "cache":
-            words += [] if value == "kv" else [str(value)]
-        elif value is not None and (key, value) not in PLAIN:
+        elif key not in USUAL or USUAL[key] != value:
             words.append(f"{key} {value}")
     return " ".join(words)
 

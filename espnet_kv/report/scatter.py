@@ -19,7 +19,7 @@ from espnet_kv.report.looks import (
     PAPER,
     Entry,
     by_encoder,
-    dense,
+    fine_ticks,
     lay_out,
     log_axis,
     panels,
@@ -99,11 +99,11 @@ def _draw(axis: Axes, points: Sequence[tuple[Entry, float, float]], logarithmic:
     for entry, (x, y) in place.items():
         axis.plot([x], [y], ls="none", zorder=3, label=entry.name, **entry.marker)
     sizes, rates = [x for x, _ in place.values()], [y for _, y in place.values()]
-    log_axis(axis.xaxis, size, dense(sizes))
+    log_axis(axis.xaxis, size, fine_ticks(sizes))
     axis.set_xlim(min(sizes) / 1.9, max(sizes) * 1.9)
     low, high = min(rates), max(rates)
     if logarithmic:
-        log_axis(axis.yaxis, lambda y: f"{y:g} %", dense(rates))
+        log_axis(axis.yaxis, lambda y: f"{y:g} %", fine_ticks(rates))
         axis.set_ylim(low / 1.3, high * 1.3)
         axis.set_ylabel("WER (%, logarithmic)")
     else:
