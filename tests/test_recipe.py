@@ -181,9 +181,11 @@ class TestWholeRecipe:
         assert all(row["offline_bytes"] > 0 for row in profile["memory"]["lengths"])
         assert all(row["chunk_ms"] > 0 for row in profile["time"]["lengths"])
         before = file.stat().st_mtime_ns
-        code, out, err = run(asr1, *options)
+        code, out, err = run(asr1, *options, "--stop_stage", "15")
         assert code == 0, out + err
         assert "is up to date" in out and file.stat().st_mtime_ns == before
+        assert re.search(r"^conformer mha( +[\d.]+){9,}$", out, re.MULTILINE)
+        assert (asr1 / "exp/report/report.html").exists()
 
     def test_other_settings_do_not_mix_with_a_trained_model(self, finished):
         code, _, err = run(

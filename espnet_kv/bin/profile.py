@@ -8,9 +8,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from espnet_kv.errors import UserError, command
+from espnet_kv.errors import Parser, UserError, command
 from espnet_kv.recipe.atomic import write_text
 from espnet_kv.recipe.audio import AudioError, read_audio_at
 from espnet_kv.recipe.config import load_config, load_yaml
@@ -25,14 +25,6 @@ LENGTHS = "5 10 30 60 120 300 600"
 CACHE_DTYPES = ("fp32", "fp16", "bf16", "int8", "int4")
 # of a recording with fewer seconds there is nothing to recognize
 SHORTEST_SECONDS = 0.3
-
-
-class Parser(argparse.ArgumentParser):
-    """What is wrong is told in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise a UserError."""
-        raise UserError(f"{message} (see --help)")
 
 
 def _whole(least: int):

@@ -11,22 +11,16 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from espnet_kv.errors import UserError, command
+from espnet_kv.errors import Parser, UserError, command
 from espnet_kv.report.profiles import read_profiles
 from espnet_kv.report.write import TITLE, write_report
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
 
 
 def parser() -> argparse.ArgumentParser:
     """The options of the command."""
     about, _, rest = (__doc__ or "").partition("\n\n")
-    p = _Parser(
+    p = Parser(
         prog="python -m espnet_kv.bin.report",
         description=about,
         epilog=rest,
