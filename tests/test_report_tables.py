@@ -98,6 +98,13 @@ def test_names_say_what_of_the_options_is_not_usual(report, conf, name):
     assert called == [f"conformer {name}"]
 
 
+def test_the_decoders_attention_is_named_where_it_is_not_mha(report):
+    parts = {"self_attention_type": "mla", "self_attention_conf": {"kv_rank": 8}}
+    profile = make_profile()
+    profile["model"] |= parts | {"src_attention_type": "gqa", "src_attention_conf": {}}
+    assert report([profile])[1] == ["conformer mha, self mla r8, cross gqa"]
+
+
 def test_models_of_one_name_are_told_apart(report):
     same = [make_profile() for _ in range(2)]
     assert report(same)[1] == ["conformer mha #1", "conformer mha #2"]

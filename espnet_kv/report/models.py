@@ -72,9 +72,22 @@ def origin(profile: Profile) -> str:
 
 
 def attention_name(profile: Profile) -> str:
-    """mla r64, gqa G2, mha cache input: the attention with what of its options is not usual."""
-    words = [profile.model.attention_type]
-    for key, value in profile.model.attention_conf.items():
+    """mla r64, gqa G2: the encoder's attention, and the decoder's where they are not mha."""
+    model = profile.model
+    words = [_attention(model.attention_type, model.attention_conf)]
+    for place, kind, conf in (
+        ("self", model.self_attention_type, model.self_attention_conf),
+        ("cross", model.src_attention_type, model.src_attention_conf),
+    ):
+        if kind not in (None, "mha"):
+            words.append(f"{place} {_attention(kind, conf)}")
+    return ", ".join(words)
+
+
+def _attention(kind: str, conf: Mapping[str, Any]) -> str:
+    """An attention with what of its options is not usual."""
+    words = [kind]
+    for key, value in conf.items():
         if isinstance(value, list) and value and all(isinstance(v, int) for v in value):
             low, high = min(value), max(value)  # one for each layer
             value = low if low == high else f"{low}-{high}"
