@@ -1,6 +1,7 @@
 """Names written beside points and lines, out of each other's way."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -55,14 +56,25 @@ def label_ends(axis: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
         ).set_in_layout(False)
 
 
-def label_points(axis: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+def label_points(
+    axis: Axes,
+    points: Sequence[tuple[float, float, str]],
+    steps: Sequence[tuple[float, float]] = (),
+) -> None:
     """Write the text of (x, y, text) beside each point, where it covers least.
 
     The figure must be laid out (`looks.lay_out`), with the limits of `axis` final.
+
+    Args:
+        steps: corners of a line of steps that had better not be covered either.
     """
     unit = axis.get_figure(root=True).dpi / 72  # type: ignore[union-attr]
     places = [tuple(axis.transData.transform(point[:2])) for point in points]
     taken: list[Box] = [(x - 5 * unit, y - 5 * unit, x + 5 * unit, y + 5 * unit) for x, y in places]
+    corners = [axis.transData.transform(corner) for corner in steps]
+    for (left, top), (right, bottom) in pairwise(corners):  # across, then down
+        taken.append((left, top - 2 * unit, right, top + 2 * unit))
+        taken.append((right - 2 * unit, bottom, right + 2 * unit, top))
     frame = _corners(axis.get_window_extent())
     for (x, y, text), place in zip(points, places, strict=True):
         note = axis.annotate(

@@ -69,7 +69,8 @@ def wer_against_cache(entries: Sequence[Entry], narrow: bool = False) -> Figure 
     figure.legend(handles=_legend(drawn), loc="outside upper left", ncols=2 if narrow else 4)
     lay_out(figure)
     for axis, points in zip(axes, found.values(), strict=True):
-        label_points(axis, [(x, y, _text(entry)) for entry, x, y in points])
+        front = pareto_front([(x, y) for _, x, y in points])
+        label_points(axis, [(x, y, _text(entry)) for entry, x, y in points], front)
     return figure
 
 
