@@ -15,7 +15,7 @@ help:  ## list the commands
 env:  ## find or build the Python environment and print its interpreter
 	@scripts/environment.sh
 
-demo:  ## run the recipe on the embedded corpus: Conformer with MHA and with MLA
+demo:  ## run the recipe on the embedded corpus: Conformer with MHA and with MLA, compared
 	@python=$$(scripts/environment.sh) && export python && cd $(RECIPE) && \
 	    ./run.sh $(DEMO) --asr_config "$(CONFORMER)" $(ARGS)
 

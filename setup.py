@@ -17,6 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["espnet_kv", "espnet_kv.*"]),
+    package_data={"espnet_kv.report": ["page.css", "page.js"]},
     install_requires=[
         "espnet[asr,train]>=202611",
         "torch",
@@ -36,7 +37,9 @@ setup(
             "espnet_kv_asr_train = espnet_kv.bin.asr_train:main",
             "espnet_kv_asr_inference = espnet_kv.bin.asr_inference:main",
             "espnet_kv_asr_inference_streaming = espnet_kv.bin.asr_inference_streaming:main",
+            "espnet_kv_report = espnet_kv.bin.report:main",
             "espnet_kv_stream = espnet_kv.bin.stream:main",
+            "espnet_kv_profile = espnet_kv.bin.profile:main",
             "espnet_kv_recipe = espnet_kv.recipe.__main__:main",
         ]
     },

@@ -1,8 +1,10 @@
 """Mistakes a user can mend, told in one line."""
 
+import argparse
 import functools
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -15,6 +17,14 @@ class UserError(Exception):
 
 class ConfigError(UserError, ValueError):
     """A key of a model configuration has a value that is not allowed."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of options: what is wrong is a UserError, where argparse prints its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a UserError."""
+        raise UserError(f"{message} (see --help)")
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:

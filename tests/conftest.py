@@ -35,3 +35,11 @@ def poisoned_memory():
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
     torch.utils.deterministic.fill_uninitialized_memory = before[2]
+
+
+@pytest.fixture(scope="session")
+def report(tmp_path_factory):
+    """The report of `reports.make_report`."""
+    from reports import make_report
+
+    return make_report(tmp_path_factory.mktemp("report"))

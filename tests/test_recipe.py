@@ -93,6 +93,7 @@ def finished(recipe) -> tuple[Path, str]:
     """The recipe after stages 1 to 13 with a language model, and what it printed."""
     code, out, err = run(
         recipe,
+        *("--stop_stage", "13"),
         *("--asr_config", configs(*MODELS), "--train_nj", "2", "--inference_nj", "2"),
         *("--use_lm", "true", "--lm_config", "tiny_lm.yaml", "--speed_perturb_factors", "1.0 1.1"),
     )
@@ -150,12 +151,41 @@ class TestWholeRecipe:
         before = {p: p.stat().st_mtime_ns for p in asr1.rglob("*.pth")}
         code, out, err = run(
             asr1,
+            *("--stop_stage", "13"),
             *("--asr_config", configs(*MODELS), "--use_lm", "true", "--lm_config", "tiny_lm.yaml"),
             *("--speed_perturb_factors", "1.0 1.1"),
         )
         assert code == 0, out + err
         assert "epoch" not in out
         assert {p: p.stat().st_mtime_ns for p in asr1.rglob("*.pth")} == before
+
+    def test_a_model_is_profiled_in_processes_of_its_own(self, finished):
+        """Of the sizes of the tiny overlay: K and V of 16 numbers, 4 chunks of 16 frames."""
+        asr1 = finished[0]
+        options = (
+            *("--stage", "14", "--stop_stage", "14", "--asr_config", configs("mha")),
+            *("--speed_perturb_factors", "1.0 1.1", "--use_lm", "true"),
+            *("--lm_config", "tiny_lm.yaml"),
+            *("--profile_args", "--lengths '2 6' --utterances 2 --repeats 1"),
+        )
+        code, out, err = run(asr1, *options)
+        assert code == 0, out + err
+        file = experiments(asr1)[0] / "profile/profile.json"
+        assert str(file.relative_to(asr1)) in out.splitlines()
+        profile = json.loads(file.read_text())
+        longest = profile["cache"]["fp32"]["lengths"][-1]["bounded"]["bytes"]
+        assert longest["attention"] == 2 * 16 * 4 * 4 * 16
+        assert profile["wer"]["offline"].keys() == {"test_clean", "test_other"}
+        assert profile["model"]["overlay"] == "tiny.yaml"
+        assert profile["memory"]["method"] == "peak resident set of a child process"
+        assert all(row["offline_bytes"] > 0 for row in profile["memory"]["lengths"])
+        assert all(row["chunk_ms"] > 0 for row in profile["time"]["lengths"])
+        before = file.stat().st_mtime_ns
+        code, out, err = run(asr1, *options, "--stop_stage", "15")
+        assert code == 0, out + err
+        assert "is up to date" in out and file.stat().st_mtime_ns == before
+        assert re.search(r"^conformer mha( +[\d.]+){9,}$", out, re.MULTILINE)
+        assert (asr1 / "exp/report/report.html").exists()
 
     def test_other_settings_do_not_mix_with_a_trained_model(self, finished):
         code, _, err = run(
@@ -215,7 +245,7 @@ class TestRefusals:
         ("options", "said"),
         [
             (("--corpus", "librispeech_960"), "--corpus librispeech_960: unknown"),
-            (("--stage", "14"), "--stage 14: there are stages 1 to 13"),
+            (("--stage", "99"), "--stage 99: there are stages 1 to"),
             (("--asr_config", "conf/no.yaml"), "conf/no.yaml does not exist"),
             (("--asr_conf", "x"), "--asr_conf"),
             (("--use_lm", "maybe"), "'maybe' is neither true nor false"),

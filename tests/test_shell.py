@@ -93,8 +93,10 @@ class TestInsideAnESPnetCheckout:
         (asr1 / "conf").symlink_to(REPO / "conf")
         return asr1
 
-    def run(self, asr1: Path, *options: str) -> list[str]:
-        env = os.environ | {"python": "python3"}
+    def run(self, asr1: Path, *options: str, python: str = "python3") -> list[str]:
+        env = os.environ | {"python": python}
+        if "--stop_stage" not in options:
+            options = (*options, "--stop_stage", "13")
         ended = subprocess.run(
             ["./run.sh", *options], cwd=asr1, env=env, capture_output=True, text=True, check=True
         )
@@ -119,6 +121,26 @@ class TestInsideAnESPnetCheckout:
         options = dict(zip(said[::2], said[1::2], strict=True))
         assert options["--use_streaming"] == streaming
         assert options["--inference_config"] == f"conf/{config}.yaml"
+
+    def test_stages_after_its_own_are_ours(self, checkout):
+        said = self.run(
+            checkout,
+            *("--stage", "12", "--stop_stage", "14", "--asr_config", "conf/x.yaml"),
+            *("--profile_args", "--utterances 5"),
+            python="echo",
+        )
+        theirs, ours = said[:-1], said[-1]
+        options = dict(zip(theirs[::2], theirs[1::2], strict=True))
+        assert (options["--stage"], options["--stop_stage"]) == ("12", "13")
+        assert "--profile_args" not in options
+        assert ours == (
+            "-m espnet_kv.recipe --stage 14 --asr_config conf/x.yaml "
+            "--profile_args --utterances 5 --stop_stage 14"
+        )
+
+    def test_without_its_stages_its_script_is_not_asked(self, checkout):
+        (ours,) = self.run(checkout, "--stage", "14", "--stop_stage", "14", python="echo")
+        assert ours == "-m espnet_kv.recipe --stage 14 --stop_stage 14"
 
     def test_the_name_of_its_only_corpus_is_not_passed_on(self, checkout):
         assert "--corpus" not in self.run(checkout, "--corpus", "librispeech_100")

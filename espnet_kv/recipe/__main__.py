@@ -5,7 +5,14 @@ import time
 from collections.abc import Callable, Sequence
 
 from espnet_kv.errors import command
-from espnet_kv.recipe import data_stages, lm_stages, model_stages, score_stage
+from espnet_kv.recipe import (
+    data_stages,
+    lm_stages,
+    model_stages,
+    profile_stage,
+    report_stage,
+    score_stage,
+)
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.options import STAGES, parse
 
@@ -23,6 +30,8 @@ RUN: dict[int, Callable[[Layout], None]] = {
     11: model_stages.train_models,
     12: model_stages.decode,
     13: score_stage.score_models,
+    14: profile_stage.profile_models,
+    15: report_stage.compare_models,
 }
 
 

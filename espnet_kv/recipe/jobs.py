@@ -113,7 +113,7 @@ def run_jobs(jobs: Sequence[Job], parallel: int, threads: int | None = None) -> 
         job = failed[0]
         raise UserError(
             f"{job.name} failed ({len(failed)} of {len(jobs)} jobs did): "
-            f"{_last_line(job.log)} (whole log: {job.log})"
+            f"{last_line(job.log)} (whole log: {job.log})"
         )
 
 
@@ -147,7 +147,8 @@ def _child(job: Job, threads: int) -> None:
     sys.exit(status)
 
 
-def _last_line(log: Path) -> str:
+def last_line(log: Path) -> str:
+    """What a log ends with; of an error, what it says."""
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
     lines = [line.strip() for line in lines if line.strip()]
     return lines[-1].removeprefix("error: ") if lines else "it printed nothing"

@@ -6,9 +6,8 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from espnet_kv.errors import UserError
+from espnet_kv.errors import Parser, UserError
 from espnet_kv.recipe.corpora import CORPORA
 from espnet_kv.recipe.jobs import cores
 
@@ -26,14 +25,11 @@ STAGES = {
     11: "ASR training",
     12: "decoding",
     13: "scoring",
+    14: "profiling of cache, time and memory",
+    15: "comparison of the profiled models",
 }
 LAST_STAGE = max(STAGES)
 DECODE, DECODE_STREAMING = Path("conf/decode_asr.yaml"), Path("conf/decode_asr_streaming.yaml")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
 
 
 def _true_or_false(text: str) -> bool:
@@ -55,7 +51,7 @@ def _positive(text: str) -> int:
 def parser() -> argparse.ArgumentParser:
     """The parser behind `run.sh --help`."""
     stages = "\n".join(f"  {number:2d}  {name}" for number, name in STAGES.items())
-    p = _Parser(
+    p = Parser(
         prog="run.sh",
         description="Train, decode and score speech recognition models with small KV caches.",
         epilog=f"stages:\n{stages}",
@@ -142,7 +138,16 @@ def parser() -> argparse.ArgumentParser:
     add(g, "inference_tag", "", "name of the decoding (default: made of config and model)")
     add(g, "inference_args", "", "more options for asr_inference, or asr_inference_streaming")
     add(g, "inference_asr_model", "valid.acc.ave.pth", "model file to decode with")
-    add(g, "results", None, "tables of stage 13 (default: EXPDIR/RESULTS.md)", type=_path_or_none)
+    add(
+        g,
+        "results",
+        None,
+        "tables of stages 13 and 15 (default: EXPDIR/RESULTS.md)",
+        type=_path_or_none,
+    )
+
+    g = p.add_argument_group("profiling")
+    add(g, "profile_args", "", "more options for espnet_kv.bin.profile (stage 14)")
     return p
 
 

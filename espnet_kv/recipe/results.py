@@ -92,7 +92,7 @@ def _experiment(exp: Path, title: str) -> str:
         rows = [
             ("dataset", *COLUMNS),
             ("---",) * (1 + len(COLUMNS)),
-            *((f"{r.parents[2].name}/{r.parents[1].name}", *_figures(r)) for r in results),
+            *((f"{r.parents[2].name}/{r.parents[1].name}", *figures(r)) for r in results),
         ]
         table = "\n".join(f"|{'|'.join(row)}|" for row in rows)
         tables.append(f"### {kind.upper()}\n\n{table}")
@@ -101,8 +101,12 @@ def _experiment(exp: Path, title: str) -> str:
     return "\n\n".join(part for part in (f"## {title}", _provenance(exp), *tables) if part)
 
 
-def _figures(result: Path) -> list[str]:
-    """The figures of the Sum/Avg line, which sclite writes in the same form."""
+def figures(result: Path) -> list[str]:
+    """The figures of the Sum/Avg line, COLUMNS, which sclite writes in the same form.
+
+    Raises:
+        UserError: there is no such line.
+    """
     for line in result.read_text(encoding="utf-8").splitlines():
         name, _, rest = line.strip("| ").partition("|")
         figures = rest.replace("|", " ").split()

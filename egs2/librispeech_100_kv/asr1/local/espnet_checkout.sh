@@ -1,5 +1,7 @@
 # Sourced by run.sh inside an ESPnet checkout: its asr.sh drives stages 1 to 13, with our classes
-# registered through --python. Links what asr.sh expects beside it, as ESPnet's setup.sh would.
+# registered through --python, and our own driver those after them. Links what asr.sh expects
+# beside it, as ESPnet's setup.sh would.
+last_of_asr_sh=13
 for name in asr.sh scripts pyscripts; do
     [ -e "${name}" ] || ln -s "../../TEMPLATE/asr1/${name}" "${name}"
 done
@@ -7,10 +9,16 @@ for name in steps utils; do
     [ -e "${name}" ] || ln -s "../../../tools/kaldi/egs/wsj/s5/${name}" "${name}"
 done
 
+stage=1
+stop_stage=99
 passed=()
+ours=() # no options of asr.sh
 while [ $# -gt 0 ]; do
     case "$1" in
-        --corpus) shift ;; # the one corpus here, and no option of asr.sh
+        --stage) stage=$2; shift ;;
+        --stop_stage) stop_stage=$2; shift ;;
+        --corpus) shift ;; # the one corpus here
+        --profile_args) ours+=("$1" "$2"); shift ;;
         *) passed+=("$1") ;;
     esac
     shift
@@ -21,7 +29,9 @@ if [ "${use_streaming}" = true ]; then # python -m espnet_kv puts our streaming 
     decode=conf/decode_asr_streaming.yaml
 fi
 
-exec ./asr.sh \
+[ "${stage}" -gt "${last_of_asr_sh}" ] || ./asr.sh \
+    --stage "${stage}" \
+    --stop_stage "$((stop_stage < last_of_asr_sh ? stop_stage : last_of_asr_sh))" \
     --python "${python} -m espnet_kv" \
     --lang en \
     --nbpe 5000 \
@@ -36,3 +46,8 @@ exec ./asr.sh \
     --lm_train_text data/train_clean_100/text \
     --bpe_train_text data/train_clean_100/text \
     "${passed[@]}"
+
+[ "${stop_stage}" -gt "${last_of_asr_sh}" ] || exit 0
+[ "${stop_stage}" = 99 ] || ours+=(--stop_stage "${stop_stage}")
+exec ./kv_asr.sh \
+    --stage "$((stage > last_of_asr_sh ? stage : last_of_asr_sh + 1))" "${passed[@]}" "${ours[@]}"

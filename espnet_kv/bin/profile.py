@@ -1,0 +1,332 @@
+"""Profile one model: cache bytes, time, memory, error rates, into one JSON (docs/profile.md)."""
+
+import argparse
+import json
+import logging
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from espnet_kv.errors import Parser, UserError, command
+from espnet_kv.recipe.atomic import write_text
+from espnet_kv.recipe.audio import AudioError, read_audio_at
+from espnet_kv.recipe.config import load_config, load_yaml
+from espnet_kv.recipe.datadir import entries
+from espnet_kv.recipe.scores import read_scores
+
+if TYPE_CHECKING:
+    from espnet_kv.profile.sound import Sound
+    from espnet_kv.profile.subject import Source, Subject
+
+LENGTHS = "5 10 30 60 120 300 600"
+CACHE_DTYPES = ("fp32", "fp16", "bf16", "int8", "int4")
+# of a recording with fewer seconds there is nothing to recognize
+SHORTEST_SECONDS = 0.3
+
+
+def _whole(least: int):
+    def parse(text: str) -> int:
+        if not text.removeprefix("-").isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
+        return int(text)
+
+    return parse
+
+
+def _true_or_false(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text == "true"
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The options of this command; names as in the recipe and in ESPnet's commands."""
+    parser = Parser(
+        prog="python -m espnet_kv.bin.profile",
+        description="Measure what a model costs: bytes of its cache, time, memory. Run it where "
+        "the model was trained (its config.yaml names files from there). What is written: "
+        "docs/profile.md. The last line of standard output is the path of the JSON.",
+        allow_abbrev=False,
+    )
+    g = parser.add_argument_group("a trained model")
+    g.add_argument("--experiment", type=Path, help="its directory")
+    g.add_argument(
+        "--inference_asr_model",
+        default="valid.acc.ave.pth",
+        help="model file there (default: %(default)s)",
+    )
+    g.add_argument("--asr_train_config", type=Path, help="its config.yaml; with --asr_model_file")
+    g.add_argument("--asr_model_file", type=Path, help="the model file")
+    g.add_argument(
+        "--decoding",
+        default="",
+        help="names of decodings whose error rates are taken, split by spaces (default: the "
+        "shortest name of each kind)",
+    )
+
+    g = parser.add_argument_group("or a configuration, with random weights")
+    g.add_argument("--config", type=Path, help="training configuration, conf/train_asr_x.yaml")
+    g.add_argument("--overlay", type=Path, help="YAML laid over it")
+    g.add_argument(
+        "--vocab_size", type=_whole(3), default=5000, help="tokens (default: %(default)s)"
+    )
+
+    g = parser.add_argument_group("how")
+    g.add_argument(
+        "--wav_scp",
+        type=Path,
+        help="utterances (default: the validation set that the model's config.yaml names; noise "
+        "for random weights)",
+    )
+    g.add_argument(
+        "--utterances", type=_whole(1), default=20, help="how many of them (default: %(default)s)"
+    )
+    g.add_argument(
+        "--lengths",
+        nargs="+",
+        default=[LENGTHS],
+        help=f"seconds of audio at which size, time and memory are looked at (default: {LENGTHS})",
+    )
+    g.add_argument(
+        "--cache_dtypes",
+        nargs="+",
+        default=["fp32 int8"],
+        help=f"of {', '.join(CACHE_DTYPES)}; the model's own comes first (default: fp32 int8)",
+    )
+    g.add_argument("--chunk_size", type=_whole(1), help="encoder frames (default: 16)")
+    g.add_argument("--left_chunks", type=_whole(0), help="chunks of left context (default: 4)")
+    g.add_argument(
+        "--inference_config", type=Path, help="options of the beam search, as conf/decode_asr.yaml"
+    )
+    g.add_argument(
+        "--streaming_config",
+        type=Path,
+        help="chunk_size, left_chunks and search of streaming, as conf/decode_asr_streaming.yaml",
+    )
+    g.add_argument(
+        "--repeats", type=_whole(1), default=3, help="runs of an utterance (default: %(default)s)"
+    )
+    g.add_argument("--hour", type=_true_or_false, default=False, help="stream an hour, too")
+    g.add_argument("--seed", type=int, default=0, help="of weights and noise (default: 0)")
+    g.add_argument("--threads", type=_whole(1), default=1, help="on a CPU (default: 1)")
+    g.add_argument("--ngpu", type=_whole(0), help="0 = CPU (default: 1 if there is one)")
+    g.add_argument("--output", type=Path, help="(default: EXPERIMENT/profile/profile.json)")
+    return parser
+
+
+@dataclass(frozen=True)
+class Named:
+    """A model and the names that its profile gives it.
+
+    experiment: its directory, None for a configuration alone. paths: of the profile's `model`.
+    """
+
+    source: "Source"
+    name: str
+    experiment: Path | None
+    paths: dict[str, str | None]
+
+    def output(self, given: Path | None) -> Path:
+        """Where the profile goes.
+
+        Raises:
+            UserError: it has to be said.
+        """
+        if given is None and self.experiment is None:
+            raise UserError("--config: give --output, the file to write")
+        return given or self.experiment / "profile" / "profile.json"  # type: ignore[operator]
+
+
+@command
+def main(cmd: Sequence[str] | None = None) -> None:
+    """Profile a model.
+
+    Args:
+        cmd: the options; sys.argv when None.
+
+    Raises:
+        UserError: bad options or bad input, in one line.
+    """
+    arguments = list(sys.argv[1:] if cmd is None else cmd)
+    args = get_parser().parse_args(arguments)
+    seconds, cache_dtypes = _lengths(args.lengths), _cache_dtypes(args.cache_dtypes)
+    search, streaming = _search_options(args)
+    named = _named(args)
+    output = named.output(args.output)
+
+    import torch
+
+    from espnet_kv.profile.profile import SCHEMA, Options, profile
+    from espnet_kv.profile.subject import Subject
+
+    # what ESPnet says of a search is meant for those who decode
+    logging.getLogger("espnet2").setLevel(logging.ERROR)
+    device = _device(args.ngpu)
+    torch.set_num_threads(args.threads)
+    subject = Subject.load(
+        named.source, device, streaming.pop("chunk_size"), streaming.pop("left_chunks")
+    )
+    if seconds[-1] < 2 * subject.chunk_seconds:
+        raise UserError(
+            f"--lengths {seconds[-1]:g}: the longest is at least two chunks, "
+            f"{2 * subject.chunk_seconds:g} s"
+        )
+    sound = _sound(args, subject)
+    _say(f"{named.name} on {device}, {len(sound.utterances)} utterances of {sound.name}")
+    options = Options(seconds, cache_dtypes, args.repeats, args.hour, search, streaming)
+    measured = profile(subject, sound, options, _say)
+    measured["model"] |= named.paths | {"converted_from": _provenance(named.experiment)}
+    measured["settings"]["command"] = shlex.join(
+        ["python", "-m", "espnet_kv.bin.profile", *arguments]
+    )
+    wer = read_scores(named.experiment, args.decoding.split()) if named.experiment else {}
+    document = {"schema": SCHEMA, "name": named.name, **measured, "wer": wer}
+    write_text(output, json.dumps(document, indent=1, allow_nan=False) + "\n")
+    print(output)
+
+
+def _say(text: str) -> None:
+    print(f"  {text}", flush=True)
+
+
+def _device(ngpu: int | None) -> str:
+    import torch
+
+    found = torch.cuda.is_available()
+    if ngpu and not found:
+        raise UserError(f"--ngpu {ngpu}: no GPU was found; leave it out to use the CPU")
+    return "cuda" if (found if ngpu is None else ngpu) else "cpu"
+
+
+def _lengths(words: Sequence[str]) -> list[float]:
+    try:
+        seconds = sorted({float(word) for word in " ".join(words).split()})
+    except ValueError as error:
+        raise UserError(f"--lengths: {error}; give seconds, e.g. --lengths 5 30 60") from error
+    if not seconds or not 0 < seconds[0] <= seconds[-1] < float("inf"):
+        raise UserError(f"--lengths {' '.join(words)}: give seconds, e.g. --lengths 5 30 60")
+    return [int(s) if s == int(s) else s for s in seconds]
+
+
+def _cache_dtypes(words: Sequence[str]) -> list[str]:
+    names = " ".join(words).split()
+    for name in names:
+        if name not in CACHE_DTYPES:
+            raise UserError(f"--cache_dtypes {name}: unknown (allowed: {', '.join(CACHE_DTYPES)})")
+    return names
+
+
+def _search_options(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the beam search, and of streaming with its chunk_size and left_chunks."""
+    search = load_yaml(args.inference_config) if args.inference_config else {}
+    streaming = load_yaml(args.streaming_config) if args.streaming_config else {}
+    for name, default in (("chunk_size", 16), ("left_chunks", 4)):
+        given = getattr(args, name)
+        streaming[name] = streaming.get(name, default) if given is None else given
+        if type(streaming[name]) is not int or streaming[name] < (name == "chunk_size"):
+            raise UserError(
+                f"{args.streaming_config}: {name}: {streaming[name]!r} is not allowed here (a "
+                "bounded stream of whole chunks is profiled)"
+            )
+    return search, streaming
+
+
+def _named(args: argparse.Namespace) -> Named:
+    """The model that the options name."""
+    from espnet_kv.profile.subject import Source
+
+    ways = [args.experiment, args.asr_train_config or args.asr_model_file, args.config]
+    if sum(way is not None for way in ways) != 1:
+        raise UserError(
+            "give one of --experiment DIR, --asr_train_config with --asr_model_file, or --config"
+        )
+    if args.config is None and args.overlay is not None:
+        raise UserError("--overlay goes with --config; a trained model has its own")
+    paths: dict[str, str | None] = dict.fromkeys(("experiment", "config", "overlay", "model_file"))
+    if args.config is not None:
+        config = load_config(args.config, args.overlay)
+        if not isinstance(config.get("encoder"), str):
+            raise UserError(f"{args.config}: no encoder is named; this is no training config")
+        stems = [path.stem for path in (args.config, args.overlay) if path is not None]
+        paths |= {"config": str(args.config), "overlay": _text(args.overlay)}
+        source = Source(config=config, vocab_size=args.vocab_size, seed=args.seed)
+        return Named(source, "_".join(stems), None, paths)
+    if args.experiment is not None:
+        if not args.experiment.is_dir():
+            raise UserError(f"{args.experiment} does not exist: train first (stage 11)")
+        args.asr_train_config = args.experiment / "config.yaml"
+        args.asr_model_file = args.experiment / args.inference_asr_model
+    if args.asr_train_config is None or args.asr_model_file is None:
+        raise UserError("give both --asr_train_config and --asr_model_file")
+    experiment = args.asr_train_config.parent
+    run = _json(experiment / "run.json")
+    paths |= {
+        "experiment": str(experiment),
+        "config": run.get("config") or str(args.asr_train_config),
+        "overlay": run.get("overlay"),
+        "model_file": str(args.asr_model_file),
+    }
+    source = Source(str(args.asr_train_config), str(args.asr_model_file), seed=args.seed)
+    return Named(source, experiment.resolve().name, experiment, paths)
+
+
+def _sound(args: argparse.Namespace, subject: "Subject") -> "Sound":
+    """The utterances: evenly chosen from a wav.scp, or noise."""
+    from espnet_kv.profile.sound import Sound
+
+    if args.wav_scp is None and not subject.source.trained:
+        return Sound.noise(args.utterances, subject.sample_rate, args.seed)
+    wav_scp = args.wav_scp or _validation_set(subject)
+    scp: dict[str, str] = {}
+    for _, _, utterance, entry in entries(wav_scp, into=scp):
+        scp[utterance] = entry
+    count = min(args.utterances, len(scp))
+    chosen = [sorted(scp)[n * len(scp) // count] for n in range(count)]
+    samples = []
+    for utterance in chosen:
+        try:
+            audio = read_audio_at(scp[utterance], subject.sample_rate).samples
+        except AudioError as error:
+            raise UserError(f"{wav_scp}: {utterance}: {error}") from error
+        if len(audio) >= SHORTEST_SECONDS * subject.sample_rate:
+            samples.append(audio)
+    if not samples:
+        raise UserError(f"{wav_scp}: no utterance has {SHORTEST_SECONDS} s or more")
+    return Sound(str(wav_scp), subject.sample_rate, samples)
+
+
+def _validation_set(subject: "Subject") -> Path:
+    named = getattr(subject.args, "valid_data_path_and_name_and_type", None) or []
+    paths = [Path(path) for path, name, _ in named if name == "speech"]
+    if not paths or not paths[0].is_file():
+        said = f"{paths[0]} (of config.yaml) does not exist" if paths else "no audio is named"
+        raise UserError(f"{said}: give --wav_scp")
+    return paths[0]
+
+
+def _provenance(experiment: Path | None) -> Mapping[str, Any] | None:
+    return None if experiment is None else _json(experiment / "conversion.json") or None
+
+
+def _json(file: Path) -> Mapping[str, Any]:
+    """What a file beside a model says; empty where there is none."""
+    if not file.exists():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is damaged: expected keys and values")
+    return content
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Compare profiled models: tables, figures and one page, from what espnet_kv.bin.profile wrote.
+
+    python -m espnet_kv.bin.report --expdir exp
+    python -m espnet_kv.bin.report --output report a/profile.json b/profile.json
+
+The last line on standard output is the path of the page.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from espnet_kv.errors import Parser, UserError, command
+from espnet_kv.report.profiles import read_profiles
+from espnet_kv.report.write import TITLE, write_report
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    about, _, rest = (__doc__ or "").partition("\n\n")
+    p = Parser(
+        prog="python -m espnet_kv.bin.report",
+        description=about,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("profiles", nargs="*", type=Path, metavar="PROFILE", help="a profile.json")
+    p.add_argument("--expdir", type=Path, help="Take EXPDIR/*/profile/profile.json as well")
+    p.add_argument("--output", type=Path, help="Directory to write to; default: EXPDIR/report")
+    p.add_argument(
+        "--results",
+        type=Path,
+        help="Markdown file for the table, its other text is kept; "
+        "default: EXPDIR/RESULTS.md, or OUTPUT/RESULTS.md",
+    )
+    p.add_argument("--title", default=TITLE, help="Of page and table; default: %(default)s")
+    return p
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the report.
+
+    Args:
+        arguments: options (`--help`); sys.argv when None.
+
+    Raises:
+        UserError: no profile, a damaged one, or a place that cannot be written to.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    args = parser().parse_args(arguments)
+    paths, output, results = list(args.profiles), args.output, args.results
+    if args.expdir is not None:
+        found = sorted(args.expdir.glob("*/profile/profile.json"))
+        if not found and not paths:
+            raise UserError(
+                f"{args.expdir} holds no */profile/profile.json: profile a model first (stage 14)"
+            )
+        paths += found
+        output = output or args.expdir / "report"
+        results = results or args.expdir / "RESULTS.md"
+    if output is None:
+        raise UserError("--output is missing: name a directory, or give --expdir")
+    said = shlex.join(["python", "-m", "espnet_kv.bin.report", *arguments])
+    page = write_report(
+        read_profiles(paths), output, results or output / "RESULTS.md", args.title, said
+    )
+    print(page)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

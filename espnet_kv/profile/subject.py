@@ -1,0 +1,164 @@
+"""What is profiled: a trained model, or a configuration with random weights."""
+
+import argparse
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from espnet_kv.encoder.streaming import StreamingEncoder, subsampling
+from espnet_kv.errors import UserError
+from espnet_kv.streaming.frontend import StreamingFrontend
+from espnet_kv.streaming.load import check_streams, load_model
+from espnet_kv.task import CachedDecodingTask
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from; small, so that another process can load the same.
+
+    asr_train_config, asr_model_file: of a trained model; or
+    config: a training configuration, vocab_size: its tokens, seed: of the random weights.
+    """
+
+    asr_train_config: str | None = None
+    asr_model_file: str | None = None
+    config: Mapping[str, Any] | None = None
+    vocab_size: int = 5000
+    seed: int = 0
+
+    @property
+    def trained(self) -> bool:
+        return self.config is None
+
+    def load(self, device: str) -> tuple[Any, argparse.Namespace]:
+        """The model in eval mode, its decoder with a cache, and its training arguments.
+
+        Raises:
+            UserError: a file or a key cannot be used.
+        """
+        if self.trained:
+            assert self.asr_train_config is not None and self.asr_model_file is not None
+            model, args = load_model(
+                self.asr_train_config, self.asr_model_file, device, CachedDecodingTask
+            )
+        else:
+            model, args = self._build()
+        return model.to(device).eval(), args
+
+    def _build(self) -> tuple[Any, argparse.Namespace]:
+        config = CachedDecodingTask.get_default_config() | dict(self.config or {})
+        args = argparse.Namespace(**config)
+        if not str(args.encoder).startswith("kv_"):
+            raise _no_cache(args.encoder)
+        pieces = [f"<{n}>" for n in range(max(0, self.vocab_size - 3))]
+        args.token_list = ["<blank>", "<unk>", *pieces, "<sos/eos>"]
+        args.token_type = args.bpemodel = None
+        # statistics of features need data
+        args.normalize, args.normalize_conf = None, {}
+        torch.manual_seed(self.seed)
+        try:
+            return CachedDecodingTask.build_model(args), args
+        except (TypeError, KeyError, AttributeError) as error:
+            line = " ".join(str(error).split())
+            raise UserError(f"the configuration builds no model: {line}") from error
+
+
+def _no_cache(encoder: str) -> UserError:
+    return UserError(
+        f"encoder: {encoder} keeps no cache that could be profiled: convert the model "
+        "(python -m espnet_kv.bin.convert --help), or train one with "
+        f"encoder: kv_{encoder.removeprefix('kv_')}"
+    )
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loaded model and how it streams.
+
+    chunk_size, left_chunks: of streaming, in encoder frames and chunks.
+    """
+
+    source: Source
+    model: Any
+    args: argparse.Namespace
+    device: str
+    chunk_size: int
+    left_chunks: int
+
+    @classmethod
+    def load(cls, source: Source, device: str, chunk_size: int, left_chunks: int) -> "Subject":
+        """Load a model and see that it streams.
+
+        Raises:
+            UserError: it cannot be loaded, or does not stream; one line says why.
+        """
+        model, args = source.load(device)
+        if not isinstance(model.encoder, StreamingEncoder):
+            raise _no_cache(str(args.encoder))
+        check_streams(model, args, ctc_weight=1.0)
+        subject = cls(source, model, args, device, chunk_size, left_chunks)
+        subject.frontend()
+        with subject.streaming():
+            model.encoder.init_state()
+        return subject
+
+    @property
+    def encoder(self) -> Any:
+        return self.model.encoder
+
+    def frontend(self) -> StreamingFrontend:
+        """The model's features, of a stream that has not begun."""
+        return StreamingFrontend(self.model.frontend, self.model.normalize)
+
+    @property
+    def sample_rate(self) -> int:
+        return self.frontend().sample_rate
+
+    @property
+    def stride(self) -> int:
+        """Features to an encoder frame."""
+        return subsampling(self.encoder.embed)[0]
+
+    @property
+    def features_per_second(self) -> float:
+        return self.sample_rate / self.frontend().hop_length
+
+    @property
+    def frame_seconds(self) -> float:
+        return self.stride / self.features_per_second
+
+    @property
+    def chunk_seconds(self) -> float:
+        return self.chunk_size * self.frame_seconds
+
+    def streaming(self, left_chunks: int | None = None):
+        """Within it the encoder works in chunks; left_chunks None: the subject's own."""
+        left = self.left_chunks if left_chunks is None else left_chunks
+        return chunks(self.encoder, self.chunk_size, left)
+
+    def offline(self):
+        """Within it the encoder sees whole utterances."""
+        return chunks(self.encoder, 0, -1)
+
+
+@contextmanager
+def chunks(encoder: Any, chunk_size: int, left_chunks: int) -> Iterator[None]:
+    """Within it the encoder has these."""
+    own = encoder.chunk_size, encoder.left_chunks
+    encoder.chunk_size, encoder.left_chunks = chunk_size, left_chunks
+    try:
+        yield
+    finally:
+        encoder.chunk_size, encoder.left_chunks = own
+
+
+def encoder_with(subject: Subject, attention_type: str, **attention_conf: Any) -> nn.Module:
+    """An encoder of the subject's sizes with another attention and random weights."""
+    conf = dict(subject.args.encoder_conf)
+    conf |= {"attention_type": attention_type, "attention_conf": attention_conf}
+    encoder = type(subject.encoder)(subject.model.frontend.output_size(), **conf)
+    return encoder.to(subject.device).eval()

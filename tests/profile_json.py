@@ -1,0 +1,180 @@
+"""Profiles as `espnet_kv.bin.profile` would write them, made by hand for tests of the report."""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+LAYERS, WIDTH, HEADS, FRAME_MS = 4, 80, 4, 40.0
+SECONDS = (5.0, 60.0, 600.0)
+NUMBERS = {"mha": 2 * WIDTH, "gqa": WIDTH, "mla": 16, "linear": 0}
+CONF = {"gqa": {"num_kv_heads": 2}, "mla": {"kv_rank": 16}}
+BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
+CONSTANT = LAYERS * HEADS * 21 * 20 * 4
+WORDS = {"mha": 1.1, "gqa": 1.4, "mla": 1.2, "linear": 2.4}
+
+
+def make_profile(
+    encoder: str = "conformer",
+    attention: str = "mha",
+    /,
+    *,
+    left_frames: int = 64,
+    cache_dtypes: tuple[str, ...] = ("fp32", "int8"),
+    **parts: Any,
+) -> dict[str, Any]:
+    """A whole profile; `parts` replace keys of it, a dot in their name being written __.
+
+    `model__weights="random"` sets one key of model; `time=None` takes a part out.
+    """
+
+    def held(frames: int, cache_dtype: str) -> dict[str, Any]:
+        numbers = LAYERS * frames * NUMBERS[attention]
+        kinds = {
+            "attention": numbers * BITS[cache_dtype] // 8 or CONSTANT,
+            "conv": LAYERS * 14 * WIDTH * 4,
+            "input": 6 * 24 * 4,
+        }
+        return {"bytes": kinds, "analytic": dict(kinds)}
+
+    def cache(cache_dtype: str) -> dict[str, Any]:
+        lengths = []
+        for seconds in SECONDS:
+            frames = int(seconds * 1000 / FRAME_MS)
+            lengths.append(
+                {
+                    "seconds": seconds,
+                    "frames": frames,
+                    "bounded": held(min(frames, left_frames), cache_dtype),
+                    "unbounded": held(frames, cache_dtype),
+                }
+            )
+        attended = lengths[-1]["bounded"]["bytes"]["attention"] // LAYERS
+        per_frame = LAYERS * NUMBERS[attention] * BITS[cache_dtype] / 8
+        return {
+            "lengths": lengths,
+            "layers": [{"attention": attended, "conv": 14 * WIDTH * 4}] * LAYERS,
+            "attention_bytes_per_frame": per_frame,
+            "attention_bytes_per_second": per_frame * 1000 / FRAME_MS,
+        }
+
+    slower = {"mha": 1.0, "gqa": 0.95, "mla": 0.9, "linear": 0.8}[attention]
+    profile = {
+        "schema": "espnet_kv.profile/1",
+        "name": f"asr_train_asr_{encoder}_{attention}_small",
+        "model": {
+            "encoder": encoder,
+            "attention_type": attention,
+            "attention_conf": CONF.get(attention, {}),
+            "decoder": "transformer",
+            "self_attention_type": "mha",
+            "src_attention_type": "mha",
+            "weights": "trained",
+            "experiment": f"exp/asr_train_asr_{encoder}_{attention}_small",
+            "config": f"conf/train_asr_{encoder}_{attention}.yaml",
+            "overlay": None,
+            "model_file": "valid.acc.ave.pth",
+            "converted_from": None,
+            "parameters": 1_200_000,
+            "parameter_bytes": 4_800_000,
+            "macs_per_second": 31_000_000.0,
+        },
+        "settings": {
+            "device": "cpu",
+            "device_name": "a processor",
+            "dtype": "float32",
+            "threads": 1,
+            "seed": 0,
+            "chunk_size": 16,
+            "left_chunks": 4,
+            "frame_ms": FRAME_MS,
+            "audio": "dump/raw/test_clean/wav.scp",
+            "utterances": 20,
+            "utterance_seconds": 61.5,
+            "search": {"beam_size": 10, "ctc_weight": 0.7},
+            "streaming_search": {"beam_size": 10, "ctc_weight": 1.0},
+            "tokens_per_second": None,
+            "command": f"python -m espnet_kv.bin.profile --experiment exp/{encoder}_{attention}",
+            "commit": "v1-3-gabcdef0",
+            "date": "2026-11-25T10:00:00+00:00",
+            "python": "3.12.1",
+            "torch": "2.14.1",
+            "espnet": "202611",
+            "espnet_kv": "0.1.0",
+        },
+        "cache": {cache_dtype: cache(cache_dtype) for cache_dtype in cache_dtypes},
+        "decoder_cache": {
+            "hypotheses": 10,
+            "tokens": 20,
+            "frames": 250,
+            "bytes": {"decoder_self": 128_000, "decoder_cross": 160_000},
+            "analytic": {"decoder_self": 128_000, "decoder_cross": 160_000},
+            "bytes_per_token": 640.0,
+            "bytes_per_frame": 640.0,
+        },
+        "compression": {
+            "mha": {"bounded": 2.0, "unbounded": 2.0},
+            "input": {"bounded": 1.0, "unbounded": 1.0},
+        },
+        "time": {
+            "utterance_ms": {"mean": 80.0 * slower, "p50": 78.0 * slower, "p95": 120.0, "p99": 130},
+            "rtf": 0.03 * slower,
+            "chunk_ms": {"mean": 6.2 * slower, "p50": 6.0 * slower, "p95": 7.0, "p99": 8.0},
+            "streaming_rtf": 0.01 * slower,
+            "first_token_ms": {"mean": 700.0, "p50": 690.0, "p95": 900.0, "p99": 950.0},
+            "lengths": [
+                {"seconds": s, "encode_ms": 4.0 * s * slower, "chunk_ms": 6.0 * slower}
+                for s in SECONDS
+            ],
+            "hour": [{"minute": m, "chunk_ms": 6.0 * slower + 0.01 * (m % 3)} for m in range(60)],
+        },
+        "memory": {
+            "method": "peak resident set of a child process",
+            "lengths": [
+                {
+                    "seconds": s,
+                    "offline_bytes": int(2e5 * s * slower),
+                    "streaming_bytes": int(3e6 * slower),
+                }
+                for s in SECONDS
+            ],
+            "offline_bytes": int(2e5 * SECONDS[-1] * slower),
+            "streaming_bytes": int(3e6 * slower),
+        },
+        "wer": {
+            mode: {
+                "test_clean": {"wer": WORDS[attention] + n, "cer": 0.8, "decoding": f"decode_{n}"},
+                "test_other": {"wer": WORDS[attention] + 2 + n, "cer": 1.8, "decoding": None},
+            }
+            for n, mode in enumerate(("offline", "streaming"))
+        },
+    }
+    profile = deepcopy(profile)  # lists above hold one object several times
+    for key, value in parts.items():
+        *path, last = key.split("__")
+        place = profile
+        for name in path:
+            place = place[name]
+        place[last] = value
+    return profile
+
+
+def write_profile(path: Path, profile: dict[str, Any]) -> Path:
+    """Write it as JSON; returns `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(profile, indent=1), encoding="utf-8")
+    return path
+
+
+def eight(**parts: Any) -> list[dict[str, Any]]:
+    """The eight models; Branchformers are a little worse and a little slower."""
+    profiles = [
+        make_profile(encoder, attention, **parts)
+        for encoder in ("conformer", "branchformer")
+        for attention in NUMBERS
+    ]
+    for profile in profiles[4:]:
+        for sets in profile["wer"].values():
+            for rates in sets.values():
+                rates["wer"] += 0.3
+    return profiles
