@@ -8,7 +8,7 @@ import torch
 from espnet2.asr.decoder.transformer_decoder import TransformerDecoder
 from torch import Tensor
 
-from espnet_kv.attention import build_attention, check_attention
+from espnet_kv.attention import build_attention, check_attention, layer_confs
 from espnet_kv.attention.base import HeadSizes
 from espnet_kv.checkpoint import refuse_partial_loads
 from espnet_kv.decoder.search import Hypothesis, Search
@@ -31,7 +31,7 @@ class KVTransformerDecoder(TransformerDecoder):
         encoder_output_size: D.
         self_attention_type, src_attention_type: mha, gqa, mla or linear, for attention among
             tokens and to the encoder output.
-        self_attention_conf, src_attention_conf: options of these.
+        self_attention_conf, src_attention_conf: options of these; a list is a value for each block.
         espnet_conf: the arguments of ESPnet's class. use_sdpa and use_flash_attn change nothing.
 
     Raises:
@@ -54,14 +54,17 @@ class KVTransformerDecoder(TransformerDecoder):
             "self": (self_attention_type, dict(self_attention_conf or {})),
             "src": (src_attention_type, dict(src_attention_conf or {})),
         }
+        allowed = inspect.signature(TransformerDecoder.__init__).parameters
+        layers = espnet_conf.get("num_blocks", allowed["num_blocks"].default)
+        layer_conf = {}
         for place, (kind, conf) in confs.items():
             try:
                 check_attention(kind, conf)
+                layer_conf[place] = layer_confs(conf, layers)
             except ConfigError as error:
                 raise ConfigError(f"{place}_{error}") from error
             if conf.get("decay") is not None:
                 raise ConfigError(f"{place}_attention_conf.decay: works in encoders only")
-        allowed = inspect.signature(TransformerDecoder.__init__).parameters
         for key in espnet_conf:
             if key not in allowed:
                 raise ConfigError(
@@ -70,10 +73,10 @@ class KVTransformerDecoder(TransformerDecoder):
                 )
         super().__init__(vocab_size, encoder_output_size, attention_heads, **espnet_conf)
         for index, layer in enumerate(self.decoders):
-            for place, (kind, conf) in confs.items():
+            for place, (kind, _) in confs.items():
                 attention = build_attention(
                     kind,
-                    conf,
+                    layer_conf[place][index],
                     attention_heads,
                     encoder_output_size,
                     espnet_conf.get(f"{place}_attention_dropout_rate", 0.0),
