@@ -148,8 +148,11 @@ class KVEncoder:
             )
         return False
 
+    def _has_relative_positions(self, conf: dict) -> bool:
+        return conf[self.layer_type_key] == "rel_selfattn"
+
     def _build_attention(self, conf: dict, attention_type: str, attention_conf: dict) -> nn.Module:
-        rel_pos = conf[self.layer_type_key] == "rel_selfattn"
+        rel_pos = self._has_relative_positions(conf)
         return build_attention(
             attention_type,
             attention_conf,
