@@ -16,6 +16,7 @@ RECIPE = REPO / "egs2/librispeech_100_kv/asr1"
 # module or folder of the package.
 LAYERS = {
     "errors": set(),
+    "atomic": set(),
     "position": set(),
     "codec": set(),
     "step": set(),
@@ -27,7 +28,17 @@ LAYERS = {
     "streaming": {"cache", "encoder", "task"},
     "decoder": {"cache", "position", "step", "attention", "checkpoint"},
     "task": {"encoder", "decoder", "checkpoint", "registration"},
-    "convert": {"cache", "position", "attention", "encoder", "decoder", "task", "checkpoint"},
+    "convert": {
+        "atomic",
+        "cache",
+        "position",
+        "attention",
+        "encoder",
+        "decoder",
+        "task",
+        "checkpoint",
+        "streaming",
+    },
     "profile": {"cache", "position", "attention", "encoder", "decoder", "task", "checkpoint"},
     "report": set(),
     "__main__": set(),
@@ -35,6 +46,7 @@ LAYERS = {
 }
 WITHOUT_ESPNET = (
     "errors",
+    "atomic",
     "position",
     "codec",
     "step",

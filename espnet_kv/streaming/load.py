@@ -15,9 +15,12 @@ from espnet_kv.task import ASRTask
 
 
 def load_model(
-    asr_train_config: Path | str, asr_model_file: Path | str, device: str = "cpu"
+    asr_train_config: Path | str,
+    asr_model_file: Path | str,
+    device: str = "cpu",
+    task: type[ASRTask] = ASRTask,
 ) -> tuple[AbsESPnetModel, argparse.Namespace]:
-    """ASRTask.build_model_from_file, with one line for each way in which the files can be wrong.
+    """task.build_model_from_file, with one line for each way in which the files can be wrong.
 
     Raises:
         UserError: a file is missing, damaged or of another kind, or the two do not fit.
@@ -26,7 +29,7 @@ def load_model(
         if not Path(path).is_file():
             raise UserError(f"{path} does not exist")
     try:
-        return ASRTask.build_model_from_file(asr_train_config, asr_model_file, device)
+        return task.build_model_from_file(asr_train_config, asr_model_file, device)
     except FileNotFoundError as error:
         raise UserError(
             f"{error.filename} does not exist, but {asr_train_config} names it: run in the "
