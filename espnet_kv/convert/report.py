@@ -98,6 +98,12 @@ def page(record: Mapping[str, Any], name: str) -> str:
             f"- fitted to {seconds['fit']:g} s of `{heard['scp']}` (seed {heard['seed']}), errors "
             f"measured on {seconds['held_out']:g} s that were not fitted to"
         )
+    if tuned := record.get("fine_tuning"):
+        length = tuned["iterations_per_epoch"] or "all"
+        lines.append(
+            f"- then fine-tuned: {tuned['epochs']} epochs of {length} batches, learning rate "
+            f"{tuned['lr']:g}"
+        )
     lines += ["", "## Attention cache, bytes of one utterance", ""]
     lines += _table(
         ("part", "utterance", "before", "after", "removed", "measured in"),
@@ -193,7 +199,7 @@ def draw(record: Mapping[str, Any], file: Path) -> None:
     for shift, stage in ((-0.2, "before"), (0.2, "after")):
         heights = [record["cache"][part][stage]["bytes"] / 1000 for part in parts]
         bars = cache.bar([n + shift for n in range(len(parts))], heights, 0.4, label=stage)
-        cache.bar_label(bars, fmt="%.0f", fontsize=8)
+        cache.bar_label(bars, fmt="%.3g", fontsize=8)
     cache.set_xticks(
         range(len(parts)), [f"{p}\n{_length(record['cache'][p]['before'])}" for p in parts]
     )
