@@ -37,6 +37,7 @@ setup(
             "espnet_kv_asr_inference = espnet_kv.bin.asr_inference:main",
             "espnet_kv_asr_inference_streaming = espnet_kv.bin.asr_inference_streaming:main",
             "espnet_kv_stream = espnet_kv.bin.stream:main",
+            "espnet_kv_convert = espnet_kv.bin.convert:main",
             "espnet_kv_recipe = espnet_kv.recipe.__main__:main",
         ]
     },

@@ -136,14 +136,26 @@ class Listener:
             step()
 
     @torch.no_grad()
-    def hear(self, utterances: Sequence[Tensor], step: Callable[[], object] = lambda: None) -> None:
-        """Push utterances through the model. step: called after each."""
+    def hear(
+        self, utterances: Sequence[Tensor], step: Callable[[], object] = lambda: None
+    ) -> dict[str, Tensor]:
+        """Push utterances through the model. step: called after each.
+
+        Returns:
+            What comes out: {"encoder": (frames, D)} and, where it runs, {"decoder": (tokens, V)},
+            log-probabilities.
+        """
+        heard: dict[str, list[Tensor]] = {"encoder": [], "decoder": []}
         for speech in utterances:
             encoded, lengths = self._encode(speech)
+            heard["encoder"].append(encoded[0])
             if self._decoding:
                 words = self._words[id(speech)][None]  # (1, L), <sos> first
-                self._model.decoder(encoded, lengths, words, torch.tensor([words.size(1)]))
+                words_length = torch.tensor([words.size(1)])
+                scores, _ = self._model.decoder(encoded, lengths, words, words_length)
+                heard["decoder"].append(scores[0].log_softmax(dim=-1))
             step()
+        return {module: torch.cat(parts) for module, parts in heard.items() if parts}
 
     @torch.no_grad()
     def _encode(self, speech: Tensor) -> tuple[Tensor, Tensor]:

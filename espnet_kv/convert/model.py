@@ -13,6 +13,7 @@ from espnet_kv.attention import ATTENTIONS
 from espnet_kv.convert.budget import choose_ranks
 from espnet_kv.convert.calibration import Calibration, Listener
 from espnet_kv.convert.calls import Call, recording
+from espnet_kv.convert.effects import measure_effects
 from espnet_kv.convert.errors import layer_errors
 from espnet_kv.convert.factorize import to_mla
 from espnet_kv.convert.linalg import symmetric_root
@@ -26,6 +27,8 @@ from espnet_kv.task import ASRTask
 
 # attention transfer: utterances that a step learns from
 UTTERANCES = 4
+# how much layers matter: utterances that it is measured on
+UTTERANCES_OF_EFFECTS = 16
 
 type Tell = Callable[[str, int], Callable[[], object]]
 """tell("label", total) -> what to call after each of `total` steps."""
@@ -75,6 +78,11 @@ class Target:
                 f"--target_compression {fraction}: the part of the cache that goes, allowed is "
                 "more than 0 and less than 1"
             )
+
+    @property
+    def shares_a_budget(self) -> bool:
+        """Whether layers get ranks of their own."""
+        return self.attention_type == "mla" and self.target_compression is not None
 
 
 @dataclass
@@ -154,7 +162,10 @@ def convert(
     new_config = copy.deepcopy(dict(config))
     converted: dict[str, Any] = {}
     for part, attentions in names.items():
-        confs = _layer_confs(target, attentions, statistics)
+        effects = None
+        if listener is not None and target.shares_a_budget:
+            effects = _effects(part, attentions, listener, calibration, tell)
+        confs = _layer_confs(target, attentions, statistics, effects)
         step = tell(f"{part} to {target.attention_type}", len(attentions))
         for name, attention in attentions.items():
             converted[name] = _convert_layer(
@@ -191,8 +202,26 @@ def _count(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def _effects(
+    part: str, attentions: Mapping[str, Any], listener: Listener, calibration: Any, tell: Tell
+) -> dict[str, float]:
+    """How much an error of each layer changes what the encoder, or the decoder, puts out."""
+    audio = calibration.fit[:UTTERANCES_OF_EFFECTS]
+    step = tell(f"{part}: what each layer matters", 1 + len(attentions))
+
+    def run() -> Tensor:
+        heard = listener.hear(audio)[PARTS[part].module]
+        step()
+        return heard
+
+    return measure_effects(attentions, run)
+
+
 def _layer_confs(
-    target: Target, attentions: Mapping[str, Any], statistics: Mapping[str, LayerStatistics]
+    target: Target,
+    attentions: Mapping[str, Any],
+    statistics: Mapping[str, LayerStatistics],
+    effects: Mapping[str, float] | None,
 ) -> dict[str, dict[str, Any]]:
     """attention_conf of each layer of a part."""
     if target.attention_type == "linear":
@@ -212,7 +241,8 @@ def _layer_confs(
         if rank < 1:
             raise UserError(f"--target_compression {target.target_compression}: no rank is left")
         return {name: {"kv_rank": rank} for name in attentions}
-    ranks = choose_ranks({n: (a, statistics[n]) for n, a in attentions.items()}, budget)
+    layers = {name: (attention, statistics[name]) for name, attention in attentions.items()}
+    ranks = choose_ranks(layers, budget, effects)
     return {name: {"kv_rank": ranks[name]} for name in attentions}
 
 
