@@ -38,6 +38,7 @@ LAYERS = {
         "task",
         "checkpoint",
         "streaming",
+        "__init__",
     },
     "profile": {"cache", "position", "attention", "encoder", "decoder", "task", "checkpoint"},
     "report": set(),

@@ -58,14 +58,13 @@ def plan(args: argparse.Namespace) -> list[Converted]:
         ("target_compression", f"c{value}", value) for value in args.target_compression.split()
     ]
     if not given:
-        raise UserError(
-            f"--attention_type {args.attention_type}: give --{size} (or several values)"
-        )
-    parts = args.convert_parts.replace(",", " ").split()
-    marks = ["", *parts] if parts != ["encoder"] else []
-    marks += ["plain"] if args.calibration_minutes == 0 else []
-    marks += [f"seed{args.convert_seed}"] if args.convert_seed else []
-    suffix = "_".join(["", *filter(None, marks)]) if marks else ""
+        raise UserError(f"--attention_type {args.attention_type}: give --{size}")
+    if args.finetune_control and not args.finetune_epochs:
+        raise UserError("--finetune_control true: give --finetune_epochs: there is none to control")
+    marks = parts if (parts := _parts(args)) != ["encoder"] else []
+    marks += ["plain"] * (args.calibration_minutes == 0)
+    marks += [f"seed{args.convert_seed}"] * (args.convert_seed != 0)
+    suffix = "".join(f"_{mark}" for mark in marks)
     return [
         Converted(
             (f"--{option}", value),
