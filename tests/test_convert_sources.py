@@ -103,6 +103,12 @@ def test_configs_that_cannot_be_used(changes, parts, told, tmp_path):
     refused(source, told, parts)
 
 
+def test_a_model_without_decoder_has_none_to_convert(tmp_path):
+    source = Experiment(tmp_path / "exp", "conformer", model_conf={"ctc_weight": 1.0})
+    refused(source, "ctc_weight: 1.0 trained no decoder", ("decoder_cross",))
+    assert load(source, ("encoder",))[0].decoder is None
+
+
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     source = Experiment(tmp_path / "exp", "conformer")
     other = Experiment(tmp_path / "other", "conformer", {"num_blocks": 1})

@@ -116,8 +116,9 @@ def run(args: argparse.Namespace, said: str) -> None:
     """Convert as `args` say; said: the command, for the record."""
     from espnet_kv.convert.calibration import read_calibration
     from espnet_kv.convert.experiment import check_new, describe, write_experiment
-    from espnet_kv.convert.model import Target, convert
+    from espnet_kv.convert.model import convert
     from espnet_kv.convert.source import load_source
+    from espnet_kv.convert.target import Target
     from espnet_kv.task import ASRTask
 
     check_new(args.output_dir)

@@ -18,6 +18,8 @@ from espnet_kv.errors import UserError
 KINDS = ("kaldi_ark", "sound")
 # one utterance in so many is kept from the fit, to measure errors on
 HELD_OUT = 5
+# seconds; what is shorter may be too short for the encoder, and says little
+SHORTEST = 0.5
 # greedy search gives up at so many tokens per encoder frame
 TOKENS_PER_FRAME = 1.0
 
@@ -38,7 +40,7 @@ class Calibration:
 def read_calibration(
     scp: Path, kind: str, minutes: float, seed: int, args: Any, task: Any
 ) -> Calibration:
-    """Draw utterances from a wav.scp until there are `minutes` of audio.
+    """Draw utterances from a wav.scp until there are `minutes` of audio; very short ones are left.
 
     Args:
         scp: a wav.scp.
@@ -66,8 +68,10 @@ def read_calibration(
         for utterance in utterances:
             if samples >= wanted:
                 break
-            taken.append(torch.from_numpy(data[utterance][1]["speech"]))
-            samples += len(taken[-1])
+            speech = torch.from_numpy(data[utterance][1]["speech"])
+            if len(speech) >= SHORTEST * rate:
+                taken.append(speech)
+                samples += len(speech)
             found = getattr(loader, "rate", None)
             if found not in (None, rate):
                 raise UserError(

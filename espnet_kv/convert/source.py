@@ -166,6 +166,8 @@ def _check_attention(file: Path, config: dict[str, Any], name: str, model: Any) 
     part = PARTS[name]
     conf = config.get(f"{part.module}_conf") or {}
     where = f"{file}: {part.module}_conf"
+    if getattr(model, part.module) is None:
+        raise UserError(f"{file}: model_conf.ctc_weight: 1.0 trained no decoder")
     if not getattr(getattr(model, part.module), "holds_our_attention", True):
         key = model.encoder.layer_type_key
         if "legacy" in (kind := model.encoder.espnet_conf["rel_pos_type"]):
