@@ -148,7 +148,7 @@ def test_convert_fine_tune_decode_score(source, capsys):
     assert "not converted, fine-tuned alike" in (converted / "conversion.md").read_text()
     assert record["source"]["experiment"] == "exp/asr_mha"
     assert "--convert_from" in json.loads((converted / "run.json").read_text())["command"]
-    assert read_record(tuned)["fine_tuning"]["start"] == str(converted / "valid.acc.ave.pth")
+    assert read_record(tuned)["finetune"]["start"] == str(converted / "valid.acc.ave.pth")
     assert "then fine-tuned: 1 epochs of 1 batches" in (tuned / "conversion.md").read_text()
     for name in names[2:]:
         trained = yaml.safe_load(Path("exp", name, "config.yaml").read_text())

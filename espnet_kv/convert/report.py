@@ -98,7 +98,7 @@ def page(record: Mapping[str, Any], name: str) -> str:
             f"- fitted to {seconds['fit']:g} s of `{heard['scp']}` (seed {heard['seed']}), errors "
             f"measured on {seconds['held_out']:g} s that were not fitted to"
         )
-    if tuned := record.get("fine_tuning"):
+    if tuned := record.get("finetune"):
         length = tuned["iterations_per_epoch"] or "all"
         lines.append(
             f"- then fine-tuned: {tuned['epochs']} epochs of {length} batches, learning rate "

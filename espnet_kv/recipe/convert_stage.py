@@ -247,10 +247,10 @@ def _fine_tuning(layout: Layout, start: Path, directory: Path) -> Job | None:
     stated |= {"iterations_per_epoch": args.finetune_iters, "lr": lr}
     made_from = {"config": config, "asr_args": args.asr_args, "inputs": [digest(model)]}
     options = ["--config", str(directory / "train.yaml"), *shlex.split(args.asr_args)]
-    job = training_job(args, directory, config, made_from, options, {"fine_tuning": stated})
+    job = training_job(args, directory, config, made_from, options, {"finetune": stated})
     if job is not None and (start / FILE).exists():
         record = json.loads((start / FILE).read_text(encoding="utf-8"))
-        write_text(directory / FILE, json.dumps(record | {"fine_tuning": stated}, indent=1) + "\n")
+        write_text(directory / FILE, json.dumps(record | {"finetune": stated}, indent=1) + "\n")
     return job
 
 
