@@ -231,7 +231,10 @@ def _fine_tuning(layout: Layout, start: Path, directory: Path) -> Job | None:
     args = layout.args
     model = start / args.inference_asr_model
     config = _training_config(start, model)
-    lr = args.finetune_lr or FINETUNE_LR * float((config.get("optim_conf") or {})["lr"])
+    optim = config.get("optim_conf") or {}
+    if args.finetune_lr is None and "lr" not in optim:
+        raise UserError(f"{start / 'config.yaml'} names no learning rate: give --finetune_lr")
+    lr = args.finetune_lr or FINETUNE_LR * float(optim["lr"])
     config |= {
         "max_epoch": args.finetune_epochs,
         "num_iters_per_epoch": args.finetune_iters,
@@ -239,7 +242,7 @@ def _fine_tuning(layout: Layout, start: Path, directory: Path) -> Job | None:
             args.finetune_epochs, _most_kept(config.get("keep_nbest_models", 10))
         ),
         "patience": None,
-        "optim_conf": {**(config.get("optim_conf") or {}), "lr": lr},
+        "optim_conf": {**optim, "lr": lr},
         "scheduler": None,
         "scheduler_conf": {},
     }
