@@ -17,8 +17,7 @@ def successor[T: Attention](source: MultiHeadAttention, kind: type[T], **conf: A
         UserError: source normalises its queries and keys, so its keys are no linear map.
         ConfigError: conf is not allowed.
     """
-    if not isinstance(source.k_norm, nn.Identity):
-        raise UserError("qk_norm: true normalises keys after their projection; only mha can do so")
+    refuse_normed_keys(source)
     if source.zero_triu and "zero_triu" not in kind.espnet_options:
         raise UserError("zero_triu: true does not go with an attention without positions")
     sizes = HeadSizes(source.h, source.linear_q.in_features)
@@ -33,6 +32,15 @@ def successor[T: Attention](source: MultiHeadAttention, kind: type[T], **conf: A
             if name in own and own[name].shape == tensor.shape:
                 own[name].copy_(tensor)
     return new.train(source.training)
+
+
+def refuse_normed_keys(source: MultiHeadAttention) -> None:
+    """Raise a UserError where keys are no linear map of the frames."""
+    if not isinstance(source.k_norm, nn.Identity):
+        raise UserError(
+            "qk_norm: true normalises keys after their projection, which only attention_type mha "
+            "does: such a layer cannot be converted"
+        )
 
 
 def head_rows(weight: torch.Tensor, heads: int) -> torch.Tensor:

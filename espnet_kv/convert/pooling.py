@@ -10,7 +10,6 @@ it was, exactly.
 Shape letters: H heads, G key/value heads, D model size, d_k head size.
 """
 
-import math
 from collections.abc import Sequence
 from itertools import combinations, product
 
@@ -19,20 +18,25 @@ from torch import Tensor
 
 from espnet_kv.attention.gqa import GroupedQueryAttention
 from espnet_kv.attention.mha import MultiHeadAttention
-from espnet_kv.convert.factorize import left_vectors
 from espnet_kv.convert.linalg import symmetric_root
+from espnet_kv.convert.metric import OutputMetric
 from espnet_kv.convert.modules import head_rows, successor
 from espnet_kv.convert.statistics import LayerStatistics
+from espnet_kv.convert.subspace import best_rows, best_ups
 
 # A head whose keys hardly take some direction of its group still needs an inverse of T there:
 # singular values of T are no less than this part of the largest.
 LEAST_SINGULAR = 1e-3
 
 
+@torch.no_grad()
 def to_gqa(
     attention: MultiHeadAttention, num_kv_heads: int, statistics: LayerStatistics | None = None
 ) -> GroupedQueryAttention:
     """Multi-head attention with its heads in groups, each of which shares one key/value head.
+
+    With statistics, errors count as they show in the attention output (`metric.OutputMetric`);
+    without, as they show in weights.
 
     Raises:
         UserError: keys are normalised (qk_norm).
@@ -43,75 +47,71 @@ def to_gqa(
         return new
     h, d_k = attention.h, attention.d_k
     keys, values = head_rows(attention.linear_k.weight, h), head_rows(attention.linear_v.weight, h)
-    out = head_rows(attention.linear_out.weight.T, h).transpose(1, 2)  # (H, D, d_k)
-    out_root = symmetric_root(out.transpose(1, 2) @ out)
     if statistics is None:
-        root_k = root_v = torch.eye(keys.size(-1), dtype=keys.dtype, device=keys.device)
-        query_root = torch.eye(d_k, dtype=keys.dtype, device=keys.device).expand(h, -1, -1)
-        mean = keys.new_zeros(h, keys.size(-1))
+        metric, mean = OutputMetric.flat(attention), keys.new_zeros(h, keys.size(-1))
     else:
-        root_k = root_v = symmetric_root(statistics.covariance)
-        query_root = symmetric_root(statistics.query_moment) / math.sqrt(d_k)
-        mean = statistics.pooled_mean
-    met_keys, met_values = query_root @ keys @ root_k, out_root @ values @ root_v
-    met_keys = met_keys * met_values.norm() / met_keys.norm().clamp(min=1e-300)
-    groups = choose_groups(met_keys, met_values, num_kv_heads)
-
+        metric, mean = OutputMetric.of(attention, statistics), statistics.pooled_mean
+    groups = choose_groups(*metric.weigh(keys, values), num_kv_heads)
     order = [head for group in groups for head in group]
-    shared_k, shared_v, turn_k, turn_v = [], [], [], []
-    for group in groups:
-        shared, turns = _share(query_root[group] @ keys[group], keys[group], root_k)
-        shared_k.append(shared)
-        turn_k.append(_invertible(turns) if attention.rel_pos else turns)
-        shared, turns = _share(out_root[group] @ values[group], values[group], root_v)
-        shared_v.append(shared)
-        turn_v.append(turns)
-    t, r = torch.cat(turn_k), torch.cat(turn_v)  # (H, d_k, d_k), heads in their new order
-    given = torch.stack(shared_v).repeat_interleave(h // num_kv_heads, dim=0)  # (H, d_k, D)
-    lost = torch.einsum("hij,hj->hi", values[order] - r @ given, mean[order])
-    v_bias = head_rows(attention.linear_v.bias[:, None], h)[order, :, 0] + lost
-    with torch.no_grad():
-        new.linear_k.weight.copy_(torch.cat(shared_k))
-        new.linear_v.weight.copy_(torch.cat(shared_v))
-        new.linear_k.bias.zero_()
-        new.linear_v.bias.zero_()
-        for name in ("linear_q.weight", "linear_q.bias", "pos_bias_u", "pos_bias_v"):
-            if attention.rel_pos or name.startswith("linear"):
-                tensor = attention.get_parameter(name)
-                turned = t.transpose(1, 2) @ tensor.double().reshape(h, d_k, -1)[order]
-                new.get_parameter(name).copy_(turned.reshape(tensor.shape))
-        if attention.rel_pos:
-            position = head_rows(attention.linear_pos.weight, h)[order]
-            new.linear_pos.weight.copy_(torch.linalg.solve(t, position).flatten(0, 1))
-        new.linear_out.weight.copy_((out[order] @ r).transpose(0, 1).flatten(1))
-        passed = torch.einsum("hij,hj->i", out[order], v_bias)
-        new.linear_out.bias.copy_(attention.linear_out.bias.double() + passed)
+    shared_k, turn_k = _share(groups, keys, metric.left_k, metric.right_k)
+    shared_v, turn_v = _share(groups, values, metric.left_v, metric.right_v)
+    if attention.rel_pos:
+        turn_k = _invertible(turn_k)
+
+    new.linear_k.weight.copy_(shared_k.flatten(0, 1))
+    new.linear_k.bias.zero_()
+    for name in ("linear_q.weight", "linear_q.bias", "pos_bias_u", "pos_bias_v"):
+        if attention.rel_pos or name.startswith("linear"):
+            tensor = attention.get_parameter(name)
+            turned = turn_k.transpose(1, 2) @ tensor.double().reshape(h, d_k, -1)[order]
+            new.get_parameter(name).copy_(turned.reshape(tensor.shape))
+    if attention.rel_pos:
+        position = head_rows(attention.linear_pos.weight, h)[order]
+        new.linear_pos.weight.copy_(torch.linalg.solve(turn_k, position).flatten(0, 1))
+
+    new.linear_v.weight.copy_(shared_v.flatten(0, 1))
+    new.linear_v.bias.zero_()
+    out = head_rows(attention.linear_out.weight.T, h).transpose(1, 2)[order]  # (H, D, d_k)
+    new.linear_out.weight.copy_((out @ turn_v).transpose(0, 1).flatten(1))
+    # weights sum to one: the bias of the values, and their mean error, pass through
+    given = turn_v @ shared_v.repeat_interleave(h // num_kv_heads, dim=0)
+    passed = torch.einsum("hij,hj->hi", values[order] - given, mean[order])
+    passed += head_rows(attention.linear_v.bias[:, None], h)[order, :, 0]
+    bias = attention.linear_out.bias.double() + torch.einsum("hij,hj->i", out, passed)
+    new.linear_out.bias.copy_(bias)
     return new
 
 
-def _share(weighted: Tensor, plain: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
-    """One d_k-dimensional map for the heads of a group, and how each reads it.
+def _share(
+    groups: Sequence[Sequence[int]], maps: Tensor, left: Tensor, right: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One map for the heads of each group, and how each of them reads it.
 
     Args:
-        weighted: (n, d_k, D), the maps times what meets their outputs. plain: the maps. root:
-            (D, D), of the moment of their inputs.
+        maps: (H, d_k, D). left, right: of the metric, (H, d_k, d_k) and (H, D, D).
 
     Returns:
-        shared (d_k, D) and turns (n, d_k, d_k) with turns @ shared close to plain.
+        shared (G, d_k, D) and turns (H, d_k, d_k), heads in the order of the groups, with
+        turns @ shared close to the maps.
     """
-    d_k = plain.size(1)
-    stacked = weighted.flatten(0, 1)
-    shared = left_vectors(stacked @ root, d_k).T @ stacked
-    turns = plain @ root @ torch.linalg.pinv(shared @ root)
-    # the basis in which the turns are closest to orthogonal: it is ours to choose
-    scale = symmetric_root(turns.transpose(1, 2).matmul(turns).mean(dim=0))
-    return scale @ shared, turns @ torch.linalg.inv(scale)
+    d_k = maps.size(1)
+    all_shared, all_turns = [], []
+    for group in groups:
+        of, root = maps[group], right[group]
+        shared = best_rows(left[group] @ of, root @ root, d_k)
+        turns = best_ups(of, root, shared)
+        # the basis in which the turns are closest to orthogonal: it is ours to choose
+        scale = symmetric_root((turns.transpose(1, 2) @ turns).mean(dim=0))
+        all_shared.append(scale @ shared)
+        all_turns.append(turns @ torch.linalg.pinv(scale))
+    return torch.stack(all_shared), torch.cat(all_turns)
 
 
 def _invertible(turns: Tensor) -> Tensor:
     """(n, d_k, d_k) with singular values raised to LEAST_SINGULAR of the largest."""
     u, s, vh = torch.linalg.svd(turns)
-    return (u * s.clamp(min=LEAST_SINGULAR * float(s.max()))[:, None, :]) @ vh
+    least = LEAST_SINGULAR * float(s.max()) or 1.0
+    return (u * s.clamp(min=least)[:, None, :]) @ vh
 
 
 def choose_groups(keys: Tensor, values: Tensor, groups: int) -> list[list[int]]:
