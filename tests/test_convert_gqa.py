@@ -84,7 +84,7 @@ def test_unseen_inputs_fare_better_than_by_averaging(rng, kind, num_kv_heads):
     fitted = output_error(attention, to_gqa(attention, num_kv_heads, statistics), unseen)
     by_weights = output_error(attention, to_gqa(attention, num_kv_heads), unseen)
     averaged = output_error(attention, mean_pooled(attention, num_kv_heads), unseen)
-    assert fitted < 0.75 * by_weights and fitted < 0.75 * averaged
+    assert fitted < 0.6 * by_weights and fitted < 0.6 * averaged
 
 
 @kinds

