@@ -27,6 +27,24 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+def true_or_false(text: str) -> bool:
+    """Type of an option that is `true` or `false`, as ESPnet's are."""
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text == "true"
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """Type of an option that is a whole number of `least` or more."""
+
+    def parse(text: str) -> int:
+        if not text.removeprefix("-").isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
+        return int(text)
+
+    return parse
+
+
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
     """Turn `main` into a console command: a UserError becomes one line on stderr.
 

@@ -6,9 +6,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from espnet_kv.errors import UserError, command
+from espnet_kv.errors import Parser, command
 
 PARTS = ("encoder", "decoder_self", "decoder_cross")
 TYPES = ("mla", "gqa", "linear")
@@ -29,14 +29,9 @@ OPTIONS = (
 )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
-
-
 def get_parser() -> argparse.ArgumentParser:
     """The options."""
-    parser = _Parser(
+    parser = Parser(
         description="Convert the attention of a trained ESPnet or espnet_kv model to mla, gqa or "
         "linear. Out comes an experiment directory, for asr_inference, asr_train and the recipe.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from espnet_kv.errors import Parser, UserError, command
+from espnet_kv.errors import Parser, UserError, command, true_or_false, whole
 from espnet_kv.recipe.atomic import write_text
 from espnet_kv.recipe.audio import AudioError, read_audio_at
 from espnet_kv.recipe.config import load_config, load_yaml
@@ -25,21 +25,6 @@ LENGTHS = "5 10 30 60 120 300 600"
 CACHE_DTYPES = ("fp32", "fp16", "bf16", "int8", "int4")
 # of a recording with fewer seconds there is nothing to recognize
 SHORTEST_SECONDS = 0.3
-
-
-def _whole(least: int):
-    def parse(text: str) -> int:
-        if not text.removeprefix("-").isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
-        return int(text)
-
-    return parse
-
-
-def _true_or_false(text: str) -> bool:
-    if text not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text == "true"
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -71,7 +56,7 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument("--config", type=Path, help="training configuration, conf/train_asr_x.yaml")
     g.add_argument("--overlay", type=Path, help="YAML laid over it")
     g.add_argument(
-        "--vocab_size", type=_whole(3), default=5000, help="tokens (default: %(default)s)"
+        "--vocab_size", type=whole(3), default=5000, help="tokens (default: %(default)s)"
     )
 
     g = parser.add_argument_group("how")
@@ -82,7 +67,7 @@ def get_parser() -> argparse.ArgumentParser:
         "for random weights)",
     )
     g.add_argument(
-        "--utterances", type=_whole(1), default=20, help="how many of them (default: %(default)s)"
+        "--utterances", type=whole(1), default=20, help="how many of them (default: %(default)s)"
     )
     g.add_argument(
         "--lengths",
@@ -96,8 +81,8 @@ def get_parser() -> argparse.ArgumentParser:
         default=["fp32 int8"],
         help=f"of {', '.join(CACHE_DTYPES)}; the model's own comes first (default: fp32 int8)",
     )
-    g.add_argument("--chunk_size", type=_whole(1), help="encoder frames (default: 16)")
-    g.add_argument("--left_chunks", type=_whole(0), help="chunks of left context (default: 4)")
+    g.add_argument("--chunk_size", type=whole(1), help="encoder frames (default: 16)")
+    g.add_argument("--left_chunks", type=whole(0), help="chunks of left context (default: 4)")
     g.add_argument(
         "--inference_config", type=Path, help="options of the beam search, as conf/decode_asr.yaml"
     )
@@ -107,12 +92,12 @@ def get_parser() -> argparse.ArgumentParser:
         help="chunk_size, left_chunks and search of streaming, as conf/decode_asr_streaming.yaml",
     )
     g.add_argument(
-        "--repeats", type=_whole(1), default=3, help="runs of an utterance (default: %(default)s)"
+        "--repeats", type=whole(1), default=3, help="runs of an utterance (default: %(default)s)"
     )
-    g.add_argument("--hour", type=_true_or_false, default=False, help="stream an hour, too")
+    g.add_argument("--hour", type=true_or_false, default=False, help="stream an hour, too")
     g.add_argument("--seed", type=int, default=0, help="of weights and noise (default: 0)")
-    g.add_argument("--threads", type=_whole(1), default=1, help="on a CPU (default: 1)")
-    g.add_argument("--ngpu", type=_whole(0), help="0 = CPU (default: 1 if there is one)")
+    g.add_argument("--threads", type=whole(1), default=1, help="on a CPU (default: 1)")
+    g.add_argument("--ngpu", type=whole(0), help="0 = CPU (default: 1 if there is one)")
     g.add_argument("--output", type=Path, help="(default: EXPERIMENT/profile/profile.json)")
     return parser
 

@@ -5,7 +5,6 @@ import hashlib
 import json
 import platform
 import shutil
-import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
@@ -20,6 +19,7 @@ from espnet_kv.atomic import new_directory
 from espnet_kv.convert.model import Conversion
 from espnet_kv.convert.report import FILE, SCHEMA, write_pages
 from espnet_kv.errors import UserError
+from espnet_kv.provenance import commit
 from espnet_kv.task import ASRTask
 
 # keys of a config.yaml that say where that training wrote, and the way in which it ran
@@ -98,7 +98,7 @@ def describe(
         "options": dict(options),
         "command": command,
         "calibration": None if calibration is None else dict(calibration),
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {
             "python": platform.python_version(),
@@ -117,18 +117,3 @@ def sha256(file: Path) -> str:
 
 def _dump(file: Path, config: Mapping[str, Any]) -> None:
     file.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
-
-
-def _commit() -> str | None:
-    """The commit of the package's checkout, with -dirty where files differ; None outside git."""
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(espnet_kv.__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return described.stdout.strip()

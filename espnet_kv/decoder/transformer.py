@@ -80,9 +80,8 @@ class KVTransformerDecoder(TransformerDecoder):
                 attention.state_index = index
                 setattr(layer, f"{place}_attn", attention)
         for module in self.modules():
-            if isinstance(
-                module, nn.Linear
-            ):  # BLAS is faster at a few rows with weights so laid out
+            if isinstance(module, nn.Linear):
+                # BLAS is faster at a few rows with weights so laid out
                 module.weight.data = module.weight.data.t().contiguous().t()
         self.cache_dtype: str | None = None
         # ESPnet loads non-strictly, and would go on with random attention weights

@@ -1,7 +1,6 @@
-"""Where a profile was made: device, versions, commit."""
+"""Where a profile was made: device, versions, date."""
 
 import platform
-import subprocess
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -29,23 +28,6 @@ def versions() -> dict[str, str]:
         "espnet": metadata.version("espnet"),
         "espnet_kv": espnet_kv.__version__,
     }
-
-
-def commit() -> str | None:
-    """The commit of this package, with -dirty where files differ from it; None outside git."""
-    package = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(package), *arguments], capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # else it is another's repository
-        return git("describe", "--always", "--dirty", "--abbrev=12")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def now() -> str:

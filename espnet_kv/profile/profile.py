@@ -19,6 +19,7 @@ from espnet_kv.profile.search import (
 from espnet_kv.profile.sound import Sound, features
 from espnet_kv.profile.stream import Streamer, time_chunks, time_hour
 from espnet_kv.profile.subject import Subject
+from espnet_kv.provenance import commit
 
 SCHEMA = "espnet_kv.profile/1"
 
@@ -160,7 +161,7 @@ def _settings(
         "search": recognizer.options,
         "streaming_search": streamer.options,
         "tokens_per_second": None if subject.source.trained else TOKENS_PER_SECOND,
-        "commit": machine.commit(),
+        "commit": commit(),
         "date": machine.now(),
         **machine.versions(),
     }

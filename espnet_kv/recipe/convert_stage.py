@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from espnet_kv.errors import UserError
+from espnet_kv.provenance import commit
 from espnet_kv.recipe import score_stage
 from espnet_kv.recipe.atomic import write_text
 from espnet_kv.recipe.config import load_yaml
 from espnet_kv.recipe.jobs import Job, run_jobs
 from espnet_kv.recipe.layout import Layout
-from espnet_kv.recipe.model_stages import commit, training_job
+from espnet_kv.recipe.model_stages import training_job
 from espnet_kv.recipe.stamp import digest
 
 # a converted model has learnt already: it goes on at this part of the rate it began with
@@ -220,7 +221,7 @@ def _is_converted(experiment: Path, command: list[str]) -> bool:
 
 
 def _state_run(layout: Layout, experiment: Path) -> None:
-    run = {"command": layout.args.command, "commit": commit()}
+    run = {"command": layout.args.command, "commit": commit(Path())}
     write_text(experiment / "run.json", json.dumps(run, indent=1) + "\n")
 
 

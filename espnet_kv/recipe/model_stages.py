@@ -3,7 +3,6 @@
 import json
 import shlex
 import shutil
-import subprocess
 import zipfile
 from collections.abc import Sequence
 from functools import partial
@@ -13,6 +12,7 @@ from typing import Any
 import yaml
 
 from espnet_kv.errors import UserError
+from espnet_kv.provenance import commit
 from espnet_kv.recipe.atomic import new_directory, write_text
 from espnet_kv.recipe.config import load_config
 from espnet_kv.recipe.datadir import DataDir
@@ -126,7 +126,7 @@ def training_job(
         *options,
     ]
     write_text(exp / "train.yaml", yaml.safe_dump(config, sort_keys=False))
-    run = {"command": args.command, **stated, "commit": commit()}
+    run = {"command": args.command, **stated, "commit": commit(Path())}
     write_text(exp / "run.json", json.dumps(run, indent=1) + "\n")
     write_text(exp / "begun.json", stamp)
     return Job(
@@ -291,16 +291,3 @@ def _gpus() -> int:
     import torch
 
     return min(1, torch.cuda.device_count())
-
-
-def commit() -> str | None:
-    """The commit of the recipe's checkout, with -dirty where files differ from it."""
-    try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from espnet_kv.errors import Parser, UserError
+from espnet_kv.errors import Parser, UserError, true_or_false, whole
 from espnet_kv.recipe import convert_stage
 from espnet_kv.recipe.corpora import CORPORA
 from espnet_kv.recipe.jobs import cores
@@ -33,24 +33,8 @@ LAST_STAGE = max(STAGES)
 DECODE, DECODE_STREAMING = Path("conf/decode_asr.yaml"), Path("conf/decode_asr_streaming.yaml")
 
 
-def _true_or_false(text: str) -> bool:
-    if text not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text == "true"
-
-
 def _path_or_none(text: str) -> Path | None:
     return Path(text) if text else None
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
-
-
-def _whole(text: str) -> int:
-    return 0 if text == "0" else _positive(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -67,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     def add(group, name: str, default, text: str, **kwargs) -> None:
         shown = "true" if default is True else "false" if default is False else default
         if isinstance(default, bool):
-            kwargs["type"] = _true_or_false
+            kwargs["type"] = true_or_false
         kwargs.setdefault("metavar", name.upper())
         suffix = f" (default: {shown})" if shown not in (None, "") else ""
         group.add_argument(f"--{name}", default=default, help=text + suffix, **kwargs)
@@ -75,9 +59,9 @@ def parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("what runs")
     add(g, "stage", 1, "first stage", type=int)
     add(g, "stop_stage", LAST_STAGE, "last stage", type=int)
-    add(g, "nj", min(32, cores()), "parallel jobs of data stages", type=_positive)
-    add(g, "inference_nj", min(32, cores()), "parallel jobs of decoding", type=_positive)
-    add(g, "train_nj", 1, "models trained at the same time", type=_positive)
+    add(g, "nj", min(32, cores()), "parallel jobs of data stages", type=whole(1))
+    add(g, "inference_nj", min(32, cores()), "parallel jobs of decoding", type=whole(1))
+    add(g, "train_nj", 1, "models trained at the same time", type=whole(1))
     add(g, "ngpu", None, "GPUs of one training; 0 = CPU (default: 1 if there is one)", type=int)
     add(g, "gpu_inference", False, "decode on the GPU")
     add(g, "dumpdir", Path("dump"), "formatted audio", type=Path)
@@ -97,18 +81,18 @@ def parser() -> argparse.ArgumentParser:
     add(g, "train_set", "", "data directory for training (default: the corpus's)")
     add(g, "valid_set", "", "data directory for validation (default: the corpus's)")
     add(g, "test_sets", "", "data directories to decode (default: the corpus's)")
-    add(g, "synth_train", None, "sentences in synth's training set", type=_positive)
-    add(g, "synth_dev", None, "sentences in each of synth's dev sets", type=_positive)
-    add(g, "synth_test", None, "sentences in each of synth's test sets", type=_positive)
+    add(g, "synth_train", None, "sentences in synth's training set", type=whole(1))
+    add(g, "synth_dev", None, "sentences in each of synth's dev sets", type=whole(1))
+    add(g, "synth_test", None, "sentences in each of synth's test sets", type=whole(1))
     add(g, "synth_seed", None, "seed of synth", type=int)
     add(g, "speed_perturb_factors", "0.9 1.0 1.1", "stage 2; empty: none")
     add(g, "audio_format", "flac.ark", "flac.ark, flac, wav.ark or wav")
-    add(g, "fs", 16000, "sampling rate of the dump in Hz", type=_positive)
+    add(g, "fs", 16000, "sampling rate of the dump in Hz", type=whole(1))
     add(g, "min_wav_duration", 0.1, "seconds; shorter training utterances go", type=float)
     add(g, "max_wav_duration", 20.0, "seconds; longer training utterances go", type=float)
     add(g, "lang", "en", "language, part of names")
     add(g, "token_type", "bpe", "bpe or char", choices=("bpe", "char"))
-    add(g, "nbpe", 5000, "BPE pieces", type=_positive)
+    add(g, "nbpe", 5000, "BPE pieces", type=whole(1))
     add(g, "bpemode", "unigram", "unigram or bpe", choices=("unigram", "bpe"))
     add(g, "bpe_char_cover", 1.0, "character coverage of the BPE", type=float)
 
@@ -119,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     add(g, "lm_tag", "", "name of its experiment (default: made of config and tokens)")
     add(g, "inference_lm", "valid.loss.ave.pth", "its model file")
     add(g, "use_ngram", False, "train an n-gram and decode with it (needs KenLM)")
-    add(g, "ngram_num", 4, "order of the n-gram", type=_positive)
+    add(g, "ngram_num", 4, "order of the n-gram", type=whole(1))
 
     g = p.add_argument_group("speech recognition model")
     add(
@@ -153,8 +137,8 @@ def parser() -> argparse.ArgumentParser:
     add(g, "convert_parts", "encoder", "which attention: encoder, decoder_self, decoder_cross")
     add(g, "calibration_minutes", 10.0, "training audio to fit to; 0 = none", type=float)
     add(g, "convert_seed", 0, "of the choice of that audio", type=int)
-    add(g, "finetune_epochs", 0, "epochs of training after the conversion", type=_whole)
-    add(g, "finetune_iters", None, "batches of each of them (default: all)", type=_positive)
+    add(g, "finetune_epochs", 0, "epochs of training after the conversion", type=whole(0))
+    add(g, "finetune_iters", None, "batches of each of them (default: all)", type=whole(1))
     add(
         g, "finetune_lr", None, "their learning rate (default: a tenth of the source's)", type=float
     )
