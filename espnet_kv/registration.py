@@ -18,6 +18,7 @@ CHOICES = {
         "kv_conformer": "espnet_kv.encoder.conformer:KVConformerEncoder",
         "kv_branchformer": "espnet_kv.encoder.branchformer:KVBranchformerEncoder",
         "kv_e_branchformer": "espnet_kv.encoder.e_branchformer:KVEBranchformerEncoder",
+        "kv_transformer": "espnet_kv.encoder.transformer:KVTransformerEncoder",
     },
     "decoder_choices": {
         "kv_transformer": "espnet_kv.decoder.transformer:KVTransformerDecoder",

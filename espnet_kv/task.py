@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+import torch
 from espnet2.tasks.asr import ASRTask as ESPnetASRTask
 from espnet2.train.abs_espnet_model import AbsESPnetModel
 
@@ -61,3 +62,43 @@ class CachedDecodingTask(ASRTask):
         if getattr(args, "decoder", None) == "transformer":
             args.decoder = "kv_transformer"
         return super().build_model(args)
+
+
+class TrainingTask(ASRTask):
+    """ASRTask for training: a file given whole to --init_param must fill the model.
+
+    ESPnet would leave what the file lacks (another attention, say) at its random start.
+    """
+
+    @classmethod
+    def build_model(cls, args: argparse.Namespace) -> AbsESPnetModel:
+        """Build the model of `args`.
+
+        Raises:
+            UserError: files in init_param lack keys, or have them in other sizes.
+        """
+        model = super().build_model(args)
+        files = list(getattr(args, "init_param", None) or [])
+        parts = [file for file in files if ":" in file]  # FILE:FROM:TO takes a part on purpose
+        if files and not parts and not args.ignore_init_mismatch:
+            _check_init(model, files)
+        return model
+
+
+def _check_init(model: AbsESPnetModel, files: list[str]) -> None:
+    given: dict[str, torch.Size] = {}
+    for file in files:
+        if not Path(file).is_file():
+            raise UserError(f"--init_param {file} does not exist")
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        state = state.get("module", state)
+        given |= {key: value.shape for key, value in state.items()}
+    wanted = {key: value.shape for key, value in model.state_dict().items()}
+    missing = [key for key in wanted if key not in given]
+    resized = [key for key in wanted if given.get(key, wanted[key]) != wanted[key]]
+    if missing or resized:
+        raise UserError(
+            f"--init_param {' '.join(files)} does not fill the model (is it from another "
+            f"attention_type or config?): missing keys: {', '.join(missing) or 'none'}; other "
+            f"sizes: {', '.join(resized) or 'none'}; to take a part only: FILE:encoder:encoder"
+        )

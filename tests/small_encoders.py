@@ -7,11 +7,13 @@ import torch
 from espnet2.asr.encoder.branchformer_encoder import BranchformerEncoder
 from espnet2.asr.encoder.conformer_encoder import ConformerEncoder
 from espnet2.asr.encoder.e_branchformer_encoder import EBranchformerEncoder
+from espnet2.asr.encoder.transformer_encoder import TransformerEncoder
 from torch import Tensor, nn
 
 from espnet_kv.encoder.branchformer import KVBranchformerEncoder
 from espnet_kv.encoder.conformer import KVConformerEncoder
 from espnet_kv.encoder.e_branchformer import KVEBranchformerEncoder
+from espnet_kv.encoder.transformer import KVTransformerEncoder
 
 FEATURES, SIZE, BLOCKS = 20, 16, 2
 
@@ -41,6 +43,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "macaron_ffn": True,
         "linear_units": 24,
     },
+    "kv_transformer": {"linear_units": 24},
 }
 ATTENTIONS: dict[str, dict[str, Any]] = {
     "mha": {"attention_type": "mha"},
@@ -57,19 +60,19 @@ positions = pytest.mark.parametrize("rel_pos", [True, False], ids=["rel", "abs"]
 
 
 def position_conf(name: str, rel_pos: bool) -> dict[str, str]:
-    if rel_pos:
+    if rel_pos or name == "kv_transformer":
         return {}
     return {OURS[name].layer_type_key: "selfattn", "pos_enc_layer_type": "abs_pos"}
 
 
 def build(name: str, **conf: Any) -> nn.Module:
     """A small encoder of ours."""
-    return _build(OURS[name], name, **conf)
+    return _build((OURS | {"kv_transformer": KVTransformerEncoder})[name], name, **conf)
 
 
 def build_stock(name: str, **conf: Any) -> nn.Module:
     """The encoder of ESPnet behind ours."""
-    return _build(STOCK[name], name, **conf)
+    return _build((STOCK | {"kv_transformer": TransformerEncoder})[name], name, **conf)
 
 
 def _build(cls: type, name: str, features: int = FEATURES, **conf: Any) -> nn.Module:

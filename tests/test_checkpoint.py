@@ -13,7 +13,7 @@ from espnet_kv.bin import asr_inference
 from espnet_kv.checkpoint import refuse_partial_loads
 from espnet_kv.decoder.transformer import KVTransformerDecoder
 from espnet_kv.errors import UserError
-from espnet_kv.task import ASRTask, CachedDecodingTask
+from espnet_kv.task import ASRTask, CachedDecodingTask, TrainingTask
 
 ATTENTIONS = {
     "mha": {"attention_type": "mha"},
@@ -125,6 +125,37 @@ def test_a_new_model_takes_parts_of_another(experiments):
     model.decoder.load_state_dict(part)
     merged = model.state_dict() | {k: v for k, v in state.items() if k.startswith("ctc.")}
     model.load_state_dict(merged)
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (["{exp}/linear/model.pth"], "missing keys: encoder.encoders.0.self_attn.pos_bias_u"),
+        (["{exp}/none.pth"], "none.pth does not exist"),
+        (["{exp}/mha/model.pth"], None),
+        (["{exp}/linear/model.pth:decoder:decoder"], None),
+        (["{exp}/mha/model.pth", "{exp}/linear/model.pth:ctc:ctc"], None),
+    ],
+    ids=["another", "none", "whole", "part", "both"],
+)
+def test_training_starts_from_a_file_that_fills_the_model(files, told, experiments):
+    config = yaml.safe_load((experiments / "mha/config.yaml").read_text())
+    config["init_param"] = [file.format(exp=experiments) for file in files]
+    args = argparse.Namespace(**config)
+    if told is None:
+        TrainingTask.build_model(args)
+        return
+    with pytest.raises(UserError, match=f"^--init_param .*{told}"):
+        TrainingTask.build_model(args)
+    args.ignore_init_mismatch = True
+    TrainingTask.build_model(args)
+
+
+def test_another_size_to_start_from_is_named(experiments):
+    config = yaml.safe_load((experiments / "mla/config.yaml").read_text())
+    config["init_param"] = [str(experiments / "mla8/model.pth")]
+    with pytest.raises(UserError, match=r"other sizes: encoder.encoders.0.self_attn.linear_kv_"):
+        TrainingTask.build_model(argparse.Namespace(**config))
 
 
 def test_the_guard_can_be_taken_back():

@@ -58,7 +58,7 @@ def test_help_commands_run(command):
     env = os.environ | {"PYTHONPATH": str(REPO)}
     ended = subprocess.run(words, cwd=REPO, env=env, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    ours = {"asr_train": "kv_conformer", "report": "--expdir"}
+    ours = {"asr_train": "kv_conformer", "report": "--expdir", "convert": "--kv_rank"}
     assert ours.get(words[-2].rsplit(".", 1)[-1], "--cache_dtype") in ended.stdout
 
 

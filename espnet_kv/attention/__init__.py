@@ -41,6 +41,28 @@ def check_attention(attention_type: str, attention_conf: Mapping[str, Any]) -> t
     return attention
 
 
+def layer_confs(attention_conf: Mapping[str, Any], layers: int) -> list[dict[str, Any]]:
+    """The options of each layer: a list gives one value per layer, anything else is for all.
+
+    Args:
+        attention_conf: e.g. {kv_rank: [64, 48, 48, 32]}.
+        layers: blocks of the encoder or decoder, those without attention counted too.
+
+    Raises:
+        ConfigError (a ValueError): a list of another length.
+    """
+    for key, value in attention_conf.items():
+        if isinstance(value, list | tuple) and len(value) != layers:
+            raise ConfigError(
+                f"attention_conf.{key}: {len(value)} values for {layers} layers (allowed: one "
+                "value, or a list of one per layer)"
+            )
+    return [
+        {k: v[n] if isinstance(v, list | tuple) else v for k, v in attention_conf.items()}
+        for n in range(layers)
+    ]
+
+
 def build_attention(
     attention_type: str,
     attention_conf: Mapping[str, Any],

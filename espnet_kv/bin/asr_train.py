@@ -13,9 +13,9 @@ def main(cmd: Sequence[str] | None = None) -> None:
     Args:
         cmd: ESPnet's options; sys.argv when None.
     """
-    from espnet_kv.task import ASRTask
+    from espnet_kv.task import TrainingTask
 
-    ASRTask.main(cmd=cmd)
+    TrainingTask.main(cmd=cmd)
 
 
 if __name__ == "__main__":

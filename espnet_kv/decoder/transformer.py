@@ -8,7 +8,7 @@ from espnet2.asr.decoder.transformer_decoder import TransformerDecoder
 from torch import Tensor, nn
 
 from espnet_kv.arguments import complete_arguments, with_arguments_of
-from espnet_kv.attention import build_attention, check_attention
+from espnet_kv.attention import build_attention, check_attention, layer_confs
 from espnet_kv.attention.base import HeadSizes
 from espnet_kv.checkpoint import refuse_partial_loads
 from espnet_kv.decoder.search import Hypothesis, Search
@@ -32,7 +32,7 @@ class KVTransformerDecoder(TransformerDecoder):
         encoder_output_size: D.
         self_attention_type, src_attention_type: mha, gqa, mla or linear, for attention among
             tokens and to the encoder output.
-        self_attention_conf, src_attention_conf: options of these.
+        self_attention_conf, src_attention_conf: options of these; a list is a value for each block.
         espnet_conf: the arguments of ESPnet's class. use_sdpa and use_flash_attn change nothing.
 
     Raises:
@@ -55,20 +55,22 @@ class KVTransformerDecoder(TransformerDecoder):
             "self": (self_attention_type, dict(self_attention_conf or {})),
             "src": (src_attention_type, dict(src_attention_conf or {})),
         }
+        espnet = complete_arguments("decoder_conf", type(self), TransformerDecoder, espnet_conf)
+        layer_conf = {}
         for place, (kind, conf) in confs.items():
             try:
                 check_attention(kind, conf)
+                layer_conf[place] = layer_confs(conf, espnet["num_blocks"])
             except ConfigError as error:
                 raise ConfigError(f"{place}_{error}") from error
             if conf.get("decay") is not None:
                 raise ConfigError(f"{place}_attention_conf.decay: works in encoders only")
-        espnet = complete_arguments("decoder_conf", type(self), TransformerDecoder, espnet_conf)
         super().__init__(vocab_size, encoder_output_size, attention_heads, **espnet_conf)
         for index, layer in enumerate(self.decoders):
-            for place, (kind, conf) in confs.items():
+            for place, (kind, _) in confs.items():
                 attention = build_attention(
                     kind,
-                    conf,
+                    layer_conf[place][index],
                     attention_heads,
                     encoder_output_size,
                     espnet[f"{place}_attention_dropout_rate"],

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from espnet_kv.arguments import complete_arguments, with_arguments_of
-from espnet_kv.attention import build_attention, check_attention
+from espnet_kv.attention import build_attention, check_attention, layer_confs
 from espnet_kv.attention.base import HeadSizes
 from espnet_kv.checkpoint import refuse_partial_loads
 from espnet_kv.encoder.causal import CausalConv1d
@@ -24,7 +24,8 @@ class KVEncoder:
     Args:
         input_size: size F of the features.
         attention_type: mha, gqa, mla or linear (`espnet_kv.attention.ATTENTIONS`).
-        attention_conf: options of that attention, e.g. {kv_rank: 64}.
+        attention_conf: options of that attention, e.g. {kv_rank: 64}, or with a value for each
+            block, {kv_rank: [64, 48, ...]}.
         chunk_size: frames after subsampling in a chunk; 0 = the whole utterance.
         left_chunks: chunks before its own that a frame sees; -1 = all.
         dynamic_chunk_training: draw chunk_size and left_chunks for every training batch, half of
@@ -75,6 +76,7 @@ class KVEncoder:
         given = espnet_conf | {"input_size": input_size}
         conf = complete_arguments("encoder_conf", type(self), self._espnet_class(), given)
         HeadSizes(conf["attention_heads"], conf["output_size"])
+        layers = layer_confs(attention_conf, conf["num_blocks"])
         chunked = chunk_size > 0 or dynamic_chunk_training
         ours = self._takes_our_attention(conf, attention_type, chunked)
         if chunked:
@@ -88,12 +90,12 @@ class KVEncoder:
         self.chunk_size = chunk_size
         self.left_chunks = left_chunks
         self.dynamic_chunk_training = dynamic_chunk_training
-        for block in self.encoders:
+        for block, layer_conf in zip(self.encoders, layers, strict=True):
             if ours and getattr(block, self.attention_slot) is not None:
                 setattr(
                     block,
                     self.attention_slot,
-                    self._build_attention(conf, attention_type, attention_conf),
+                    self._build_attention(conf, attention_type, layer_conf),
                 )
             if causal:
                 for owner, name in self.time_convolutions(block):
@@ -130,8 +132,11 @@ class KVEncoder:
             )
         return False
 
+    def _has_relative_positions(self, conf: dict) -> bool:
+        return conf[self.layer_type_key] == "rel_selfattn"
+
     def _build_attention(self, conf: dict, attention_type: str, attention_conf: dict) -> nn.Module:
-        rel_pos = conf[self.layer_type_key] == "rel_selfattn"
+        rel_pos = self._has_relative_positions(conf)
         return build_attention(
             attention_type,
             attention_conf,

@@ -254,7 +254,7 @@ class StreamingEncoder(KVEncoder):
     def _positioned(self, x: Tensor, step: Step) -> tuple[Tensor, Step]:
         """What the positional encoding gives for a chunk (R, Q, D): frames and their Step."""
         encoding: Any = self._positional_encoding()
-        if self.espnet_conf[self.layer_type_key] == "rel_selfattn":
+        if self._has_relative_positions(self.espnet_conf):
             encoding.extend_pe(x.new_empty(()).expand(1, step.slots))
             center = encoding.pe.size(1) // 2
             step.pos_emb = encoding.pe[:, center - step.slots + 1 : center + step.chunk_size]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from espnet_kv.errors import command
 from espnet_kv.recipe import (
+    convert_stage,
     data_stages,
     lm_stages,
     model_stages,
@@ -47,10 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     args = parse(arguments)
     layout = Layout(args)
+    run = RUN if args.convert_from is None else RUN | convert_stage.STAGES
     start = time.monotonic()
     for stage in range(args.stage, args.stop_stage + 1):
         print(f"{time.strftime('%H:%M:%S')} stage {stage}: {STAGES[stage]}", flush=True)
-        RUN[stage](layout)
+        run[stage](layout)
     print(f"{time.strftime('%H:%M:%S')} done in {time.monotonic() - start:.0f} s", flush=True)
 
 

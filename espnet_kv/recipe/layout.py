@@ -94,7 +94,9 @@ class Layout:
         return self.args.expdir / f"asr_stats_{self._suffix}"
 
     def asr_exp(self, config: Path) -> Path:
-        """The experiment of one training configuration."""
+        """The experiment of one training configuration, which a converted model holds itself."""
+        if self.args.convert_from is not None:
+            return config.parent
         tag = self.args.asr_tag or self._asr_tag(config)
         return self.args.expdir / f"asr_{tag}"
 

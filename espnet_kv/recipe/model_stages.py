@@ -64,8 +64,7 @@ def train_models(layout: Layout) -> None:
     """Stage 11: train every configuration, `train_nj` at a time; resumes what was cut off."""
     args = layout.args
     train, valid = layout.dump(layout.train_set), layout.dump(args.valid_set)
-    ngpu = _gpus() if args.ngpu is None else args.ngpu
-    jobs, stamps = [], {}
+    jobs = []
     for config_file in args.asr_config:
         config = _model_config(layout, config_file)
         exp = layout.asr_exp(config_file)
@@ -74,48 +73,69 @@ def train_models(layout: Layout) -> None:
             "asr_args": args.asr_args,
             "inputs": [digest(train), digest(valid), digest(layout.token_dir)],
         }
-        stamp = json.dumps(made_from, indent=1, sort_keys=True, default=str) + "\n"
-        if _begun(exp, stamp, args):
-            continue
-        command = [
+        options = [
             *_common_options(layout, exp / "train.yaml", train, valid),
-            *("--output_dir", str(exp)),
-            *("--resume", "true"),
             *("--fold_length", "80000", "--fold_length", "150"),
-            *("--ngpu", str(ngpu)),
-            *("--multiprocessing_distributed", "true" if ngpu > 1 else "false"),
         ]
         for mode in ("train", "valid"):
             speech_shape = layout.stats / mode / "speech_shape"
             for shape in (speech_shape, layout.text_shape(layout.stats, mode)):
-                command += [f"--{mode}_shape_file", str(shape)]
+                options += [f"--{mode}_shape_file", str(shape)]
         if args.feats_normalize == "global_mvn":
             stats_file = layout.stats / "train" / "feats_stats.npz"
-            command += ["--normalize", "global_mvn"]
-            command += ["--normalize_conf", f"stats_file={stats_file}"]
+            options += ["--normalize", "global_mvn"]
+            options += ["--normalize_conf", f"stats_file={stats_file}"]
         else:
-            command += ["--normalize", args.feats_normalize]
-        command += shlex.split(args.asr_args)
-        write_text(exp / "train.yaml", yaml.safe_dump(config, sort_keys=False))
-        run = {
-            "command": args.command,
-            "config": str(config_file),
-            "overlay": str(args.overlay) if args.overlay else None,
-            "commit": _commit(),
-        }
-        write_text(exp / "run.json", json.dumps(run, indent=1) + "\n")
-        write_text(exp / "begun.json", stamp)
-        stamps[exp] = stamp
-        jobs.append(
-            Job(
-                exp.name,
-                partial(_train, command),
-                exp / "train.log",
-                epochs=_last_epoch(config, args.asr_args),
-                after=partial(write_text, exp / STAMP, stamp),
-            )
-        )
-    run_jobs(jobs, args.train_nj)
+            options += ["--normalize", args.feats_normalize]
+        options += shlex.split(args.asr_args)
+        overlay = str(args.overlay) if args.overlay else None
+        stated = {"config": str(config_file), "overlay": overlay}
+        jobs.append(training_job(args, exp, config, made_from, options, stated))
+    run_jobs([job for job in jobs if job is not None], args.train_nj)
+
+
+def training_job(
+    args: Any,
+    exp: Path,
+    config: dict[str, Any],
+    made_from: dict[str, Any],
+    options: Sequence[str],
+    stated: dict[str, Any],
+) -> Job | None:
+    """The training of `exp`; None where it is trained already.
+
+    Args:
+        args: the options of the recipe.
+        config: goes into exp/train.yaml, which `options` name.
+        made_from: what the model depends on.
+        options: of asr_train.
+        stated: goes into run.json, beside command and commit.
+
+    Raises:
+        UserError: an earlier training there was of something else.
+    """
+    stamp = json.dumps(made_from, indent=1, sort_keys=True, default=str) + "\n"
+    if _begun(exp, stamp, args):
+        return None
+    ngpu = _gpus() if args.ngpu is None else args.ngpu
+    command = [
+        *("--output_dir", str(exp)),
+        *("--resume", "true"),
+        *("--ngpu", str(ngpu)),
+        *("--multiprocessing_distributed", "true" if ngpu > 1 else "false"),
+        *options,
+    ]
+    write_text(exp / "train.yaml", yaml.safe_dump(config, sort_keys=False))
+    run = {"command": args.command, **stated, "commit": commit()}
+    write_text(exp / "run.json", json.dumps(run, indent=1) + "\n")
+    write_text(exp / "begun.json", stamp)
+    return Job(
+        exp.name,
+        partial(_train, command),
+        exp / "train.log",
+        epochs=_last_epoch(config, args.asr_args),
+        after=partial(write_text, exp / STAMP, stamp),
+    )
 
 
 def _begun(exp: Path, stamp: str, args: Any) -> bool:
@@ -273,7 +293,7 @@ def _gpus() -> int:
     return min(1, torch.cuda.device_count())
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the recipe's checkout, with -dirty where files differ from it."""
     try:
         return subprocess.run(

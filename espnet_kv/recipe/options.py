@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from espnet_kv.errors import Parser, UserError
+from espnet_kv.recipe import convert_stage
 from espnet_kv.recipe.corpora import CORPORA
 from espnet_kv.recipe.jobs import cores
 
@@ -46,6 +47,10 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
+
+
+def _whole(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -138,6 +143,27 @@ def parser() -> argparse.ArgumentParser:
     add(g, "inference_tag", "", "name of the decoding (default: made of config and model)")
     add(g, "inference_args", "", "more options for asr_inference, or asr_inference_streaming")
     add(g, "inference_asr_model", "valid.acc.ave.pth", "model file to decode with")
+    g = p.add_argument_group("conversion of a trained model, in the place of training")
+    add(g, "convert_from", None, "experiment of the trained model", type=_path_or_none)
+    add(g, "attention_type", "", "what its attention becomes: mla, gqa, linear")
+    add(g, "kv_rank", "", "mla: numbers in a latent, or several, split by spaces")
+    add(g, "num_kv_heads", "", "gqa: key/value heads, or several")
+    add(g, "feature_map", "", "linear: hedgehog, elu, relu, or several")
+    add(g, "target_compression", "", "mla, gqa: part of the cache that goes, 0.875, or several")
+    add(g, "convert_parts", "encoder", "which attention: encoder, decoder_self, decoder_cross")
+    add(g, "calibration_minutes", 10.0, "training audio to fit to; 0 = none", type=float)
+    add(g, "convert_seed", 0, "of the choice of that audio", type=int)
+    add(g, "finetune_epochs", 0, "epochs of training after the conversion", type=_whole)
+    add(g, "finetune_iters", None, "batches of each of them (default: all)", type=_positive)
+    add(
+        g, "finetune_lr", None, "their learning rate (default: a tenth of the source's)", type=float
+    )
+    add(g, "finetune_control", False, "fine-tune the source as well, unconverted")
+
+    g = p.add_argument_group("profiling")
+    add(g, "profile_args", "", "more options for espnet_kv.bin.profile (stage 14)")
+
+    g = p.add_argument_group("results")
     add(
         g,
         "results",
@@ -145,9 +171,6 @@ def parser() -> argparse.ArgumentParser:
         "tables of stages 13 and 15 (default: EXPDIR/RESULTS.md)",
         type=_path_or_none,
     )
-
-    g = p.add_argument_group("profiling")
-    add(g, "profile_args", "", "more options for espnet_kv.bin.profile (stage 14)")
     return p
 
 
@@ -177,11 +200,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         args.speed_perturb_factors = [float(x) for x in args.speed_perturb_factors.split()]
     except ValueError as error:
         raise UserError(f"--speed_perturb_factors: {error}") from error
+    _check_conversion(args)
     args.asr_config = [Path(name) for name in args.asr_config.split()]
     args.inference_config = args.inference_config or (
         DECODE_STREAMING if args.use_streaming else DECODE
     )
-    for path in (*args.asr_config, args.inference_config, args.overlay):
+    if args.convert_from is not None:
+        # stages go by configurations: those of the experiments that the conversion makes
+        args.asr_config = [exp / "config.yaml" for exp in convert_stage.experiments(args)]
+    configs = () if args.convert_from else args.asr_config
+    for path in (*configs, args.inference_config, args.overlay):
         if path is not None and not path.is_file():
             raise UserError(f"{path} does not exist: choose one of those in conf/")
     for name in ("use_lm", "use_ngram"):
@@ -195,3 +223,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     args.results = args.results or args.expdir / "RESULTS.md"
     args.command = shlex.join(["./run.sh", *(sys.argv[1:] if arguments is None else arguments)])
     return args
+
+
+def _check_conversion(args: argparse.Namespace) -> None:
+    """Refuse what a conversion, or its absence, would leave unused."""
+    if args.convert_from is None:
+        names = ["attention_type", *(name for name, _ in convert_stage.SIZES.values())]
+        for name in (*names, "target_compression", "finetune_epochs", "finetune_control"):
+            if getattr(args, name):
+                raise UserError(f"--{name}: goes with --convert_from")
+    else:
+        for name in ("asr_config", "asr_tag"):
+            if getattr(args, name) != parser().get_default(name):
+                raise UserError(f"--{name}: --convert_from goes by the config of the source")

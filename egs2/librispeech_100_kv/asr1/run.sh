@@ -8,15 +8,17 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 corpus=librispeech_100
 use_streaming=false
+convert_from=
 options=("$@")
 for ((i = 0; i + 1 < $#; i++)); do
     case "${options[i]}" in
         --corpus) corpus=${options[i + 1]} ;;
         --use_streaming) use_streaming=${options[i + 1]} ;;
+        --convert_from) convert_from=${options[i + 1]} ;;
     esac
 done
 
-if [ -f ../../TEMPLATE/asr1/asr.sh ] && [ "${corpus}" = librispeech_100 ]; then
+if [ -f ../../TEMPLATE/asr1/asr.sh ] && [ "${corpus}" = librispeech_100 ] && [ -z "${convert_from}" ]; then
     . ./local/espnet_checkout.sh
 fi
 

@@ -1,0 +1,177 @@
+"""Convert a trained model to a smaller KV cache."""
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from espnet_kv.errors import UserError, command
+
+PARTS = ("encoder", "decoder_self", "decoder_cross")
+TYPES = ("mla", "gqa", "linear")
+FEATURE_MAPS = ("elu", "relu", "hedgehog")
+# options that say what is converted and how: what a rerun must agree on
+OPTIONS = (
+    "attention_type",
+    "kv_rank",
+    "num_kv_heads",
+    "feature_map",
+    "target_compression",
+    "parts",
+    "calibration_scp",
+    "calibration_type",
+    "calibration_minutes",
+    "transfer_steps",
+    "seed",
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = _Parser(
+        description="Convert the attention of a trained ESPnet or espnet_kv model to mla, gqa or "
+        "linear. Out comes an experiment directory, for asr_inference, asr_train and the recipe.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--asr_train_config", type=Path, required=True, help="config.yaml of the trained model")
+    add("--asr_model_file", type=Path, required=True, help="Its checkpoint")
+    add("--output_dir", type=Path, required=True, help="The experiment directory to write")
+    add("--attention_type", required=True, choices=TYPES, help="What attention becomes")
+    add("--kv_rank", type=int, help="mla: numbers in the latent of a frame, the same in all layers")
+    add("--num_kv_heads", type=int, help="gqa: key/value heads, 1 = MQA")
+    add("--feature_map", choices=FEATURE_MAPS, help="linear: its feature map (hedgehog)")
+    add(
+        "--target_compression",
+        type=float,
+        help="mla, gqa: instead, the part of the attention cache's bytes that goes, e.g. 0.875; "
+        "layers share what is left by what each needs",
+    )
+    add(
+        "--parts",
+        type=_parts,
+        default=("encoder",),
+        help=f"Which attention, split by commas: {', '.join(PARTS)}",
+    )
+    add(
+        "--calibration_scp",
+        type=Path,
+        help="wav.scp of audio like that of the training, no transcripts needed; without it the "
+        "conversion sees the weights alone",
+    )
+    add("--calibration_type", default="sound", choices=("sound", "kaldi_ark"), help="Its type")
+    add("--calibration_minutes", type=_positive, default=10.0, help="How much of it is used")
+    add("--transfer_steps", type=int, default=300, help="linear: steps of attention transfer")
+    add("--seed", type=int, default=0, help="Of the choice of calibration audio")
+    return parser
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    parts = tuple(text.split(","))
+    if not set(parts) <= set(PARTS) or len(set(parts)) < len(parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of {', '.join(PARTS)}")
+    return tuple(part for part in PARTS if part in parts)
+
+
+def _positive(text: str) -> float:
+    if not (number := float(text)) > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not more than 0")
+    return number
+
+
+@command
+def main(cmd: Sequence[str] | None = None) -> None:
+    """Convert.
+
+    Args:
+        cmd: the options; sys.argv when None.
+
+    Raises:
+        UserError: a model or an option that cannot be used.
+    """
+    args = get_parser().parse_args(cmd)
+    words = sys.argv[1:] if cmd is None else cmd
+    run(args, shlex.join(["python", "-m", "espnet_kv.bin.convert", *words]))
+
+
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What conversion.json records of the options."""
+    values = {name: getattr(args, name) for name in OPTIONS}
+    return {
+        name: str(value) if isinstance(value, Path) else list(value) if name == "parts" else value
+        for name, value in values.items()
+    }
+
+
+def run(args: argparse.Namespace, said: str) -> None:
+    """Convert as `args` say; said: the command, for the record."""
+    from espnet_kv.convert.calibration import read_calibration
+    from espnet_kv.convert.experiment import check_new, describe, write_experiment
+    from espnet_kv.convert.model import convert
+    from espnet_kv.convert.source import load_source
+    from espnet_kv.convert.target import Target
+    from espnet_kv.task import ASRTask
+
+    check_new(args.output_dir)
+    target = Target(
+        args.attention_type,
+        args.kv_rank,
+        args.num_kv_heads,
+        args.feature_map,
+        args.target_compression,
+        args.transfer_steps,
+    )
+    print(f"  loading {args.asr_model_file}", flush=True)
+    model, config = load_source(args.asr_train_config, args.asr_model_file, args.parts)
+    calibration = None
+    if args.calibration_scp is None:
+        print("  no --calibration_scp: fitted to the weights alone (Frobenius norm)", flush=True)
+    else:
+        calibration = read_calibration(
+            args.calibration_scp,
+            args.calibration_type,
+            args.calibration_minutes,
+            args.seed,
+            argparse.Namespace(**config),
+            ASRTask,
+        )
+        seconds = calibration.source["seconds"]
+        print(
+            f"  calibration: {seconds['fit']:g} s to fit to, {seconds['held_out']:g} s held out",
+            flush=True,
+        )
+    conversion = convert(model, config, args.parts, target, calibration, _tell)
+    heard = None if calibration is None else calibration.source
+    provenance = describe(args.asr_train_config, args.asr_model_file, options_of(args), said, heard)
+    write_experiment(args.output_dir, args.asr_model_file.name, conversion, provenance)
+    for part, cache in conversion.cache.items():
+        before, after = cache["before"]["bytes"], cache["after"]["bytes"]
+        print(f"  {part}: attention cache {before} -> {after} bytes", flush=True)
+    print(f"  {args.output_dir}", flush=True)
+
+
+def _tell(label: str, total: int) -> Callable[[], None]:
+    """What to call after each step; prints how many were made, at most every two seconds."""
+    done, printed = 0, time.monotonic()
+
+    def step() -> None:
+        nonlocal done, printed
+        done += 1
+        if done == total or time.monotonic() - printed >= 2:
+            printed = time.monotonic()
+            print(f"  {label}: {done}/{total}", flush=True)
+
+    return step
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Trained multi-head attention made into mla, gqa or linear: the mathematics of it."""

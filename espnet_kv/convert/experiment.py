@@ -1,0 +1,134 @@
+"""A converted model as an ESPnet experiment directory that says where it comes from."""
+
+import dataclasses
+import hashlib
+import json
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import espnet_kv
+from espnet_kv.atomic import new_directory
+from espnet_kv.convert.model import Conversion
+from espnet_kv.convert.report import FILE, SCHEMA, write_pages
+from espnet_kv.errors import UserError
+from espnet_kv.task import ASRTask
+
+# keys of a config.yaml that say where that training wrote, and the way in which it ran
+OF_THE_RUN = ("config", "output_dir", "init_param", "local_rank", "dist_rank", "dist_world_size")
+
+
+def check_new(directory: Path) -> None:
+    """Refuse to write over anything.
+
+    Raises:
+        UserError: `directory` exists and is not empty, or is a file.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"--output_dir {directory} exists: remove it, or name another one")
+
+
+def write_experiment(
+    directory: Path, model_name: str, conversion: Conversion, provenance: Mapping[str, Any]
+) -> None:
+    """Write config.yaml, the model, what they need, train.yaml for fine-tuning, and the report.
+
+    The directory appears complete or not at all.
+
+    Args:
+        directory: new. Paths in its files are relative where it is.
+        model_name: file name of the checkpoint.
+        provenance: of `describe`.
+    """
+    with new_directory(directory) as new:
+        config = dict(conversion.config) | {"output_dir": str(directory)}
+        normalize = config.get("normalize_conf") or {}
+        if config.get("normalize") and "stats_file" in normalize:
+            name = "feats_stats" + Path(normalize["stats_file"]).suffix
+            shutil.copyfile(normalize["stats_file"], new / name)
+            config["normalize_conf"] = {**normalize, "stats_file": str(directory / name)}
+        if config.get("bpemodel"):
+            shutil.copyfile(config["bpemodel"], new / "bpe.model")
+            config["bpemodel"] = str(directory / "bpe.model")
+        torch.save(conversion.model.state_dict(), new / model_name)
+        _dump(new / "config.yaml", config)
+        _dump(new / "train.yaml", training_config(config, directory / model_name))
+        record = {
+            "schema": SCHEMA,
+            **provenance,
+            "parameters": conversion.parameters,
+            "cache": conversion.cache,
+            "layers": [dataclasses.asdict(layer) for layer in conversion.layers],
+        }
+        (new / FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_pages(new, record, directory.name)
+
+
+def training_config(config: Mapping[str, Any], model_file: Path) -> dict[str, Any]:
+    """What `asr_train --config` takes to go on training from `model_file` as `config` trained."""
+    known = {action.dest for action in ASRTask.get_parser()._actions} - set(OF_THE_RUN)
+    kept = {key: value for key, value in config.items() if key in known}
+    return kept | {"init_param": [str(model_file)]}
+
+
+def describe(
+    config_file: Path,
+    model_file: Path,
+    options: Mapping[str, Any],
+    command: str,
+    calibration: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The provenance of a conversion."""
+    return {
+        "source": {
+            "experiment": str(config_file.parent),
+            "config": str(config_file),
+            "config_sha256": sha256(config_file),
+            "model_file": str(model_file),
+            "model_sha256": sha256(model_file),
+        },
+        "options": dict(options),
+        "command": command,
+        "calibration": None if calibration is None else dict(calibration),
+        "commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "espnet": metadata.version("espnet"),
+            "espnet_kv": espnet_kv.__version__,
+        },
+    }
+
+
+def sha256(file: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _dump(file: Path, config: Mapping[str, Any]) -> None:
+    file.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
+
+
+def _commit() -> str | None:
+    """The commit of the package's checkout, with -dirty where files differ; None outside git."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(espnet_kv.__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()

@@ -1,0 +1,84 @@
+"""Cache bytes of a model, counted while it really streams or searches.
+
+What is fed is noise: bytes depend on how much was heard, not on what.
+"""
+
+from typing import Any
+
+import torch
+
+from espnet_kv.cache import LinearState, StateSpec
+from espnet_kv.convert.source import PARTS
+from espnet_kv.encoder.streaming import subsampling
+from espnet_kv.errors import ConfigError
+
+# encoder frames of the utterance; tokens of the hypothesis
+FRAMES, TOKENS = 256, 64
+# where the model's configuration leaves chunks open
+CHUNK = 16
+
+
+@torch.no_grad()
+def cache_bytes(model: Any, part: str) -> dict[str, Any]:
+    """Bytes that the attention of one part holds of one utterance, each layer by itself.
+
+    encoder: after FRAMES frames that came in chunks and are all remembered (left_chunks -1); an
+    encoder that cannot stream is given them at once. decoder_self: of one hypothesis of TOKENS
+    tokens. decoder_cross: of FRAMES encoder frames.
+
+    Args:
+        model: the ESPnet model, in eval mode; its `part` belongs to a kv_* class.
+        part: a key of PARTS.
+
+    Returns:
+        {"layers": [bytes], "bytes": their sum, "frames" or "tokens": how many, "how": how it was
+        measured}.
+    """
+    if part == "encoder":
+        return _of_encoder(model)
+    decoder = model.decoder
+    attentions = PARTS[part].attentions(model).values()
+    generator = torch.Generator().manual_seed(0)
+    size = next(iter(attentions)).linear_q.in_features
+    encoded = torch.randn(FRAMES, size, generator=generator)
+    state = decoder.init_state(encoded)
+    tokens = torch.full((TOKENS,), model.sos, dtype=torch.long)
+    for length in range(1, TOKENS + 1):
+        _, state = decoder.score(tokens[:length], state, encoded)
+    if part == "decoder_cross":
+        held = [layer.nbytes for layer in state.search.memory.states]
+        return _result(held, {"frames": FRAMES}, "a search")
+    held = [
+        state.sums[n].nbytes if isinstance(layer, LinearState) else layer.nbytes
+        for n, layer in enumerate(state.search.states)
+    ]
+    return _result(held, {"tokens": TOKENS}, "a search")
+
+
+def _of_encoder(model: Any) -> dict[str, Any]:
+    encoder = model.encoder
+    attentions = PARTS["encoder"].attentions(model).values()
+    generator = torch.Generator().manual_seed(0)
+    own = encoder.chunk_size, encoder.left_chunks
+    encoder.chunk_size, encoder.left_chunks = encoder.chunk_size or CHUNK, -1
+    try:
+        state = encoder.init_state()
+        stride, window = subsampling(encoder.embed)
+        features = (FRAMES - 1) * stride + window
+        xs = torch.randn(1, features, state.features.size, generator=generator)
+        encoder.forward_chunk(xs, state, is_final=True)
+        held = [state.states[attention.state_index].nbytes for attention in attentions]
+        return _result(held, {"frames": FRAMES}, "a stream")
+    except ConfigError as refusal:
+        weight = next(encoder.parameters())
+        spec = StateSpec(1, FRAMES, None, weight.dtype, weight.device)
+        xs = torch.randn(1, FRAMES, encoder.output_size(), generator=generator)
+        held = [attention.remember(xs, spec, None).nbytes for attention in attentions]
+        how = f"all frames at once, as the encoder cannot stream ({refusal})"
+        return _result(held, {"frames": FRAMES}, how)
+    finally:
+        encoder.chunk_size, encoder.left_chunks = own
+
+
+def _result(held: list[int], of: dict[str, int], how: str) -> dict[str, Any]:
+    return {"layers": held, "bytes": sum(held), **of, "how": how}

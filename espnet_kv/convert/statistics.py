@@ -1,0 +1,135 @@
+"""What calibration saw of an attention module, summed up as a conversion needs it.
+
+Shape letters: B batch, H heads, Q queries, S keys, D model size, d_k head size.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from espnet_kv.attention.base import HeadSizes
+from espnet_kv.attention.mha import MultiHeadAttention
+from espnet_kv.convert.calls import Call, recording
+from espnet_kv.convert.modules import refuse_normed_keys
+from espnet_kv.errors import UserError
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Moments, all in float64, and the calls that they are of.
+
+    frames, queries: how many were seen, padding excluded.
+    mean (D,), second_moment (D, D): E[x], E[x x'] of the frames x that keys and values are
+        projected from.
+    query_moment (H, d_k, d_k): E[q q'] of the queries that meet the keys, pos_bias_u included.
+    pooled_mean (H, D), pooled_moment (H, D, D): of sum_j a_ij x_j, the frames as the attention
+        weights a of each head average them: what W_v is in truth applied to.
+    spread (H, D, D): E_i of the covariance of the frames under the weights a_i: how the keys that
+        a query chooses among differ.
+    calls: the inputs themselves.
+    """
+
+    frames: int
+    queries: int
+    mean: Tensor
+    second_moment: Tensor
+    query_moment: Tensor
+    pooled_mean: Tensor
+    pooled_moment: Tensor
+    spread: Tensor
+    calls: Sequence[Call]
+
+    @property
+    def covariance(self) -> Tensor:
+        """(D, D) of the frames."""
+        return self.second_moment - torch.outer(self.mean, self.mean)
+
+    @property
+    def pooled_covariance(self) -> Tensor:
+        """(H, D, D) of the pooled frames."""
+        return self.pooled_moment - torch.einsum("hi,hj->hij", self.pooled_mean, self.pooled_mean)
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, attention: MultiHeadAttention, calls: Sequence[Call]) -> "LayerStatistics":
+        """Sum up what `attention` was called with.
+
+        Raises:
+            UserError: no frames, or keys are normalised (qk_norm).
+        """
+        refuse_normed_keys(attention)
+        h, d = attention.h, attention.linear_q.in_features
+        weights_of = AttentionWeights(attention)
+        zeros = attention.linear_q.weight.new_zeros(1, dtype=torch.float64)
+        total, second, query_second = zeros.new_zeros(d), zeros.new_zeros(d, d), zeros
+        pooled, pooled_second, chosen = zeros.new_zeros(h, d), zeros, zeros
+        frames = queries = 0
+        for call in calls:
+            x = call.key[call.frames].double()  # (N, D)
+            total += x.sum(dim=0)
+            second += x.T @ x
+            frames += len(x)
+            q = attention.project_q(call.query.to(attention.linear_q.weight.dtype))
+            q = (q + attention.pos_bias_u if attention.rel_pos else q)[call.queries].double()
+            query_second = query_second + torch.einsum("nhi,nhj->hij", q, q)
+            queries += len(q)
+            weights = call.run(weights_of).unflatten(2, (h, -1))  # (B, Q, H, S)
+            for keys, valid, a in zip(call.key.double(), call.queries, weights, strict=True):
+                a = a[valid].double().transpose(0, 1)  # (H, N, S)
+                means = a @ keys  # (H, N, D)
+                pooled += means.sum(dim=1)
+                pooled_second = pooled_second + means.transpose(1, 2) @ means
+                received = a.sum(dim=1)  # (H, S)
+                chosen = chosen + keys.T @ (received[:, :, None] * keys)  # (H, D, D)
+        if not frames or not queries:
+            raise UserError("calibration: no audio has reached the attention layers")
+        return cls(
+            frames=frames,
+            queries=queries,
+            mean=total / frames,
+            second_moment=second / frames,
+            query_moment=query_second / queries,
+            pooled_mean=pooled / queries,
+            pooled_moment=pooled_second / queries,
+            spread=(chosen - pooled_second) / queries,
+            calls=tuple(calls),
+        )
+
+
+class AttentionWeights(MultiHeadAttention):
+    """An attention's weights themselves, (B, Q, H S): its values are one-hot and come out as is."""
+
+    def __init__(self, attention: MultiHeadAttention):
+        super().__init__(
+            HeadSizes(attention.h, attention.linear_q.in_features),
+            0.0,
+            attention.rel_pos,
+            attention.zero_triu,
+        )
+        self.to(attention.linear_q.weight)
+        self.load_state_dict(attention.state_dict())
+        self.linear_out = nn.Identity()  # type: ignore[assignment]
+
+    def project_kv(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        k, _ = super().project_kv(key, value)
+        one_hot = torch.eye(key.size(1), dtype=key.dtype, device=key.device)
+        return k, one_hot.expand(len(key), self.h, -1, -1)
+
+
+def gather(
+    modules: Mapping[str, MultiHeadAttention], run: Callable[[], object]
+) -> dict[str, LayerStatistics]:
+    """Watch attention modules while `run` pushes calibration audio through their model.
+
+    The model should be in evaluation mode. Padding is left out where masks tell of it; the queries
+    of cross-attention have none, so let `run` go utterance by utterance for a decoder. The inputs
+    are kept: 4 D bytes per frame and layer.
+
+    Raises:
+        UserError: a module was not reached.
+    """
+    with recording(modules) as calls, torch.no_grad():
+        run()
+    return {name: LayerStatistics.of(modules[name], calls[name]) for name in modules}

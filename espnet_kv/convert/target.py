@@ -1,0 +1,108 @@
+"""What attention becomes, and what that means for each layer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from espnet_kv.attention import ATTENTIONS
+from espnet_kv.convert.budget import choose_ranks
+from espnet_kv.convert.statistics import LayerStatistics
+from espnet_kv.errors import UserError
+
+
+@dataclass(frozen=True)
+class Target:
+    """What attention becomes.
+
+    Args:
+        attention_type: mla, gqa or linear.
+        kv_rank, num_kv_heads, feature_map: of mla, gqa, linear.
+        target_compression: in place of kv_rank or num_kv_heads, the fraction of the attention
+            cache's bytes that goes, in (0, 1).
+        transfer_steps: of linear: steps of attention transfer.
+
+    Raises:
+        UserError: options that do not go together, or too few.
+    """
+
+    attention_type: str
+    kv_rank: int | None = None
+    num_kv_heads: int | None = None
+    feature_map: str | None = None
+    target_compression: float | None = None
+    transfer_steps: int = 300
+
+    def __post_init__(self) -> None:
+        kind, options = self.attention_type, ATTENTIONS[self.attention_type].options
+        for name in ("kv_rank", "num_kv_heads", "feature_map"):
+            if getattr(self, name) is not None and name not in options:
+                raise UserError(f"--{name}: --attention_type {kind} does not take it")
+        fraction = self.target_compression
+        if kind == "linear":
+            if fraction is not None:
+                raise UserError(
+                    "--target_compression: the state of linear attention is constant; leave it out"
+                )
+            return
+        size = "kv_rank" if kind == "mla" else "num_kv_heads"
+        if (fraction is None) == (getattr(self, size) is None):
+            raise UserError(
+                f"--attention_type {kind}: give either --{size} or --target_compression"
+            )
+        if fraction is not None and not 0 < fraction < 1:
+            raise UserError(
+                f"--target_compression {fraction}: the part of the cache that goes, allowed is "
+                "more than 0 and less than 1"
+            )
+
+    @property
+    def shares_a_budget(self) -> bool:
+        """Whether layers get ranks of their own."""
+        return self.attention_type == "mla" and self.target_compression is not None
+
+
+def layer_options(
+    target: Target,
+    attentions: Mapping[str, Any],
+    statistics: Mapping[str, LayerStatistics],
+    effects: Mapping[str, float] | None,
+) -> dict[str, dict[str, Any]]:
+    """attention_conf of each layer of a part.
+
+    Args:
+        attentions: name -> MultiHeadAttention. statistics, effects: of these, where there are any.
+
+    Raises:
+        UserError: there is no such compression.
+    """
+    if target.attention_type == "linear":
+        return {name: {"feature_map": target.feature_map or "hedgehog"} for name in attentions}
+    first = next(iter(attentions.values()))
+    if target.attention_type == "gqa":
+        heads = target.num_kv_heads
+        if heads is None:
+            heads = _heads_left(first.h, target.target_compression or 0.0)
+        return {name: {"num_kv_heads": heads} for name in attentions}
+    if target.kv_rank is not None:
+        return {name: {"kv_rank": target.kv_rank} for name in attentions}
+    numbers = [2 * a.h * a.d_k for a in attentions.values()]
+    budget = round((1 - (target.target_compression or 0.0)) * sum(numbers))
+    if not statistics:
+        rank = budget // len(numbers)
+        if rank < 1:
+            raise UserError(f"--target_compression {target.target_compression}: no rank is left")
+        return {name: {"kv_rank": rank} for name in attentions}
+    layers = {name: (attention, statistics[name]) for name, attention in attentions.items()}
+    ranks = choose_ranks(layers, budget, effects)
+    return {name: {"kv_rank": ranks[name]} for name in attentions}
+
+
+def _heads_left(heads: int, fraction: float) -> int:
+    allowed = {1 - g / heads: g for g in range(1, heads) if heads % g == 0}
+    for removed, left in allowed.items():
+        if abs(removed - fraction) < 1e-6:
+            return left
+    listed = ", ".join(f"{removed:g}" for removed in sorted(allowed)) or "none"
+    raise UserError(
+        f"--target_compression {fraction}: {heads} heads cannot share like that (allowed: {listed})"
+    )

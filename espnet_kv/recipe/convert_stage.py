@@ -1,0 +1,278 @@
+"""With --convert_from: experiments made of a trained one, in the place of stage 11's training."""
+
+import argparse
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from espnet_kv.errors import UserError
+from espnet_kv.recipe import score_stage
+from espnet_kv.recipe.atomic import write_text
+from espnet_kv.recipe.config import load_yaml
+from espnet_kv.recipe.jobs import Job, run_jobs
+from espnet_kv.recipe.layout import Layout
+from espnet_kv.recipe.model_stages import commit, training_job
+from espnet_kv.recipe.stamp import digest
+
+# a converted model has learnt already: it goes on at this part of the rate it began with
+FINETUNE_LR = 0.1
+# attention_type -> the option of the recipe that gives its size, and its mark in a name
+SIZES = {"mla": ("kv_rank", "r"), "gqa": ("num_kv_heads", "g"), "linear": ("feature_map", "")}
+
+
+@dataclass(frozen=True)
+class Converted:
+    """One conversion and what is made of it.
+
+    options: of `espnet_kv.bin.convert`, those that differ between conversions. experiment: where
+    it goes. fine_tuned: where its fine-tuning goes; None: there is none.
+    """
+
+    options: tuple[str, ...]
+    experiment: Path
+    fine_tuned: Path | None
+
+
+def plan(args: argparse.Namespace) -> list[Converted]:
+    """The conversions that the options ask for: one for each value of a list.
+
+    Raises:
+        UserError: options that do not go together.
+    """
+    if args.attention_type not in SIZES:
+        raise UserError(
+            f"--attention_type {args.attention_type or ''}: --convert_from needs one of "
+            f"{', '.join(SIZES)}"
+        )
+    size, mark = SIZES[args.attention_type]
+    for name in {option for option, _ in SIZES.values()} - {size}:
+        if getattr(args, name):
+            raise UserError(f"--{name}: --attention_type {args.attention_type} does not take it")
+    values = getattr(args, size).split() or ["hedgehog"] * (args.attention_type == "linear")
+    given = [(size, f"{mark}{value}", value) for value in values]
+    given += [
+        ("target_compression", f"c{value}", value) for value in args.target_compression.split()
+    ]
+    if not given:
+        raise UserError(f"--attention_type {args.attention_type}: give --{size}")
+    if args.finetune_control and not args.finetune_epochs:
+        raise UserError("--finetune_control true: give --finetune_epochs: there is none to control")
+    marks = parts if (parts := _parts(args)) != ["encoder"] else []
+    marks += ["plain"] * (args.calibration_minutes == 0)
+    marks += [f"seed{args.convert_seed}"] * (args.convert_seed != 0)
+    suffix = "".join(f"_{mark}" for mark in marks)
+    return [
+        Converted(
+            (f"--{option}", value),
+            experiment := args.expdir / f"{source_name(args)}_{args.attention_type}_{tag}{suffix}",
+            fine_tuned(args, experiment),
+        )
+        for option, tag, value in given
+    ]
+
+
+def _parts(args: argparse.Namespace) -> list[str]:
+    return args.convert_parts.replace(",", " ").split()
+
+
+def source_name(args: argparse.Namespace) -> str:
+    """What names begin with: that of the source, which stage 13 tells by asr_."""
+    name = args.convert_from.name
+    return name if name.startswith("asr_") else f"asr_{name}"
+
+
+def fine_tuned(args: argparse.Namespace, experiment: Path) -> Path | None:
+    """Where the fine-tuning of an experiment goes; None: there is none."""
+    if not args.finetune_epochs:
+        return None
+    tag = f"_ft{args.finetune_epochs}"
+    tag += f"x{args.finetune_iters}" if args.finetune_iters else ""
+    tag += f"_lr{args.finetune_lr:g}" if args.finetune_lr else ""
+    return args.expdir / f"{experiment.name}{tag}"
+
+
+def control(args: argparse.Namespace) -> Path | None:
+    """Where the same fine-tuning of the source goes; None: it is not asked for."""
+    if not args.finetune_control:
+        return None
+    return fine_tuned(args, args.expdir / source_name(args))
+
+
+def experiments(args: argparse.Namespace) -> list[Path]:
+    """Every experiment that stages 12 to 15 go on with, the source first where it is beside."""
+    beside = args.convert_from.resolve().parent == args.expdir.resolve()
+    found = [args.convert_from] if beside else []
+    for converted in plan(args):
+        found += [converted.experiment, converted.fine_tuned]
+    return [experiment for experiment in (*found, control(args)) if experiment is not None]
+
+
+def skip_stats(layout: Layout) -> None:
+    """Stage 10: statistics are the source's."""
+    print(f"  those of {layout.args.convert_from} are used")
+
+
+def convert_models(layout: Layout) -> None:
+    """Stage 11: convert `train_nj` at a time, then fine-tune, the control too."""
+    args = layout.args
+    source = args.convert_from / "config.yaml", args.convert_from / args.inference_asr_model
+    for file in source:
+        if not file.is_file():
+            raise UserError(f"{file} does not exist: --convert_from names a trained experiment")
+    jobs = []
+    for converted in plan(args):
+        command = _command(layout, converted, *source)
+        if not _is_converted(converted.experiment, command):
+            log = args.expdir / "convert_logs" / f"{converted.experiment.name}.log"
+            state = partial(_state_run, layout, converted.experiment)
+            name = converted.experiment.name
+            jobs.append(Job(name, partial(_convert, command), log, after=state))
+    run_jobs(jobs, args.train_nj)
+
+    trainings = []
+    for converted in plan(args):
+        if converted.fine_tuned is not None:
+            trainings.append(_fine_tuning(layout, converted.experiment, converted.fine_tuned))
+    if (directory := control(args)) is not None:
+        trainings.append(_fine_tuning(layout, args.convert_from, directory))
+    run_jobs([job for job in trainings if job is not None], args.train_nj)
+
+
+def score_conversions(layout: Layout) -> None:
+    """Stage 13: the tables, and the word error rates of each conversion in its report."""
+    from espnet_kv.convert.report import update_report
+
+    score_stage.score_models(layout)
+    args = layout.args
+    for converted in plan(args):
+        related = {"before": args.convert_from, "after": converted.experiment}
+        if converted.fine_tuned is not None:
+            related["fine_tuned"] = converted.fine_tuned
+            if (directory := control(args)) is not None:
+                related["control"] = directory
+        update_report(converted.experiment, related)
+        if converted.fine_tuned is not None:
+            update_report(converted.fine_tuned, related)
+        print(f"  report: {converted.experiment / 'conversion.md'}")
+
+
+STAGES: dict[int, Callable[[Layout], None]] = {
+    10: skip_stats,
+    11: convert_models,
+    13: score_conversions,
+}
+"""What takes the place of the usual stages."""
+
+
+def _command(layout: Layout, converted: Converted, config: Path, model: Path) -> list[str]:
+    args = layout.args
+    options = [
+        *("--asr_train_config", str(config), "--asr_model_file", str(model)),
+        *("--attention_type", args.attention_type, *converted.options),
+        *("--parts", ",".join(_parts(args))),
+        *("--seed", str(args.convert_seed)),
+        *("--output_dir", str(converted.experiment)),
+    ]
+    if args.calibration_minutes:
+        scp = layout.dump(layout.train_set) / "wav.scp"
+        options += ["--calibration_scp", str(scp), "--calibration_type", layout.audio_type]
+        options += ["--calibration_minutes", f"{args.calibration_minutes:g}"]
+    return options
+
+
+def _convert(command: list[str]) -> int:
+    from espnet_kv.bin.convert import main
+
+    return main(command)
+
+
+def _is_converted(experiment: Path, command: list[str]) -> bool:
+    """Whether `experiment` holds what `command` makes.
+
+    Raises:
+        UserError: it holds something else, or `command` is wrong.
+    """
+    from espnet_kv.bin.convert import get_parser, options_of
+    from espnet_kv.convert.report import FILE, read_record
+
+    wanted = get_parser().parse_args(command)
+    if not experiment.exists():
+        return False
+    same = False
+    if (experiment / FILE).exists():
+        record = read_record(experiment)
+        same = (
+            record["options"] == options_of(wanted)
+            and record["source"]["config_sha256"].startswith(digest(wanted.asr_train_config))
+            and record["source"]["model_sha256"].startswith(digest(wanted.asr_model_file))
+        )
+    if not same:
+        raise UserError(
+            f"{experiment} was made of another model or with other options: remove it, or give "
+            "another --expdir"
+        )
+    print(f"  {experiment} is up to date")
+    return True
+
+
+def _state_run(layout: Layout, experiment: Path) -> None:
+    run = {"command": layout.args.command, "commit": commit()}
+    write_text(experiment / "run.json", json.dumps(run, indent=1) + "\n")
+
+
+def _fine_tuning(layout: Layout, start: Path, directory: Path) -> Job | None:
+    """Training of the model in `start` as it was trained before, shortly and at a low rate."""
+    from espnet_kv.convert.report import FILE
+
+    args = layout.args
+    model = start / args.inference_asr_model
+    config = _training_config(start, model)
+    optim = config.get("optim_conf") or {}
+    if args.finetune_lr is None and "lr" not in optim:
+        raise UserError(f"{start / 'config.yaml'} names no learning rate: give --finetune_lr")
+    lr = args.finetune_lr or FINETUNE_LR * float(optim["lr"])
+    config |= {
+        "max_epoch": args.finetune_epochs,
+        "num_iters_per_epoch": args.finetune_iters,
+        "keep_nbest_models": min(
+            args.finetune_epochs, _most_kept(config.get("keep_nbest_models", 10))
+        ),
+        "patience": None,
+        "optim_conf": {**optim, "lr": lr},
+        "scheduler": None,
+        "scheduler_conf": {},
+    }
+    stated = {"start": str(model), "epochs": args.finetune_epochs}
+    stated |= {"iterations_per_epoch": args.finetune_iters, "lr": lr}
+    made_from = {"config": config, "asr_args": args.asr_args, "inputs": [digest(model)]}
+    options = ["--config", str(directory / "train.yaml"), *shlex.split(args.asr_args)]
+    job = training_job(args, directory, config, made_from, options, {"finetune": stated})
+    if job is not None and (start / FILE).exists():
+        record = json.loads((start / FILE).read_text(encoding="utf-8"))
+        write_text(directory / FILE, json.dumps(record | {"finetune": stated}, indent=1) + "\n")
+    return job
+
+
+def _most_kept(kept: int | list[int]) -> int:
+    return max(kept) if isinstance(kept, list) else kept
+
+
+def _training_config(start: Path, model: Path) -> dict[str, Any]:
+    """train.yaml of a conversion; of another experiment what its config.yaml says of training."""
+    from espnet_kv.convert.experiment import training_config
+
+    config = training_config(load_yaml(start / "config.yaml"), model)
+    files = [Path(path) for mode in ("train", "valid") for path in config[f"{mode}_shape_file"]]
+    for mode in ("train", "valid"):
+        files += [Path(path) for path, *_ in config[f"{mode}_data_path_and_name_and_type"]]
+    for file in files:
+        if not file.is_file():
+            raise UserError(
+                f"{file} does not exist, but {start / 'config.yaml'} was trained on it: fine-tune "
+                "in the directory where it was trained"
+            )
+    return config

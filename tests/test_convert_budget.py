@@ -1,0 +1,99 @@
+"""Ranks from one budget, and how much a layer's error shows."""
+
+from itertools import pairwise, product
+
+import pytest
+import torch
+from layers import SIZE, Source, layer
+
+from espnet_kv.convert.budget import choose_ranks, lower_hull, predicted_errors
+from espnet_kv.convert.effects import measure_effects
+from espnet_kv.convert.statistics import LayerStatistics
+from espnet_kv.errors import UserError
+
+EFFECTS = {"a": 1.0, "b": 5.0, "c": 0.1}
+
+
+@pytest.fixture
+def layers(rng):
+    found = {}
+    for name in EFFECTS:
+        attention = layer()
+        found[name] = attention, LayerStatistics.of(attention, Source(rng).calls(4))
+    return found
+
+
+def total(layers, ranks, effects) -> float:
+    """What is predicted to be lost, as `choose_ranks` says it counts."""
+    errors = {name: predicted_errors(*pair) for name, pair in layers.items()}
+    weights = effects or {name: 1 / errors[name][0] for name in layers}
+    return sum(weights[name] * errors[name][rank] for name, rank in ranks.items())
+
+
+@pytest.mark.parametrize("effects", [None, EFFECTS], ids=["shares", "effects"])
+@pytest.mark.parametrize("budget", [3, 7, 14, 24, 47])
+def test_no_other_ranks_lose_less(layers, budget, effects):
+    ranks = choose_ranks(layers, budget, effects)
+    assert sum(ranks.values()) == budget and all(1 <= r <= SIZE for r in ranks.values())
+    errors = {name: predicted_errors(*pair) for name, pair in layers.items()}
+    weights = effects or {name: 1 / errors[name][0] for name in layers}
+    best = min(
+        sum(weights[n] * errors[n][r] for n, r in zip(layers, other, strict=True))
+        for other in product(range(1, SIZE + 1), repeat=3)
+        if sum(other) <= budget
+    )
+    assert total(layers, ranks, effects) == pytest.approx(best)
+    uniform = dict.fromkeys(layers, budget // 3)
+    assert total(layers, ranks, effects) <= total(layers, uniform, effects) * (1 + 1e-9)
+
+
+def test_more_budget_lowers_no_rank(layers):
+    before = choose_ranks(layers, 3, EFFECTS)
+    assert set(before.values()) == {1}
+    for budget in range(4, 3 * SIZE + 1):
+        after = choose_ranks(layers, budget, EFFECTS)
+        assert all(after[name] >= before[name] for name in layers)
+        before = after
+    assert set(before.values()) == {SIZE}
+    assert choose_ranks(layers, 1000, EFFECTS) == before
+
+
+def test_a_budget_too_small_is_refused(layers):
+    with pytest.raises(UserError, match="too small for 3 layers"):
+        choose_ranks(layers, 2)
+
+
+def test_predictions_fall_to_nothing(layers):
+    errors = predicted_errors(*layers["a"])
+    assert len(errors) == SIZE + 1 and errors[-1] == pytest.approx(0, abs=1e-9)
+    gains = [a - b for a, b in pairwise(errors)]
+    assert all(a >= b - 1e-12 for a, b in pairwise(gains))
+
+
+def test_lower_hull():
+    hull = [8.0, 5.0, 2.0, 4 / 3, 2 / 3, 0.0]
+    assert lower_hull([8.0, 7.0, 2.0, 1.5, 1.0, 0.0]) == pytest.approx(hull)
+    assert lower_hull([3.0]) == [3.0]
+
+
+class Chain(torch.nn.Module):
+    """Two layers of which the second takes three times the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+        with torch.no_grad():
+            self.second.weight.copy_(3 * torch.eye(6))
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+def test_effects_are_the_gains_of_a_linear_model():
+    chain, x = Chain(), torch.randn(40, 6)
+    modules = {"first": chain.first, "second": chain.second}
+    effects = measure_effects(modules, lambda: chain(x))
+    assert effects["first"] == pytest.approx(9, rel=1e-3)
+    assert effects["second"] == pytest.approx(1, rel=1e-3)
+    assert measure_effects(modules, lambda: chain(x)) == effects
+    assert not chain.first._forward_hooks
