@@ -10,6 +10,7 @@ import torch
 from small_encoders import ATTENTIONS, BLOCKS, FEATURES, attentions, build, encoders
 from small_models import RATE, speech
 from small_models import build as build_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from espnet_kv.attention import ATTENTIONS as REGISTERED
 from espnet_kv.errors import UserError
@@ -235,6 +236,28 @@ def test_multiply_accumulates_grow_with_the_left_context_as_attention_does(tone_
 
 
 class TestGrowth:
+    @encoders
+    def test_lengths_as_a_list_encode_the_same_without_squares(self, name):
+        encoder, xs = build(name, causal=True), torch.randn(1, 90, FEATURES)
+        with torch.no_grad(), growth._unwarned():
+            one, other = encoder(xs, torch.tensor([90]))[0], encoder(xs, [90])[0]
+        assert torch.equal(one, other)
+
+    def test_the_whole_costs_no_square_of_its_features(self, tone_subject):
+        """4000 features: a mask that ESPnet makes of a tensor of lengths takes 16 MB."""
+        biggest = []
+
+        class Sizes(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                out = func(*args, **(kwargs or {}))
+                biggest.append(out.nbytes if isinstance(out, torch.Tensor) else 0)
+                return out
+
+        samples = tones().clip(40)
+        with Sizes():
+            growth.encode(tone_subject, samples, growth.ProcessPeak, 40)
+        assert 0 < max(biggest) < 4000**2
+
     def test_a_length_that_memory_does_not_suffice_for_stays_unmeasured(
         self, tone_subject, monkeypatch
     ):

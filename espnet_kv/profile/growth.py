@@ -6,6 +6,7 @@ spawned, loads the model, warms up, and forks for every measurement.
 
 import contextlib
 import ctypes
+import logging
 import multiprocessing
 import os
 import re
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from espnet_kv.errors import UserError
 from espnet_kv.profile.clock import median, milliseconds, undisturbed
-from espnet_kv.profile.sound import Sound
+from espnet_kv.profile.sound import Sound, features
 from espnet_kv.profile.subject import Source, Subject
 
 WARM_UP_SECONDS = 1.5
@@ -33,6 +34,9 @@ LAST_CHUNKS = 25
 # a length is encoded again until it took so long, or so often
 ENOUGH_MS, MOST_RUNS = 2000.0, 3
 
+LIBC = ctypes.CDLL(None)
+# of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 # Linux: forgets the peak of a process
 FORGET = Path("/proc/self/clear_refs")
 RESETS = os.access(FORGET, os.W_OK)
@@ -51,6 +55,11 @@ class Peak:
         torch.cuda.reset_peak_memory_stats()
         self._before = torch.cuda.memory_allocated()
 
+    @staticmethod
+    def without_reserve() -> contextlib.AbstractContextManager[None]:
+        """Within it what is freed is no longer held; the allocator counts what is in use."""
+        return contextlib.nullcontext()
+
     def read(self) -> int:
         """Bytes."""
         return torch.cuda.max_memory_allocated() - self._before
@@ -62,11 +71,28 @@ class ProcessPeak:
     method = "peak resident set of a child process"
 
     def __init__(self) -> None:
-        if hasattr(ctypes.CDLL(None), "malloc_trim"):
-            ctypes.CDLL(None).malloc_trim(0)  # what is free would hide growth
+        if hasattr(LIBC, "malloc_trim"):
+            LIBC.malloc_trim(0)  # what is free would hide growth
         if RESETS:
             FORGET.write_text("5")
         self._before = self._most()
+
+    @staticmethod
+    @contextlib.contextmanager
+    def without_reserve() -> Iterator[None]:
+        """Within it glibc hands blocks back as they are freed, which costs time.
+
+        Else it keeps those of up to 32 MiB for later, in pieces that may fit nobody.
+        """
+        if not hasattr(LIBC, "mallopt"):
+            yield
+            return
+        LIBC.mallopt(M_MMAP_THRESHOLD, 1 << 17)
+        try:
+            yield
+        finally:
+            LIBC.mallopt(M_MMAP_THRESHOLD, 1 << 25)
+            LIBC.mallopt(M_TRIM_THRESHOLD, 1 << 26)
 
     def read(self) -> int:
         """Bytes."""
@@ -87,20 +113,34 @@ type PeakType = type[Peak] | type[ProcessPeak]
 
 
 def encode(subject: Subject, samples: Tensor, peak: PeakType, seconds: float) -> Row:
-    """Features and encoder of the whole: time and peak memory."""
-    xs, lengths = samples[None].to(subject.device), torch.tensor([len(samples)])
-    lengths = lengths.to(subject.device)
+    """The encoder over the whole, its features ready: time and peak memory."""
+    xs = features(subject, samples)[None]
+    # as a list: of a tensor ESPnet makes padding masks by way of a square of T x T features, which
+    # at ten minutes is larger than everything else together
+    lengths = [xs.size(1)]
 
     def run() -> None:
-        subject.model.encode(xs, lengths)
+        subject.encoder(xs, lengths)
 
-    with torch.no_grad(), subject.offline(), undisturbed():
-        memory = peak()
-        times = [milliseconds(subject.device, run)]
-        grown = memory.read()
+    with torch.no_grad(), subject.offline(), undisturbed(), _unwarned():
+        with peak.without_reserve():
+            memory = peak()
+            run()
+            grown = memory.read()
+        times: list[float] = []
         while sum(times) < ENOUGH_MS and len(times) < MOST_RUNS:
             times.append(milliseconds(subject.device, run))
     return {"seconds": seconds, "encode_ms": median(times), "offline_bytes": grown}
+
+
+@contextlib.contextmanager
+def _unwarned() -> Iterator[None]:
+    """Within it ESPnet does not say of every list of lengths that it cannot be traced."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def stream(
