@@ -1,6 +1,5 @@
 """Pieces of the recipe's driver that run.sh tests reach only in their sum."""
 
-import json
 import sys
 
 import pytest
@@ -89,19 +88,3 @@ def test_the_driver_says_what_is_wrong_in_one_line(capsys, monkeypatch, tmp_path
     assert main() == 1
     err = capsys.readouterr().err
     assert err.startswith("error: --corpus nothing: unknown") and err.count("\n") == 1
-
-
-def test_plotted_rates_are_those_of_the_tables(tmp_path):
-    sys.path.insert(0, str(__import__("pathlib").Path(__file__).parents[1] / "scripts"))
-    try:
-        from plot_wer import read_rates
-    finally:
-        sys.path.pop(0)
-    table = "|dataset|Snt|Wrd|Corr|Sub|Del|Ins|Err|S.Err|\n|---|---|---|---|---|---|---|---|---|\n"
-    results = (
-        "## exp/asr_train_asr_conformer_mla_raw_en_bpe29_small\n### WER\n\n"
-        f"{table}|decode_x/test_clean|180|900|97.0|2.0|1.0|0.5|3.5|15.0|\n### CER\n\n"
-        f"{table}|decode_x/test_clean|180|900|97.0|2.0|1.0|0.5|9.9|15.0|\n"
-    )
-    rates = read_rates(results)
-    assert rates == {"conformer": {"mla": {"test_clean": 3.5}}}, json.dumps(rates)

@@ -1,0 +1,68 @@
+"""Take from a trained model what its attention does, to see by its error rates how much that is."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from espnet_kv.errors import UserError, command
+
+PARTS = ("encoder", "decoder_self", "decoder_cross")
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Write an experiment whose attention in one part is uniform, or blank.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--asr_train_config", type=Path, required=True, help="config.yaml of a trained mha model")
+    add("--asr_model_file", type=Path, required=True, help="its checkpoint")
+    add("--part", choices=PARTS, required=True, help="which attention")
+    add("--how", choices=CHANGES, required=True, help="equal weights; or no output at all")
+    add("--output_dir", type=Path, required=True, help="the experiment directory to write")
+    return parser
+
+
+def make_uniform(attention: Any) -> None:
+    """Scores of 0 for every pair: each query gets the mean of the values that it may see."""
+    weights: list[Tensor] = list(attention.linear_q.parameters())
+    weights += [p for name, p in attention.named_parameters() if name.startswith("pos_bias_")]
+    for weight in weights:
+        weight.zero_()
+
+
+def make_blank(attention: Any) -> None:
+    """What attention adds to its block is 0."""
+    for weight in attention.linear_out.parameters():
+        weight.zero_()
+
+
+CHANGES = {"uniform": make_uniform, "blank": make_blank}
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    from espnet_kv.atomic import new_directory
+    from espnet_kv.convert.source import PARTS as SLOTS
+    from espnet_kv.convert.source import load_source
+
+    args = get_parser().parse_args(argv)
+    if args.output_dir.exists():
+        raise UserError(f"--output_dir {args.output_dir} exists: remove it, or name another one")
+    model, config = load_source(args.asr_train_config, args.asr_model_file, (args.part,))
+    with torch.no_grad():
+        for attention in SLOTS[args.part].attentions(model).values():
+            CHANGES[args.how](attention)
+    with new_directory(args.output_dir) as new:
+        torch.save(model.state_dict(), new / args.asr_model_file.name)
+        (new / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    print(args.output_dir)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

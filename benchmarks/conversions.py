@@ -1,0 +1,102 @@
+"""Word error rates of converted models over seeds, a directory of experiments for each."""
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from espnet_kv.errors import UserError, command
+
+SETS = ("test_clean", "test_other")
+
+
+class Kind(NamedTuple):
+    """What the seeds of a row have in common.
+
+    part: what was converted; of the source and its control: "". target: attention type and size.
+    """
+
+    part: str
+    target: str
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Tabulate what `run.sh --convert_from` left, mean and range over the seeds.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("expdirs", nargs="+", type=Path, help="one --expdir of run.sh for each seed")
+    add("--decoding", required=True, help="what stage 13 scored: a directory decode_*, by name")
+    add("--sets", nargs="+", default=SETS, help="data directories that were decoded")
+    return parser
+
+
+def kind_of(experiment: Path) -> tuple[Kind, bool, float]:
+    """What it is, whether it was fine-tuned, and the part of the cache's bytes that it keeps."""
+    record_file = experiment / "conversion.json"
+    if not record_file.exists():
+        run = json.loads((experiment / "run.json").read_text(encoding="utf-8"))
+        return Kind("", "source"), "finetune" in run, 1.0
+    record = json.loads(record_file.read_text(encoding="utf-8"))
+    options = record["options"]
+    parts = options["parts"]
+    sizes = ("kv_rank", "num_kv_heads", "feature_map", "target_compression")
+    size = next(options[name] for name in sizes if options[name] is not None)
+    cache = [record["cache"][part] for part in parts]
+    kept = sum(c["after"]["bytes"] for c in cache) / sum(c["before"]["bytes"] for c in cache)
+    plain = "" if record["calibration"] else ", weights alone"
+    target = f"{options['attention_type']} {size}{plain}"
+    return Kind(" + ".join(parts), target), "finetune" in record, kept
+
+
+def rates(experiment: Path, args: argparse.Namespace) -> list[float] | None:
+    """WER of each set in per cent; None: not decoded so."""
+    from espnet_kv.recipe.results import figures
+    from espnet_kv.recipe.scores import ERRORS
+
+    files = [experiment / args.decoding / name / "score_wer" / "result.txt" for name in args.sets]
+    if not all(file.exists() for file in files):
+        return None
+    return [float(figures(file)[ERRORS]) for file in files]
+
+
+def cell(seeds: Sequence[Sequence[float]]) -> str:
+    """Mean of each set and, where seeds differ, the lowest and the highest."""
+    if not seeds:
+        return "-"
+    shown = []
+    for values in zip(*seeds, strict=True):
+        low, high = min(values), max(values)
+        spread = f" ({low:.1f} to {high:.1f})" if high > low else ""
+        shown.append(f"{statistics.fmean(values):.1f}{spread}")
+    return " / ".join(shown)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    found: dict[Kind, dict[bool, list[list[float]]]] = defaultdict(lambda: {False: [], True: []})
+    kept: dict[Kind, float] = {}
+    for expdir in args.expdirs:
+        for experiment in sorted(expdir.glob("asr_*")):
+            if (experiment / "config.yaml").exists() and (wer := rates(experiment, args)):
+                kind, tuned, part = kind_of(experiment)
+                found[kind][tuned].append(wer)
+                kept[kind] = part
+    if not found:
+        raise UserError(f"--decoding {args.decoding}: no experiment was decoded so (stages 12, 13)")
+    print(f"| converted | to | cache kept % | WER %, {' / '.join(args.sets)} | fine-tuned |")
+    print("|---|---|---:|---|---|")
+    for kind in sorted(found, key=lambda kind: (kind.part, -kept[kind], kind.target)):
+        wers = (cell(found[kind][tuned]) for tuned in (False, True))
+        row = (kind.part or "-", kind.target, f"{100 * kept[kind]:.2f}", *wers)
+        print(f"| {' | '.join(row)} |")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
