@@ -125,7 +125,8 @@ def _mb(key: str, title: str, value: Callable[[Profile], Value]) -> Column:
 def _overview(profiles: Sequence[Profile]) -> list[Column]:
     chosen = (
         *("cache_attention_bytes", "compression_mha", "bytes_per_second", "cache_rest_bytes"),
-        *("chunk_ms_p50", "streaming_rtf", "rtf", "streaming_bytes"),
+        *("utterance_ms_mean", "rtf", "chunk_ms_p50", "streaming_rtf"),
+        *("offline_bytes", "streaming_bytes"),
     )
     columns = {c.key: c for c in (*_cache(profiles), *_time(), *_memory())}
     found = [columns[key] for key in chosen]
