@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
                 kept[kind] = part
     if not found:
         raise UserError(f"--decoding {args.decoding}: no experiment was decoded so (stages 12, 13)")
-    print(f"| converted | to | cache kept % | WER %, {' / '.join(args.sets)} | fine-tuned |")
+    print(f"| part | to | cache kept % | WER %, {' / '.join(args.sets)} | fine-tuned: WER % |")
     print("|---|---|---:|---|---|")
     for kind in sorted(found, key=lambda kind: (kind.part, -kept[kind], kind.target)):
         wers = (cell(found[kind][tuned]) for tuned in (False, True))
