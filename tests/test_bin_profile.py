@@ -322,11 +322,13 @@ class TestScores:
         }
         assert found["streaming"]["test_clean"]["wer"] == 5.5
         assert found["streaming"]["test_other"]["decoding"].endswith("int4_asr_model_x")
-        preferred = read_scores(tmp_path, ["decode_asr_fast_beam_size1_asr_model_x"])
+        chosen = "decode_asr_fast_beam_size1_asr_model_x"
+        preferred = read_scores(tmp_path, [chosen])
         assert preferred["offline"]["test_clean"] == {
             "wer": 4.5,
-            "decoding": "decode_asr_fast_beam_size1_asr_model_x",
+            "decoding": chosen,
         }
+        assert read_scores(tmp_path, [chosen, chosen]) == preferred
 
     def test_nothing_scored(self, tmp_path):
         assert read_scores(tmp_path) == {"offline": {}, "streaming": {}}

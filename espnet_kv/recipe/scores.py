@@ -19,7 +19,7 @@ def read_scores(experiment: Path, preferred: Sequence[str] = ()) -> dict[str, di
         UserError: a score file is damaged.
     """
     scores: dict[str, dict[str, Any]] = {"offline": {}, "streaming": {}}
-    order = {name: rank for rank, name in enumerate(preferred)}
+    order = {name: rank for rank, name in enumerate(dict.fromkeys(preferred))}
     ranked = sorted(
         (path for path in experiment.glob("decode_*") if path.is_dir()),
         key=lambda path: (order.get(path.name, len(order)), len(path.name), path.name),
