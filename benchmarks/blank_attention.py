@@ -9,9 +9,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from espnet_kv.errors import UserError, command
-
-PARTS = ("encoder", "decoder_self", "decoder_cross")
+from espnet_kv.bin.convert import PARTS
+from espnet_kv.errors import command
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -48,12 +47,12 @@ CHANGES = {"uniform": make_uniform, "blank": make_blank}
 @command
 def main(argv: list[str] | None = None) -> None:
     from espnet_kv.atomic import new_directory
+    from espnet_kv.convert.experiment import check_new
     from espnet_kv.convert.source import PARTS as SLOTS
     from espnet_kv.convert.source import load_source
 
     args = get_parser().parse_args(argv)
-    if args.output_dir.exists():
-        raise UserError(f"--output_dir {args.output_dir} exists: remove it, or name another one")
+    check_new(args.output_dir)
     model, config = load_source(args.asr_train_config, args.asr_model_file, (args.part,))
     with torch.no_grad():
         for attention in SLOTS[args.part].attentions(model).values():

@@ -38,11 +38,12 @@ def get_parser() -> argparse.ArgumentParser:
 
 def kind_of(experiment: Path) -> tuple[Kind, bool, float]:
     """What it is, whether it was fine-tuned, and the part of the cache's bytes that it keeps."""
-    record_file = experiment / "conversion.json"
-    if not record_file.exists():
+    from espnet_kv.convert.report import FILE, read_record
+
+    if not (experiment / FILE).exists():
         run = json.loads((experiment / "run.json").read_text(encoding="utf-8"))
         return Kind("", "source"), "finetune" in run, 1.0
-    record = json.loads(record_file.read_text(encoding="utf-8"))
+    record = read_record(experiment)
     options = record["options"]
     parts = options["parts"]
     sizes = ("kv_rank", "num_kv_heads", "feature_map", "target_compression")
@@ -56,13 +57,14 @@ def kind_of(experiment: Path) -> tuple[Kind, bool, float]:
 
 def rates(experiment: Path, args: argparse.Namespace) -> list[float] | None:
     """WER of each set in per cent; None: not decoded so."""
-    from espnet_kv.recipe.results import figures
-    from espnet_kv.recipe.scores import ERRORS
+    from espnet_kv.recipe.scores import read_scores
 
-    files = [experiment / args.decoding / name / "score_wer" / "result.txt" for name in args.sets]
-    if not all(file.exists() for file in files):
+    scores = read_scores(experiment, [args.decoding])
+    rows = scores["streaming" if "streaming" in args.decoding else "offline"]
+    found = [rows[name] for name in args.sets if name in rows]
+    if [row["decoding"] for row in found] != [args.decoding] * len(args.sets):
         return None
-    return [float(figures(file)[ERRORS]) for file in files]
+    return [row["wer"] for row in found]
 
 
 def cell(seeds: Sequence[Sequence[float]]) -> str:

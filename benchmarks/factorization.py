@@ -12,9 +12,9 @@ import torch
 from common import settings
 from torch import Tensor
 
+from espnet_kv.bin.convert import PARTS
 from espnet_kv.errors import command
 
-PARTS = ("encoder", "decoder_self", "decoder_cross")
 WAYS = ("plain SVD", "activation-aware", "bin.convert")
 
 
