@@ -59,7 +59,9 @@ def measure(experiment: Path, waveforms: list[Tensor], args: argparse.Namespace)
         outputs, most = [], 0
         for waveform in waveforms:
             features = recognizer.frontend(waveform, is_final=True)[None]
-            ys, state = encoder.forward_chunk(features, encoder.init_state(1, cache_dtype))
+            ys, state = encoder.forward_chunk(
+                features, encoder.init_state(1, cache_dtype=cache_dtype)
+            )
             most = max(most, state.nbytes_by_kind()["attention"] + state.nbytes_by_kind()["conv"])
             rest, _ = encoder.forward_chunk(features[:, :0], state, is_final=True)
             outputs.append(torch.cat([ys, rest], dim=1)[0])

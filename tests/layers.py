@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from espnet_kv.attention import build_attention
-from espnet_kv.attention.mha import MultiHeadAttention
+from espnet_kv.attention.chunks import Chunks
+from espnet_kv.attention.grouped import MultiHeadAttention
 from espnet_kv.convert.calls import Call
-from espnet_kv.position import Chunks
 
 HEADS, SIZE = 4, 16
 CHUNKS = (4, 1)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from espnet_kv.attention import ATTENTIONS, base, build_attention
-from espnet_kv.position import Chunks
+from espnet_kv.attention import ATTENTIONS, build_attention, softmax
+from espnet_kv.attention.chunks import Chunks
 
 HEADS, SIZE = 4, 16
 
@@ -228,7 +228,7 @@ def test_blocks_of_queries_change_nothing(
         return run_with_gradients(lambda x: module(x, x, x, *extra), x, parameters, rows)
 
     whole, whole_gradients = run()
-    monkeypatch.setattr(base, "QUERY_BLOCK", 8)
+    monkeypatch.setattr(softmax, "QUERY_BLOCK", 8)
     blocked, gradients = run()
     torch.testing.assert_close(blocked, whole, rtol=1e-10, atol=1e-10)
     for name, gradient in gradients.items():

@@ -10,7 +10,7 @@ from small_encoders import BLOCKS, FEATURES, SIZE, assert_close, encode, encoder
 from streams import STREAMED, Feeder, reachable, streaming, utterances
 
 from espnet_kv.cache import EncoderState
-from espnet_kv.codec import FLOATS, INTEGERS
+from espnet_kv.cache.codec import FLOATS, INTEGERS
 
 streamed = pytest.mark.parametrize("attention", STREAMED)
 cache_dtypes = pytest.mark.parametrize("cache_dtype", [None, *FLOATS, *INTEGERS])
@@ -38,7 +38,7 @@ def vector_bytes(size: int, cache_dtype: str | None) -> int:
 @pytest.mark.parametrize("left", [0, 2, -1])
 def test_bytes_are_what_arithmetic_says(attention, cache_dtype, left):
     encoder = streaming("kv_conformer", 4, left, **STREAMED[attention])
-    state = encoder.init_state(2, cache_dtype)
+    state = encoder.init_state(2, cache_dtype=cache_dtype)
     for fed in range(0, 110, 11):
         _, state = encoder.forward_chunk(torch.randn(2, 11, FEATURES), state)
         chunks = max(0, (fed + 11 - 7) // 4 + 1) // 4
@@ -76,16 +76,16 @@ def test_bounded_storage_is_laid_out_once(name, attention):
     """No growth, and no new storage from chunk to chunk."""
     encoder = streaming(name, 4, 2, **STREAMED[attention])
     state = encoder.init_state()
-    storage = [t.data_ptr() for s in state.states for t in s.tensors]
+    storage = [t.data_ptr() for s in state.store.states for t in s.tensors]
     for _ in range(20):
         _, state = encoder.forward_chunk(torch.randn(1, 30, FEATURES), state)
-    assert [t.data_ptr() for s in state.states for t in s.tensors] == storage
+    assert [t.data_ptr() for s in state.store.states for t in s.tensors] == storage
 
 
 def test_a_slot_more_than_the_left_context():
     """Storage: left context and the chunk itself."""
     state = streaming("kv_conformer", 4, 2).init_state(3)
-    kv = sum(s.capacity_bytes for s in state.states if s.kind == "attention")
+    kv = sum(s.capacity_bytes for s in state.store.states if s.kind == "attention")
     assert kv == 3 * BLOCKS * (2 + 1) * 4 * 2 * SIZE * 4
 
 
@@ -110,9 +110,8 @@ def test_trim_forgets_the_oldest():
     _, state = encoder.forward_chunk(x[None, : 4 * 20 + 3], encoder.init_state())
     state.trim(8)
     assert state.nbytes == state.nbytes_analytic
-    encoder.left_chunks = 2
-    expected = encode(encoder, x)[20:24]
-    encoder.left_chunks = -1
+    with encoder.chunks(left_chunks=2):
+        expected = encode(encoder, x)[20:24]
     ys, _ = encoder.forward_chunk(x[None, 4 * 20 + 3 : 4 * 24 + 3], state)
     assert_close(ys[0], expected)
 
@@ -180,7 +179,7 @@ def test_an_hour_takes_the_memory_of_ten_minutes(attention):
     for _ in range(HOUR // 1500):  # minutes
         _, state = encoder.forward_chunk(noise, state)
         held.append(resident_kib())
-        capacities.add(sum(s.capacity_bytes for s in state.states))
+        capacities.add(state.store.capacity_bytes)
     assert state.frames[0] >= HOUR - 60
     assert len(capacities) == 1
     assert held[-1] == pytest.approx(held[9], abs=1024)  # 1 MiB, in KiB
@@ -197,6 +196,9 @@ def test_sums_of_an_hour_are_accurate():
         x = torch.randn(1, 4 * 1500, FEATURES) + 1
         ys, state = encoder.forward_chunk(x, state)
         exact_ys, exact_state = exact.forward_chunk(x.double(), exact_state)
-    sums, exact_sums = state.states[0].tensors[0].double(), exact_state.states[0].tensors[0]
+    sums, exact_sums = (
+        state.store.states[0].tensors[0].double(),
+        exact_state.store.states[0].tensors[0],
+    )
     assert ((sums - exact_sums).norm() / exact_sums.norm()).item() < 1e-5
     assert_close(ys[0, -60:].double(), exact_ys[0, -60:], tolerance=1e-4)

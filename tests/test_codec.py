@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_encoders import assert_close
 
-from espnet_kv.codec import FLOATS, INTEGERS, build_codec
+from espnet_kv.cache.codec import FLOATS, INTEGERS, build_codec
+from espnet_kv.cache.footprint import vector_bytes
 
 codecs = pytest.mark.parametrize("cache_dtype", [*FLOATS, *INTEGERS])
 
@@ -22,7 +23,7 @@ def test_layout_and_bytes_are_those_of_the_tensors(cache_dtype, size):
     codec = build_codec(cache_dtype, size, torch.float32)
     parts = codec.encode(torch.randn(2, 3, size))
     assert [(part.size(-1), part.dtype) for part in parts] == codec.layout
-    assert sum(part.nbytes for part in parts) == 6 * codec.nbytes
+    assert sum(part.nbytes for part in parts) == 6 * vector_bytes(size, cache_dtype)
 
 
 def test_without_cache_dtype_nothing_changes():
@@ -59,3 +60,11 @@ def test_silence_and_extremes_stay_finite(cache_dtype):
 def test_each_vector_has_its_own_scale():
     x = torch.tensor([[1000.0, 1.0], [0.01, 0.002]])
     assert_close(there_and_back("int8", x)[1], x[1], tolerance=1e-4)
+
+
+@pytest.mark.parametrize("cache_dtype", [None, *FLOATS, *INTEGERS])
+def test_the_largest_numbers_of_a_half_precision_model_stay_finite(cache_dtype):
+    x = torch.tensor([[65504.0, -65504.0, 1.0]], dtype=torch.float16)
+    back = there_and_back(cache_dtype, x)
+    assert back.dtype == torch.float16
+    assert back.isfinite().all()

@@ -22,7 +22,7 @@ from small_sources import (
     write_audio,
 )
 
-from espnet_kv.attention.mha import MultiHeadAttention
+from espnet_kv.attention.grouped import MultiHeadAttention
 from espnet_kv.bin import asr_inference, asr_train
 from espnet_kv.convert import experiment
 from espnet_kv.convert.report import read_record, update_report

@@ -141,10 +141,11 @@ def test_tokens_that_nobody_lists_make_room(attention, utterances, monkeypatch):
         parents = torch.randint(beam, (rows,)) + own * beam
         states = [states[parent] for parent in parents]
         ys = torch.cat([ys[parents], torch.randint(VOCABULARY, (rows, 1))], dim=1)
-    kept = [state for state in states[0].search.states if state.nbytes and attention != "linear"]
-    for state in kept:
-        assert sum(state.held) < rows * 24
-        assert state.nbytes == state.nbytes_analytic
+    search = states[0].search
+    if attention != "linear":
+        assert sum(search.held) < rows * 24
+    assert search.nbytes_by_kind()["self"] == search.nbytes_analytic()["self"]
+    assert search.nbytes_by_kind()["self"] <= search.capacity_by_kind()["self"]
 
 
 @attentions

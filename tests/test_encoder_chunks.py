@@ -17,7 +17,7 @@ from small_encoders import (
     positions,
 )
 
-from espnet_kv.position import Chunks
+from espnet_kv.attention.chunks import Chunks
 
 SUBSAMPLING, REACH = 4, 7  # conv2d: output t reads input frames 4t to 4t+6
 CHUNKINGS = {

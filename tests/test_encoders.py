@@ -53,7 +53,7 @@ def test_training_is_that_of_the_stock_encoder(name):
 
 @encoders
 def test_blocks_of_queries_in_an_encoder(name, monkeypatch):
-    monkeypatch.setattr("espnet_kv.attention.base.QUERY_BLOCK", 8)
+    monkeypatch.setattr("espnet_kv.attention.softmax.QUERY_BLOCK", 8)
     x, lengths = batch(103, 61)  # 25 frames after subsampling: the last block is one query
     stock, ours = pair(name, {"use_sdpa": True})
     assert_close(outputs(ours, x, lengths), outputs(stock, x, lengths))

@@ -4,7 +4,8 @@ import naive
 import pytest
 import torch
 
-from espnet_kv.position import Chunks, draw_chunks, rel_shift
+from espnet_kv.attention.chunks import Chunks, draw_chunks
+from espnet_kv.attention.softmax import rel_shift
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 7), (5, 5), (4, 9), (7, 3)], ids=str)

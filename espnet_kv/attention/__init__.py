@@ -1,4 +1,4 @@
-"""The attention mechanisms, by the name a YAML calls them.
+"""The attention mechanisms, by their name in a YAML.
 
 Adding one takes a file here, a line in ATTENTIONS and a YAML. Imports without ESPnet.
 """
@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from espnet_kv.attention.base import Attention, HeadSizes
-from espnet_kv.attention.gqa import GroupedQueryAttention
+from espnet_kv.attention.grouped import GroupedQueryAttention, MultiHeadAttention
+from espnet_kv.attention.latent import MultiHeadLatentAttention
 from espnet_kv.attention.linear import LinearAttention
-from espnet_kv.attention.mha import MultiHeadAttention
-from espnet_kv.attention.mla import MultiHeadLatentAttention
 from espnet_kv.errors import ConfigError
 
 ATTENTIONS: dict[str, type[Attention]] = {

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espnet_kv.attention.base import Attention, HeadSizes
-from espnet_kv.cache import LinearState, StateSpec
+from espnet_kv.attention.chunks import Chunks
+from espnet_kv.cache.footprint import Footprint
+from espnet_kv.cache.state import StateSpec, SumState
+from espnet_kv.cache.step import Step
 from espnet_kv.errors import ConfigError
-from espnet_kv.position import Chunks
-from espnet_kv.step import Step
 
 # keeps the normaliser of a frame that sees nothing (padding) away from zero
 EPSILON = 1e-6
@@ -22,6 +23,7 @@ class EluFeatures(nn.Module):
 
     def __init__(self, heads: int, d_k: int):
         super().__init__()
+        self.size = d_k
 
     def forward(self, x: Tensor) -> Tensor:
         return F.elu(x) + 1
@@ -32,6 +34,7 @@ class ReluFeatures(nn.Module):
 
     def __init__(self, heads: int, d_k: int):
         super().__init__()
+        self.size = d_k
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x)
@@ -45,6 +48,7 @@ class HedgehogFeatures(nn.Module):
 
     def __init__(self, heads: int, d_k: int):
         super().__init__()
+        self.size = 2 * d_k
         self.weight = nn.Parameter(torch.empty(heads, d_k, d_k))
         self.espnet_initialization_fn()
 
@@ -99,6 +103,7 @@ class LinearAttention(Attention):
         if decay is not None and not (type(decay) in (int, float) and 0 < decay <= 1):
             raise ConfigError(f"attention_conf.decay: {decay!r} is not in (0, 1] (or null)")
         self.decay = decay
+        self.feature_map_name = feature_map
         self.feature_map = FEATURE_MAPS[feature_map](self.h, self.d_k)
         self.linear_q = nn.Linear(sizes.n_feat, sizes.n_feat)
         self.linear_k = nn.Linear(sizes.n_feat, sizes.n_feat)
@@ -110,7 +115,7 @@ class LinearAttention(Attention):
         """(B, T, D) -> (B, H, T, d_k)."""
         return x.view(*x.shape[:2], self.h, self.d_k).transpose(1, 2)
 
-    def attend(self, query, key, value, pos_emb, mask, chunks):
+    def attend(self, query, key, value, mask, chunks):
         q, k = self._heads(self.linear_q(query)), self._heads(self.linear_k(key))
         v = self._heads(self.linear_v(value))
         # sums over a long utterance outgrow half precision
@@ -122,19 +127,34 @@ class LinearAttention(Attention):
             else:
                 if mask is not None:
                     k = k * mask[:, :, :, None].ne(0)  # (B, 1, S, 1): padding adds nothing
-                out = _full(q, k, v) if chunks is None else self._chunked(q, k, v, chunks)
+                out = self._chunked(q, k, v, chunks) if chunks.size else _full(q, k, v)
         out = out.to(query.dtype).transpose(1, 2).flatten(2)
         return self.linear_out(self.dropout(out))
 
-    def init_state(self, spec: StateSpec) -> LinearState:
-        features = self.feature_map(self.linear_q.weight.new_zeros(1, self.h, 1, self.d_k)).size(-1)
-        return LinearState(spec, self.h, features, self.d_k)
+    @property
+    def features(self) -> int:
+        """Size f of the feature map."""
+        return int(self.feature_map.size)  # type: ignore[arg-type]
+
+    def init_state(self, spec: StateSpec) -> SumState:
+        return SumState(spec, self.h, self.features, self.d_k)
+
+    @property
+    def footprint(self) -> Footprint:
+        return Footprint(sums=self.h * self.features * (self.d_k + 1))
+
+    @property
+    def label(self) -> str:
+        words = ["linear"]
+        if self.feature_map_name != "elu":
+            words.append(self.feature_map_name)
+        if self.decay is not None:
+            words.append(f"decay {self.decay:g}")
+        return " ".join(words)
 
     def step(self, x, step):
-        if step.apart:  # every hypothesis has sums of its own
-            alone = x.reshape(-1, 1, x.size(2))
-            return self._step(alone, step).view(x.shape)
-        return self._step(x, step)
+        rows = step.per_sum(x)
+        return self._step(rows, step).view(x.shape)
 
     def _step(self, x: Tensor, step: Step) -> Tensor:
         state = step.states[self.state_index]
@@ -149,16 +169,16 @@ class LinearAttention(Attention):
             state.append(step, left)
         return self._look_up(x, seen)
 
-    def remember(self, memory, spec, mask):
+    def init_cross_state(self, memory, spec, mask):
         state = self.init_state(spec)
         valid = None if mask is None else mask[:, :, :, None].ne(0)
         k, v = self._to_sum(memory, valid, state.tensors[0].dtype)
         with torch.autocast(memory.device.type, enabled=False):
-            state.append(Step.whole(memory), torch.matmul(k.transpose(-1, -2), v))
+            state.tensors[0].copy_(torch.matmul(k.transpose(-1, -2), v))
         return state
 
-    def recall(self, x, memory):
-        return self._look_up(x, memory.states[self.state_index].tensors[0])
+    def recall(self, x, step):
+        return self._look_up(x, step.memory.states[self.state_index].tensors[0])
 
     def _to_sum(self, x: Tensor, valid: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """phi(k) (B, H, S, f) and (v, 1) (B, H, S, d_k + 1) of frames x (B, S, D).
@@ -171,7 +191,7 @@ class LinearAttention(Attention):
             return (k if valid is None else k * valid), v
 
     def _look_up(self, x: Tensor, sums: Tensor) -> Tensor:
-        """What frames x (B, Q, D) find in sums (B, H, f, d_k + 1) -> (B, Q, D)."""
+        """Attend with frames x (B, Q, D) to sums (B, H, f, d_k + 1) -> (B, Q, D)."""
         q = self._heads(self.linear_q(x))
         with torch.autocast(x.device.type, enabled=False):
             out = torch.matmul(self.feature_map(q.to(sums.dtype)), sums)
@@ -203,15 +223,15 @@ def _full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _pairwise(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, chunks: Chunks | None, decay: float | None
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, chunks: Chunks, decay: float | None
 ) -> Tensor:
     """A mask (B, Q, S) of no known structure: quadratic, as softmax attention would be."""
     visible = mask[:, None].ne(0)
-    if chunks is not None:
+    if chunks.size:
         frames = torch.arange(k.size(2), device=k.device)
         visible = visible & Chunks(None, chunks.size).visible(frames, frames)
     weights = torch.matmul(q, k.transpose(-1, -2)) * visible  # (B, H, Q, S)
-    if chunks is not None and decay is not None:
+    if chunks.size and decay is not None:
         begins = frames // chunks.size * chunks.size
         ages = (begins[:, None] - 1 - frames).clamp(min=0)
         weights = weights * decay ** ages.to(weights.dtype)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from espnet_kv.cache import LinearState, StateSpec
+from espnet_kv.cache import StateSpec, SumState
 from espnet_kv.convert.source import PARTS
 from espnet_kv.encoder.streaming import subsampling
 from espnet_kv.errors import ConfigError
@@ -46,10 +46,10 @@ def cache_bytes(model: Any, part: str) -> dict[str, Any]:
     for length in range(1, TOKENS + 1):
         _, state = decoder.score(tokens[:length], state, encoded)
     if part == "decoder_cross":
-        held = [layer.nbytes for layer in state.search.memory.states]
+        held = [layer.nbytes([FRAMES]) for layer in state.search.memory.states]
         return _result(held, {"frames": FRAMES}, "a search")
     held = [
-        state.sums[n].nbytes if isinstance(layer, LinearState) else layer.nbytes
+        state.sums[n].nbytes if isinstance(layer, SumState) else layer.nbytes(state.search.held)
         for n, layer in enumerate(state.search.states)
     ]
     return _result(held, {"tokens": TOKENS}, "a search")
@@ -73,7 +73,8 @@ def _of_encoder(model: Any) -> dict[str, Any]:
         weight = next(encoder.parameters())
         spec = StateSpec(1, FRAMES, None, weight.dtype, weight.device)
         xs = torch.randn(1, FRAMES, encoder.output_size(), generator=generator)
-        held = [attention.remember(xs, spec, None).nbytes for attention in attentions]
+        states = [attention.init_cross_state(xs, spec, None) for attention in attentions]
+        held = [state.nbytes([FRAMES]) for state in states]
         how = f"all frames at once, as the encoder cannot stream ({refusal})"
         return _result(held, {"frames": FRAMES}, how)
     finally:

@@ -15,20 +15,74 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from espnet_kv.cache import FrameState, LinearState, StateSpec
-from espnet_kv.step import Memory, Step
+from espnet_kv.cache.state import FrameState, StateSpec, SumState
+from espnet_kv.cache.step import Step
 
 # slots that a store begins with; they double when what lives takes more than half
 FIRST_SLOTS = 64
+
+
+class StoreStep(Step):
+    """K hypotheses of each utterance take one token more.
+
+    In the terms of `Step`, the utterances are the streams, and the hypotheses the frames of a
+    chunk; each sees the slots that it lists, and not the other hypotheses.
+
+    Args:
+        states: of the self-attention modules.
+        memory: what cross-attention attends to.
+        first: the first of the K slots where the tokens go.
+        count: K.
+        visible: (B, 1, K, S), added to the logits.
+    """
+
+    def __init__(
+        self, states: Sequence[Any], memory: "Memory", first: int, count: int, visible: Tensor
+    ):
+        self.states, self.memory = states, memory
+        self._write, self.read = slice(first, first + count), first + count
+        self.visible = visible
+
+    def put(self, stored: Tensor, new: Tensor) -> None:
+        stored[:, :, self._write] = new
+
+    def get(self, stored: Tensor) -> Tensor:
+        return stored[:, :, : self.read]
+
+    def rows_of(self, stored: Tensor) -> Tensor:
+        return stored
+
+    def put_rows(self, stored: Tensor, new: Tensor) -> None:
+        stored.copy_(new)
+
+    def per_sum(self, x: Tensor) -> Tensor:
+        """(B, K, D) -> (N, 1, D): every hypothesis has sums of its own."""
+        return x.reshape(-1, 1, x.size(2))
+
+
+class Memory(StoreStep):
+    """Encoded utterances as cross-attention keeps them.
+
+    Args:
+        states: of the cross-attention modules, by their `state_index`.
+        frames: T.
+        visible: (B, 1, 1, T) bool, the frames that exist; None: all.
+    """
+
+    def __init__(self, states: Sequence[Any], frames: int, visible: Tensor | None):
+        self.states, self.read, self.visible = states, frames, visible
 
 
 @dataclass(eq=False)
 class Hypothesis:
     """A hypothesis as its search knows it.
 
-    search: what it shares with the others. row: its utterance. path: (L,) the slots of its tokens,
-    which move when the store makes room. sums: of each layer with linear attention,
-    (H, f, d_v + 1), and None of the others; empty at first.
+    Attributes:
+        search: what it shares with the others.
+        row: its utterance.
+        path: (L,) the slots of its tokens, which move when the store makes room.
+        sums: of each layer with linear attention, (H, f, d_v + 1), and None of the others; empty
+            at first.
     """
 
     search: "Search"
@@ -58,6 +112,7 @@ class Search:
         self._living: weakref.WeakSet[Hypothesis] = weakref.WeakSet()
         spec = self._make_spec(xs, FIRST_SLOTS)
         self.states = [layer.self_attn.init_state(spec) for layer in decoder.decoders]
+        self._held = [0] * self.batch_size  # tokens in the store, of each utterance
         self.replace_memory(xs, mask)
 
     def _make_spec(self, xs: Tensor, slots: int) -> StateSpec:
@@ -67,11 +122,12 @@ class Search:
         """Attend to another encoder output (B, T, D) from now on: one that went on."""
         self.frames = xs.size(1)
         spec = self._make_spec(xs, self.frames)
-        states = [layer.src_attn.remember(xs, spec, mask) for layer in self._decoder.decoders]
-        visible = None if mask is None else mask[:, None].ne(0)
-        self.memory = Memory(states, Step.whole(xs), visible)
+        states = [
+            layer.src_attn.init_cross_state(xs, spec, mask) for layer in self._decoder.decoders
+        ]
+        self.memory = Memory(states, self.frames, None if mask is None else mask[:, None].ne(0))
 
-    def begin(self, hypotheses: Sequence[Hypothesis]) -> tuple[Step, Tensor]:
+    def begin(self, hypotheses: Sequence[Hypothesis]) -> tuple[StoreStep, Tensor]:
         """The step in which N hypotheses, K of each utterance, take one token more.
 
         Returns:
@@ -80,33 +136,30 @@ class Search:
         count = len(hypotheses) // self.batch_size
         if self._used + count > self._slots:
             self._make_room(count)
-        b, device = self.batch_size, self._device
+        b, first, device = self.batch_size, self._used, self._device
         states = [
-            self._sums(hypotheses, index) if isinstance(state, LinearState) else state
+            self._sums(hypotheses, index) if isinstance(state, SumState) else state
             for index, state in enumerate(self.states)
         ]
-        step = Step(
-            states, None, [self._used] * b, [count] * b, [self._used] * b, self._slots, 1, device
-        )
-        step.apart = True
-        new = torch.arange(self._used, self._used + count, device=device).repeat(b)[:, None]
-        paths = torch.cat([torch.stack([h.path for h in hypotheses]), new], dim=1)
-        size = (len(hypotheses), step.read)
-        hidden = torch.full(size, -torch.inf, dtype=self._dtype, device=device)
-        step.visible = hidden.scatter_(1, paths, 0.0).view(b, 1, count, step.read)
         self._used += count
-        return step, paths
+        self._held = [held + count for held in self._held]
+        new = torch.arange(first, self._used, device=device).repeat(b)[:, None]
+        paths = torch.cat([torch.stack([h.path for h in hypotheses]), new], dim=1)
+        size = (len(hypotheses), self._used)
+        hidden = torch.full(size, -torch.inf, dtype=self._dtype, device=device)
+        visible = hidden.scatter_(1, paths, 0.0).view(b, 1, count, self._used)
+        return StoreStep(states, self.memory, first, count, visible), paths
 
-    def _sums(self, hypotheses: Sequence[Hypothesis], index: int) -> LinearState:
+    def _sums(self, hypotheses: Sequence[Hypothesis], index: int) -> SumState:
         """The sums of N hypotheses as one state, which the step may change."""
         state = self.states[index]
         size = state.tensors[0].shape[1:]
         old = [h.sums[index] if h.sums else state.tensors[0].new_zeros(size) for h in hypotheses]
-        return LinearState.holding(torch.stack(old))
+        return SumState.holding(torch.stack(old))
 
-    def end(self, step: Step, paths: Tensor) -> list[Hypothesis]:
+    def end(self, step: StoreStep, paths: Tensor) -> list[Hypothesis]:
         """The N hypotheses after a step that `begin` gave."""
-        sums = [s.tensors[0] if isinstance(s, LinearState) else None for s in step.states]
+        sums = [s.tensors[0] if isinstance(s, SumState) else None for s in step.states]
         count = len(paths) // self.batch_size
         hypotheses = [
             Hypothesis(self, n // count, path, [None if s is None else s[n] for s in sums])
@@ -124,13 +177,17 @@ class Search:
         held = listed.sum(1).tolist()
         self._used = max(held)
         order = listed.int().argsort(dim=1, descending=True, stable=True)[:, : self._used]
+        self._held = held
         for state in self._stores:
-            state.keep(order, held)
+            state.keep(order)
         moved_to = listed.cumsum(1) - 1  # (B, slots)
         for hypothesis in living:
             hypothesis.path = moved_to[hypothesis.row, hypothesis.path]
         while 2 * (self._used + count) > self._slots:
             self._slots *= 2
+        for state in self._stores:
+            if state.slots < self._slots:
+                state.grow(self._slots)
 
     @property
     def _stores(self) -> list[FrameState]:
@@ -145,17 +202,37 @@ class Search:
     def nbytes_by_kind(self) -> dict[str, int]:
         """Bytes held: {"self": of all tokens and sums, "cross": of all encoded utterances}."""
         sums = sum(_nbytes(hypothesis.sums) for hypothesis in self._living)
-        own = sum(state.nbytes for state in self._stores)
-        return {"self": own + sums, "cross": sum(state.nbytes for state in self.memory.states)}
+        own = sum(state.nbytes(self._held) for state in self._stores)
+        frames = [self.frames] * self.batch_size
+        return {
+            "self": own + sums,
+            "cross": sum(state.nbytes(frames) for state in self.memory.states),
+        }
+
+    def capacity_by_kind(self) -> dict[str, int]:
+        """Bytes allocated, by the kinds of `nbytes_by_kind`."""
+        sums = sum(_nbytes(hypothesis.sums) for hypothesis in self._living)
+        own = sum(state.capacity_bytes for state in self.states)
+        return {
+            "self": own + sums,
+            "cross": sum(state.capacity_bytes for state in self.memory.states),
+        }
+
+    @property
+    def held(self) -> list[int]:
+        """Tokens in the store, of each utterance."""
+        return list(self._held)
 
     def nbytes_analytic(self) -> dict[str, int]:
-        """What `nbytes_by_kind` should be, by arithmetic on the sizes of the model."""
-        stored = [state.nbytes_analytic for state in self._stores]
-        # a linear layer's empty sums, B of them, are as large as those of B hypotheses
-        empty = [s.nbytes_analytic for s in self.states if isinstance(s, LinearState)]
-        sums = len(self._living) * sum(empty) // self.batch_size
-        cross = sum(state.nbytes_analytic for state in self.memory.states)
-        return {"self": sum(stored) + sums, "cross": cross}
+        """What `nbytes_by_kind` should be, computed from the configuration of the decoder."""
+        layers, stored, dtype = self._decoder.decoders, self._decoder.cache_dtype, self._dtype
+        own = sum(layer.self_attn.footprint.nbytes(self._held, stored, dtype) for layer in layers)
+        # the constant part belongs to hypotheses, and not to utterances
+        constant = sum(layer.self_attn.footprint.nbytes([0], stored, dtype) for layer in layers)
+        frames = [self.frames] * self.batch_size
+        cross = sum(layer.src_attn.footprint.nbytes(frames, stored, dtype) for layer in layers)
+        sums = (len(self._living) - self.batch_size) * constant
+        return {"self": own + sums, "cross": cross}
 
 
 def _nbytes(tensors: Sequence[Tensor | None]) -> int:

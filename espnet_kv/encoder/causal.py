@@ -3,23 +3,26 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espnet_kv.cache import ConvState, StateSpec
-from espnet_kv.step import running
+from espnet_kv.cache.footprint import Footprint
+from espnet_kv.cache.state import ConvState, StateSpec
+from espnet_kv.cache.step import running
 
-# A chunk of one stream is so little work that calling torch's convolution is most of it. Up to
-# this many products (measured on a CPU: 2^17 take half the time, 2^21 three times as much) they
-# are written out.
+# For a chunk of one stream, the overhead of torch's convolution is most of its time. Up to this
+# many products (measured on a CPU: 2^17 take half the time, 2^21 three times as much) the sum is
+# computed directly.
 FEW_PRODUCTS = 1 << 18
 
 
 class CausalConv1d(nn.Conv1d):
     """Conv1d padded on the left only: output t reads inputs t-k+1 to t.
 
-    Parameters and state-dict keys are those of the convolution it replaces. While an encoder
-    takes a `Step`, the inputs of earlier chunks stand where the padding would.
+    Parameters and state-dict keys are those of the convolution it replaces. With a `Step` in the
+    context, the inputs of earlier chunks take the place of the padding.
+
+    Attributes:
+        state_index: which of a Step's states is this module's; set by its encoder.
     """
 
-    # which of a Step's states is this module's; given by the encoder that holds it
     state_index: int
 
     @classmethod
@@ -53,3 +56,8 @@ class CausalConv1d(nn.Conv1d):
     def init_state(self, spec: StateSpec) -> ConvState:
         """An empty state of this module."""
         return ConvState(spec, self.in_channels, self.kernel_size[0] - 1)
+
+    @property
+    def footprint(self) -> Footprint:
+        """What the state takes, from the configuration alone."""
+        return Footprint(constant=[(self.kernel_size[0] - 1, self.in_channels)])

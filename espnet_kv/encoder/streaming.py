@@ -1,4 +1,4 @@
-"""Encoding audio piece by piece, with a state that holds what later chunks still look at."""
+"""Encoding audio piece by piece, with a state that holds what later chunks attend to."""
 
 import weakref
 from collections.abc import Iterator, Sequence
@@ -7,81 +7,98 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espnet_kv.cache import EncoderState, FeatureState, StateSpec
-from espnet_kv.codec import build_codec
-from espnet_kv.encoder.base import KVEncoder
+from espnet_kv.attention.positions import at_positions, relative
+from espnet_kv.cache.codec import build_codec
+from espnet_kv.cache.state import StateSpec
+from espnet_kv.cache.step import ChunkStep, running, taking
+from espnet_kv.cache.store import Store
+from espnet_kv.cache.stream import FIRST_CHUNKS, EncoderState, Features, PositionTables
+from espnet_kv.encoder.chunked import KVEncoder, check_chunks, subsampling
 from espnet_kv.errors import ConfigError
-from espnet_kv.position import at_positions
-from espnet_kv.step import Step, running
-
-# slots that an unbounded left context begins with, in chunks; they double when full
-FIRST_CHUNKS = 16
 
 
 class StreamingEncoder(KVEncoder):
     """KVEncoder with `init_state` and `forward_chunk`.
 
-    A chunk goes through ESPnet's own forward; attention, convolutions and positions find what
-    came before it in the `Step` that stands in `running`.
+    A chunk goes through ESPnet's own forward; attention and convolutions find what came before it
+    in the `Step` of the context. Nothing is written to the encoder while it streams, so that any
+    number of streams, with settings of their own, may use it at once.
 
-    Shape letters: B streams, T frames fed, F feature size, C chunk_size, D model size.
+    Shape letters: B streams, R of them, T frames fed, F feature size, C chunk_size, D model size,
+    N slots.
     """
 
     def __init__(self, input_size: int, *args: Any, **conf: Any):
         super().__init__(input_size, *args, **conf)
         self._input_size = input_size
-        self._subsampling = (1, 1)
-        self._refusal: str | None = None  # what to say when somebody wants to stream
+        self._refusal: str | None = None  # why the encoder cannot stream
         try:
             self._check_streamable(self.espnet_conf)
-            self._subsampling = subsampling(self.embed)
+            subsampling(self.embed)
         except ConfigError as refusal:
             self._refusal = str(refusal)
         for index, module in enumerate(self._stateful_modules()):
             module.state_index = index
+        positions = self._positional_encoding()
+        if positions is not None:
+            positions.register_forward_pre_hook(self._keep_positions)
 
     def init_state(
         self,
         batch_size: int = 1,
+        *,
+        chunk_size: int | None = None,
+        left_chunks: int | None = None,
         cache_dtype: str | None = None,
         device: torch.device | str | None = None,
     ) -> EncoderState:
-        """The state of streams of which nothing was heard yet.
+        """The state of streams that begin.
 
         Args:
-            batch_size: B. Streams may be dropped and joined later (EncoderState.select, join).
+            batch_size: B. Streams may leave and join later (EncoderState.select, join).
+            chunk_size: frames after subsampling in a chunk; None: the encoder's own.
+            left_chunks: chunks before its own that a frame attends to; -1: all; None: the
+                encoder's own.
             cache_dtype: fp32, fp16, bf16, int8 or int4 for what attention and convolutions store;
                 None: the model's own type. The sums of linear attention are never less than fp32.
             device: None: the model's own.
 
         Raises:
             ConfigError (a ValueError): the encoder cannot stream as it is configured: chunk_size
-                is 0, something looks ahead, ...; or cache_dtype is unknown.
+                is 0, something looks ahead, ...; or a value is not allowed.
             ValueError: batch_size is no positive whole number.
         """
-        self._check_streaming()
+        size = self.chunk_size if chunk_size is None else chunk_size
+        left = self.left_chunks if left_chunks is None else left_chunks
+        check_chunks(size, left)
+        self._check_streaming(size)
         if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"batch_size: {batch_size!r} is not allowed (allowed: 1 or more)")
         weight = next(self.parameters())  # type: ignore[attr-defined]
         build_codec(cache_dtype, 1, weight.dtype)  # also where no module would ask for it
-        chunks = FIRST_CHUNKS if self.left_chunks < 0 else self.left_chunks + 1
         spec = StateSpec(
             batch_size,
-            chunks * self.chunk_size,
+            (FIRST_CHUNKS if left < 0 else left + 1) * size,
             cache_dtype,
             weight.dtype,
             weight.device if device is None else torch.device(device),
         )
+        modules = list(self._stateful_modules())
+        empty = torch.zeros(0, self._input_size, dtype=spec.dtype, device=spec.device)
         return EncoderState(
-            owner=weakref.ref(self),
-            chunk_size=self.chunk_size,
-            left_chunks=self.left_chunks,
-            slots=spec.slots,
-            states=[module.init_state(spec) for module in self._stateful_modules()],
-            features=FeatureState(spec, self._input_size),
+            chunk_size=size,
+            left_chunks=left,
+            cache_dtype=cache_dtype,
+            dtype=spec.dtype,
+            store=Store([m.init_state(spec) for m in modules], batch_size, spec.slots),
+            places=list(range(batch_size)),
+            features=Features(self._input_size, [empty.clone() for _ in range(batch_size)]),
             frames=[0] * batch_size,
+            held=[0] * batch_size,
             emitted=[0] * batch_size,
             finished=[False] * batch_size,
+            footprints=[module.footprint for module in modules],
+            owner=weakref.ref(self),
         )
 
     @torch.no_grad()
@@ -111,9 +128,13 @@ class StreamingEncoder(KVEncoder):
                 the wrong shape, a stream goes on after its last frames, or the encoder is in
                 training mode.
         """
-        final = [is_final] * state.batch_size if isinstance(is_final, bool) else list(is_final)
+        try:
+            final = [bool(last) for last in is_final]  # type: ignore[union-attr]
+        except TypeError:  # one for all
+            final = [bool(is_final)] * state.batch_size
         lengths = [xs.size(1)] * len(xs) if lengths is None else list(lengths)
         self._check_call(xs, state, final, lengths)
+        state.claim()
         if max(lengths, default=0) > 0:
             state.features.append(xs, lengths)
         begun = list(state.frames)
@@ -123,6 +144,7 @@ class StreamingEncoder(KVEncoder):
             pieces.append((chunk, self._encode_chunk(state, chunk, read)))
             for stream, frames in chunk.items():
                 state.frames[stream] += frames
+                state.held[stream] += frames
                 read[stream] += frames * self._subsampling[0]
             if state.left_chunks >= 0:
                 state.trim(state.left_chunks * state.chunk_size)
@@ -132,7 +154,7 @@ class StreamingEncoder(KVEncoder):
         state.emitted = [now - then for now, then in zip(state.frames, begun, strict=True)]
 
         dtype = pieces[0][1].dtype if pieces else xs.dtype
-        size = (state.batch_size, max(state.emitted), self.output_size())  # type: ignore[attr-defined]
+        size = (state.batch_size, max(state.emitted, default=0), self.output_size())  # type: ignore[attr-defined]
         ys = xs.new_zeros(size, dtype=dtype)
         filled = [0] * state.batch_size
         for chunk, y in pieces:
@@ -144,10 +166,15 @@ class StreamingEncoder(KVEncoder):
     def _next_chunk(
         self, state: EncoderState, read: list[int], final: list[bool]
     ) -> dict[int, int]:
-        """{stream: frames} of every stream that has a chunk to encode, or its last part of one."""
+        """{stream: frames} of every stream that has a chunk to encode, or its last part of one.
+
+        In the order of their places, so that a chunk of all streams reads the store as it is.
+        """
         stride, window = self._subsampling
         chunk = {}
-        for stream, fed in enumerate(state.features.lengths):
+        fed_frames = state.features.lengths
+        for stream in sorted(range(state.batch_size), key=state.places.__getitem__):
+            fed = fed_frames[stream]
             frames = max(0, (fed - read[stream] - window) // stride + 1)
             if frames >= state.chunk_size:
                 chunk[stream] = state.chunk_size
@@ -159,30 +186,43 @@ class StreamingEncoder(KVEncoder):
         """Encode one chunk of some streams: {stream: frames} -> (R, Q, D)."""
         streams, lengths = list(chunk), list(chunk.values())
         starts = [state.frames[stream] for stream in streams]
-        while state.left_chunks < 0 and max(starts) + state.chunk_size > state.slots:
-            state.slots *= 2
+        if state.left_chunks < 0:
+            state.make_room(max(starts) + state.chunk_size)
         stride, context = self._subsampling
         xs = state.features.read(
             streams, [read[stream] for stream in streams], (max(lengths) - 1) * stride + context
         )
-        everyone = len(streams) == state.batch_size
-        held = state.held
-        step = Step(
-            state.states,
-            None if everyone else streams,
+        step = ChunkStep(
+            state.store.states,
+            self._position_tables(state, xs),
+            [state.places[stream] for stream in streams],
             starts,
             lengths,
-            [held[stream] for stream in streams],
+            [state.held[stream] for stream in streams],
             state.slots,
-            state.chunk_size,
             xs.device,
         )
-        token = running.set(step)
-        try:
+        if not self._has_relative_positions(self.espnet_conf):
+            numbers = torch.tensor(starts, device=xs.device)[:, None]
+            step.positions = numbers + torch.arange(max(lengths), device=xs.device)  # (R, Q)
+        with taking(step):
             ys = self(xs, torch.full((len(xs),), xs.size(1)))[0]  # type: ignore[operator]
-        finally:
-            running.reset(token)
         return ys[0] if isinstance(ys, tuple) else ys  # apart from intermediate CTC outputs
+
+    def _position_tables(self, state: EncoderState, xs: Tensor) -> Sequence[Tensor | None]:
+        """Projected relative positions N - 1 down to -(C - 1), of every module."""
+        if not self._has_relative_positions(self.espnet_conf):
+            return ()
+        made = state.tables
+        if made is None or (made.slots, made.chunk_size) != (state.slots, state.chunk_size):
+            size = self.output_size()  # type: ignore[attr-defined]
+            pos_emb = relative(state.slots - 1, 1 - state.chunk_size, size, xs.device)
+            tables = [
+                module.position_table(pos_emb) if hasattr(module, "position_table") else None
+                for module in self._stateful_modules()
+            ]
+            state.tables = made = PositionTables(state.slots, state.chunk_size, tables)
+        return made.tables
 
     def _stateful_modules(self) -> Iterator[Any]:
         """Attention modules and convolutions over time, in the order of the blocks."""
@@ -209,9 +249,9 @@ class StreamingEncoder(KVEncoder):
         self._check_chunked(conf)
         self._check_causal(conf)
 
-    def _check_streaming(self) -> None:
+    def _check_streaming(self, chunk_size: int) -> None:
         """Refuse what needs the whole utterance."""
-        if self.chunk_size < 1:
+        if chunk_size < 1:
             raise ConfigError(
                 "chunk_size: 0 (the whole utterance) cannot stream; set chunk_size to 1 or more "
                 "frames"
@@ -228,7 +268,9 @@ class StreamingEncoder(KVEncoder):
     ) -> None:
         if self.training:
             raise ValueError("forward_chunk: the encoder is in training mode; call eval() first")
-        if state.owner() is not self:
+        if state.encoder is None:  # it was pickled, or its encoder is gone
+            self._adopt(state)
+        if state.encoder is not self:
             raise ValueError("forward_chunk: the state belongs to another encoder")
         if xs.dim() != 3 or xs.size(2) != self._input_size:
             raise ValueError(
@@ -245,36 +287,25 @@ class StreamingEncoder(KVEncoder):
             if done and length:
                 raise ValueError(f"forward_chunk: stream {stream} had its last frames already")
 
+    def _adopt(self, state: EncoderState) -> None:
+        """Become the encoder of a state whose encoder is not known, if the state fits."""
+        self._check_streaming(state.chunk_size)
+        spec = StateSpec(1, 1, state.cache_dtype, state.dtype, torch.device("meta"))
+        own = Store([m.init_state(spec) for m in self._stateful_modules()], 1, 1)
+        if own.layout == state.store.layout:
+            state.owner = weakref.ref(self)
+
+    def _keep_positions(self, module: nn.Module, args: tuple) -> tuple | None:
+        """Pre-hook on the positional encoding: its table keeps its type in an autocast region."""
+        table, x = getattr(module, "pe", None), args[0]
+        if running.get() is None or table is None or not torch.is_autocast_enabled(x.device.type):
+            return None
+        return (x.to(table.dtype), *args[1:])
+
     def _hand_out_chunks(self, module: nn.Module, args: tuple, output: Any) -> Any:
         step = running.get()
         if step is None:
             return super()._hand_out_chunks(module, args, output)
-        return self._positioned(args[0], step)
-
-    def _positioned(self, x: Tensor, step: Step) -> tuple[Tensor, Step]:
-        """What the positional encoding gives for a chunk (R, Q, D): frames and their Step."""
-        encoding: Any = self._positional_encoding()
-        if self._has_relative_positions(self.espnet_conf):
-            encoding.extend_pe(x.new_empty(()).expand(1, step.slots))
-            center = encoding.pe.size(1) // 2
-            step.pos_emb = encoding.pe[:, center - step.slots + 1 : center + step.chunk_size]
-            return x * encoding.xscale, step
-        starts = torch.tensor(step.starts, device=x.device)[:, None]
-        positions = starts + torch.arange(x.size(1), device=x.device)  # (R, Q)
-        return at_positions(encoding, x, positions), step
-
-
-def subsampling(embed: nn.Module | None) -> tuple[int, int]:
-    """(stride, window) in input frames: output t reads inputs t*stride to t*stride + window - 1.
-
-    Raises:
-        ConfigError (a ValueError): a convolution pads, so that it does not depend on time alone.
-    """
-    stride, window = 1, 1
-    for module in embed.modules() if embed is not None else ():
-        if isinstance(module, nn.Conv1d | nn.Conv2d):
-            if module.padding[0]:
-                raise ConfigError("input_layer: a convolution that pads over time cannot stream")
-            window += (module.kernel_size[0] - 1) * stride
-            stride *= module.stride[0]
-    return stride, window
+        if step.positions is None:  # relative ones reach the attention in its Step
+            return args[0] * module.xscale
+        return at_positions(module, args[0], step.positions)

@@ -6,21 +6,19 @@ from typing import Any
 from espnet2.asr.encoder.transformer_encoder import TransformerEncoder
 from torch import Tensor, nn
 
+from espnet_kv.cache.step import running
 from espnet_kv.encoder.streaming import StreamingEncoder
-from espnet_kv.position import Chunks
-from espnet_kv.step import running
 
 
 class KVTransformerEncoder(StreamingEncoder, TransformerEncoder):
     """ESPnet's TransformerEncoder (arXiv 1706.03762) with the arguments of KVEncoder.
 
-    Its positions are absolute, and nothing in it looks over time but attention (and, where
+    Its positions are absolute, and only attention relates frames to one another (and, where
     positionwise_layer_type says so, feed-forward convolutions). With attention_type mha and no
     chunks it is ESPnet's: same parameters, same output.
     """
 
     attention_slot = "self_attn"
-    _chunks: Chunks | None = None
 
     def __init__(self, input_size: int, *args: Any, **conf: Any):
         super().__init__(input_size, *args, **conf)
@@ -43,16 +41,11 @@ class KVTransformerEncoder(StreamingEncoder, TransformerEncoder):
         return super()._positional_encoding()
 
     def _hand_out_chunks(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        handed_out = super()._hand_out_chunks(module, args, output)
-        if not isinstance(handed_out, tuple):
-            self._chunks = None
-            return handed_out
-        x, position = handed_out
-        if isinstance(position, Chunks):
-            self._chunks = position
-        return x
+        if running.get() is None:
+            return output  # these blocks have no argument for positions: see `_put_position`
+        return super()._hand_out_chunks(module, args, output)
 
     def _put_position(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple | None:
-        """Pre-hook on attention: these blocks have no slot for positions, so it is added here."""
-        position = running.get() or self._chunks
-        return None if position is None else (*args[:3], position, args[3])
+        """Pre-hook on attention: adds the chunk mask to its arguments."""
+        chunks = None if running.get() is not None else self._chunks(None)
+        return None if chunks is None else (*args[:3], chunks, args[3])

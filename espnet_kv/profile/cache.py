@@ -50,7 +50,7 @@ def hold(
     """
     held, fed = [], 0
     with chunks(encoder, chunk_size, left_chunks):
-        state = encoder.init_state(1, cache_dtype)
+        state = encoder.init_state(1, cache_dtype=cache_dtype)
         for mark in marks:
             xs, fed = features[None, fed:mark], mark
             if left_chunks < 0:

@@ -135,7 +135,7 @@ class SearchStep:
     def of(cls, search: Search, hypotheses: int) -> "SearchStep":
         """As the search is now."""
         stores = [state for state in search.states if isinstance(state, FrameState)]
-        stored = sum(stores[0].held) if stores else 0
+        stored = sum(search.held) if stores else 0
         held = {KINDS[kind]: count for kind, count in search.nbytes_by_kind().items()}
         return cls(hypotheses, stored, search.frames, held)
 

@@ -1,0 +1,115 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from espnet_kv.attention.base import HeadSizes
+from espnet_kv.attention.softmax import SoftmaxAttention, grouped_attention
+from espnet_kv.cache.footprint import Footprint
+from espnet_kv.errors import ConfigError
+
+
+class MultiHeadLatentAttention(SoftmaxAttention):
+    """Keys and values are read from one latent: c = W_down x, K = W_uk c, V = W_uv c + b_v.
+
+    The state per frame is the latent, kv_rank numbers. ESPnet's relative positions are part of
+    the query and the position table only, so keys need no separate position part (DeepSeek's
+    partial RoPE). K has no bias: it would add the same to every logit of a query, and softmax
+    cancels it.
+
+    Args:
+        sizes, dropout_rate, rel_pos, zero_triu: see SoftmaxAttention.
+        kv_rank: size r of the latent, 1 to 2 D (at 2 D any pair of K, V maps is reachable).
+
+    Raises:
+        ConfigError (a ValueError): kv_rank is out of range.
+    """
+
+    options = ("kv_rank",)
+
+    def __init__(
+        self,
+        sizes: HeadSizes,
+        dropout_rate: float,
+        rel_pos: bool,
+        zero_triu: bool = False,
+        *,
+        kv_rank: int = 64,
+    ):
+        super().__init__(sizes, dropout_rate, rel_pos, zero_triu)
+        if type(kv_rank) is not int or not 1 <= kv_rank <= 2 * sizes.n_feat:
+            raise ConfigError(
+                f"attention_conf.kv_rank: {kv_rank!r} is not a whole number from 1 to "
+                f"{2 * sizes.n_feat} (twice output_size)"
+            )
+        self.kv_rank = kv_rank
+        self.linear_kv_down = nn.Linear(sizes.n_feat, kv_rank, bias=False)
+        self.linear_k_up = nn.Linear(kv_rank, sizes.n_feat, bias=False)
+        self.linear_v_up = nn.Linear(kv_rank, sizes.n_feat)
+
+    def project_kv(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        # self- and cross-attention read keys and values from the same frames
+        return self._expand(self.linear_kv_down(key))
+
+    @property
+    def stored_vectors(self) -> list[tuple[int, int]]:
+        return [(1, self.kv_rank)]
+
+    @property
+    def footprint(self) -> Footprint:
+        return Footprint(frame=[(1, self.kv_rank)])
+
+    @property
+    def label(self) -> str:
+        return f"mla r{self.kv_rank}"
+
+    def to_store(self, x):
+        return (self.linear_kv_down(x)[:, None],)
+
+    def attend_stored(self, q, stored, bias):
+        (latent,) = stored  # (B, 1, S, r)
+        # a quantised layer has no weight tensor to multiply the query with
+        floating = isinstance(self.linear_k_up.weight, Tensor)
+        if floating and self.absorbing_is_cheaper(q.size(2), latent.size(2)):
+            return self.attend_absorbed(q, latent, bias)
+        return self.attend_expanded(q, latent, bias)
+
+    def absorbing_is_cheaper(self, queries: int, keys: int) -> bool:
+        """Compare the multiply-accumulates of `attend_absorbed` and `attend_expanded`."""
+        d, r = self.h * self.d_k, self.kv_rank
+        absorbed = 2 * queries * d * r + 2 * queries * keys * self.h * r
+        expanded = 2 * keys * d * r + 2 * queries * keys * d
+        return absorbed < expanded
+
+    def attend_absorbed(self, q: Tensor, latent: Tensor, bias: Tensor | None) -> Tensor:
+        """Attend to latents directly: q W_uk is multiplied with c, and W_uv applied to the result.
+
+        Args:
+            q: (R, H, Q, d_k).
+            latent: (R, 1, S, r).
+            bias: see `grouped_attention`.
+
+        Returns:
+            (R, H, Q, d_k).
+        """
+        k_up = self.linear_k_up.weight.view(self.h, self.d_k, self.kv_rank)
+        v_up = self.linear_v_up.weight.view(self.h, self.d_k, self.kv_rank)
+        v_bias = self.linear_v_up.bias.view(self.h, 1, self.d_k)
+        q = torch.matmul(q, k_up)  # (R, H, Q, r)
+        # one "key/value head" of r numbers; logits are those of d_k numbers all the same
+        out = grouped_attention(q, latent, latent, bias, 0.0, scale=1 / math.sqrt(self.d_k))
+        # attention weights sum to one: the bias passes through
+        return torch.matmul(out, v_up.transpose(1, 2)) + v_bias
+
+    def attend_expanded(self, q: Tensor, latent: Tensor, bias: Tensor | None) -> Tensor:
+        """The same with keys and values written out; arguments as in `attend_absorbed`."""
+        k, v = self._expand(latent[:, 0])
+        return grouped_attention(q, k, v, bias, 0.0)
+
+    def _expand(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S, r) -> keys and values, each (B, H, S, d_k)."""
+        k = self.linear_k_up(latent).view(*latent.shape[:2], self.h, self.d_k)
+        v = self.linear_v_up(latent).view(*latent.shape[:2], self.h, self.d_k)
+        return k.transpose(1, 2), v.transpose(1, 2)

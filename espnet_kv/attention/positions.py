@@ -1,0 +1,42 @@
+"""Positions as ESPnet encodes them, computed where they are needed.
+
+A table of positions would grow with the stream.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def sinusoid(positions: Tensor, size: int) -> Tensor:
+    """Positions (...) -> (..., size), as ESPnet tabulates them (arXiv 1706.03762, 3.5)."""
+    rates = torch.exp(
+        torch.arange(0, size, 2, dtype=torch.float32, device=positions.device)
+        * -(math.log(10000.0) / size)
+    )
+    angles = positions.float()[..., None] * rates
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)[..., :size]
+
+
+def relative(first: int, last: int, size: int, device: torch.device) -> Tensor:
+    """(1, first - last + 1, size): the distances first, first - 1, ..., last.
+
+    The order is that of ESPnet's RelPositionalEncoding.
+    """
+    return sinusoid(torch.arange(first, last - 1, -1, device=device), size)[None]
+
+
+def at_positions(encoding: Any, x: Tensor, positions: Tensor) -> Tensor:
+    """What ESPnet's PositionalEncoding or ScaledPositionalEncoding returns for frames of a stream.
+
+    Args:
+        encoding: the module.
+        x: (B, T, D), or (N, D) of one position.
+        positions: broadcastable to x without D.
+    """
+    absolute = sinusoid(positions, x.size(-1)).to(x.dtype)
+    if hasattr(encoding, "alpha"):  # the scaled one
+        return x + encoding.alpha * absolute
+    return x * encoding.xscale + absolute

@@ -1,0 +1,18 @@
+"""What streams and searches keep: the states of modules, their storage and their bytes."""
+
+from espnet_kv.cache.footprint import Footprint
+from espnet_kv.cache.state import KINDS, ConvState, FrameState, State, StateSpec, SumState
+from espnet_kv.cache.stream import EncoderState
+
+LinearState = SumState
+
+__all__ = [
+    "KINDS",
+    "ConvState",
+    "EncoderState",
+    "Footprint",
+    "FrameState",
+    "State",
+    "StateSpec",
+    "SumState",
+]

@@ -1,0 +1,125 @@
+"""cache_dtype: the number format in which a cache stores its vectors.
+
+A vector is the last dimension of a stored tensor: one head's key of one frame, or the latent of a
+frame.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from espnet_kv.errors import ConfigError
+
+FLOATS = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+INTEGERS = {"int8": 8, "int4": 4}
+LARGEST_HALF = 65504  # float16 has no larger finite number
+
+
+class Codec(ABC):
+    """Encodes tensors (..., size) into the stored tensors, each (..., its width), and back.
+
+    Args:
+        size: numbers in a vector.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+
+    @property
+    @abstractmethod
+    def layout(self) -> list[tuple[int, torch.dtype]]:
+        """(width, dtype) of each stored tensor."""
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """(..., size) -> the stored tensors."""
+
+    @abstractmethod
+    def decode(self, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """The stored tensors -> (..., size)."""
+
+
+class FloatCodec(Codec):
+    """Stores a floating-point type: the model's own, or another one with rounding."""
+
+    def __init__(self, size: int, dtype: torch.dtype):
+        super().__init__(size)
+        self.dtype = dtype
+
+    @property
+    def layout(self) -> list[tuple[int, torch.dtype]]:
+        return [(self.size, self.dtype)]
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        return [_cast(x, self.dtype)]
+
+    def decode(self, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+        return _cast(parts[0], dtype)
+
+
+class IntegerCodec(Codec):
+    """Symmetric integers of 8 or 4 bits with one bfloat16 scale per vector.
+
+    Two integers of 4 bits share a byte.
+    """
+
+    def __init__(self, size: int, bits: int):
+        super().__init__(size)
+        self.bits = bits
+        self.top = 2 ** (bits - 1) - 1
+
+    @property
+    def layout(self) -> list[tuple[int, torch.dtype]]:
+        codes = (self.size, torch.int8) if self.bits == 8 else (-(-self.size // 2), torch.uint8)
+        return [codes, (1, torch.bfloat16)]
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        x = x.float()
+        # the lower bound prevents a division by zero for a vector of zeros
+        scale = (x.abs().amax(dim=-1, keepdim=True) / self.top).clamp(min=1e-30).bfloat16()
+        codes = (x / scale.float()).round().clamp(-self.top, self.top)
+        if self.bits == 8:
+            return [codes.to(torch.int8), scale]
+        codes = (F.pad(codes, (0, self.size % 2)) + 8).to(torch.uint8)
+        pairs = codes[..., 0::2] | (codes[..., 1::2] << 4)
+        return [pairs, scale]
+
+    def decode(self, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+        codes, scale = parts
+        # the rounded scale of a vector at the end of the float16 range lies beyond that range
+        wide = torch.float32 if dtype == torch.float16 else dtype
+        if self.bits == 4:
+            codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)[..., : self.size]
+            return _cast((codes.to(wide) - 8) * scale.to(wide), dtype)
+        return _cast(codes.to(wide) * scale.to(wide), dtype)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert without making an infinity, which softmax would turn into NaN."""
+    if x.dtype == dtype:
+        return x
+    x = x.to(dtype)
+    return x.clamp(-LARGEST_HALF, LARGEST_HALF) if dtype == torch.float16 else x
+
+
+def build_codec(cache_dtype: str | None, size: int, model_dtype: torch.dtype) -> Codec:
+    """The codec of `cache_dtype` (fp32, fp16, bf16, int8, int4; None: the model's own type).
+
+    Raises:
+        ConfigError (a ValueError): unknown cache_dtype.
+    """
+    if cache_dtype is None:
+        return FloatCodec(size, model_dtype)
+    if cache_dtype in tuple(FLOATS):
+        return FloatCodec(size, FLOATS[cache_dtype])
+    if cache_dtype in tuple(INTEGERS):
+        return IntegerCodec(size, INTEGERS[cache_dtype])
+    raise ConfigError(
+        f"cache_dtype: unknown {cache_dtype!r} (allowed: {', '.join([*FLOATS, *INTEGERS])})"
+    )
