@@ -6,6 +6,8 @@ Adding one takes a file here, a line in ATTENTIONS and a YAML. Imports without E
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from espnet_kv.attention.base import Attention, HeadSizes
 from espnet_kv.attention.grouped import GroupedQueryAttention, MultiHeadAttention
 from espnet_kv.attention.latent import MultiHeadLatentAttention
@@ -91,3 +93,18 @@ def build_attention(
             raise ConfigError(f"{key}: {value!r} does not go with attention_type {attention_type}")
     taken = {k: v for k, v in espnet_options.items() if k in attention.espnet_options}
     return attention(HeadSizes(n_head, n_feat), dropout_rate, rel_pos, **taken, **attention_conf)
+
+
+def attention_like(
+    attention_type: str, attention_conf: Mapping[str, Any], n_head: int, n_feat: int
+) -> Attention:
+    """An attention module without weights, to ask for its `label` and `footprint`.
+
+    Args:
+        attention_type, attention_conf, n_head, n_feat: see `build_attention`.
+
+    Raises:
+        ConfigError (a ValueError): see `build_attention`.
+    """
+    with torch.device("meta"):
+        return build_attention(attention_type, attention_conf, n_head, n_feat)
