@@ -6,6 +6,7 @@ from typing import Any
 import naive
 import pytest
 import torch
+from pairwise import pairwise
 from torch import Tensor
 
 from espnet_kv.attention import ATTENTIONS, build_attention, softmax
@@ -65,12 +66,10 @@ CHUNKS = {
     "chunk16": (16, -1),
 }
 MASKS = ["unmasked", "padded", "square"]
+POSITIONS = {"rel": True, "abs": False}
+FEW_CHUNKS = {"full": None, "chunk4-left1": (4, 1)}
 variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 softmax_variants = pytest.mark.parametrize("variant", SOFTMAX.values(), ids=SOFTMAX)
-linear_variants = pytest.mark.parametrize("variant", LINEAR.values(), ids=LINEAR)
-chunkings = pytest.mark.parametrize("chunking", CHUNKS.values(), ids=CHUNKS)
-masks = pytest.mark.parametrize("mask_kind", MASKS)
-positions = pytest.mark.parametrize("rel_pos", [True, False], ids=["rel", "abs"])
 
 
 def make_mask(kind: str, batch: int, frames: int) -> Tensor | None:
@@ -163,39 +162,30 @@ def compare(variant: Variant, rel_pos, chunking, mask_kind, frames, dtype=torch.
         )
 
 
-@masks
-@chunkings
-@positions
-@softmax_variants
+@pairwise(variant=SOFTMAX, rel_pos=POSITIONS, chunking=CHUNKS, mask_kind=MASKS)
 def test_softmax_attention_equals_its_twin(variant, rel_pos, chunking, mask_kind):
     compare(variant, rel_pos, chunking, mask_kind, frames=19)
 
 
-@masks
-@chunkings
-@linear_variants
+@pairwise(variant=LINEAR, chunking=CHUNKS, mask_kind=MASKS)
 def test_linear_attention_equals_its_twin(variant, chunking, mask_kind):
     compare(variant, True, chunking, mask_kind, frames=19)
 
 
-@linear_variants
+@pairwise(variant=LINEAR)
 def test_linear_attention_without_positions(variant):
     compare(variant, False, (4, -1), "padded", frames=19)
 
 
-@pytest.mark.parametrize("frames", [1, 2, 7, 33])
-@pytest.mark.parametrize("chunking", [None, (4, 1)], ids=["full", "chunk4-left1"])
-@positions
-@variants
-def test_odd_lengths(variant, rel_pos, chunking, frames):
-    compare(variant, rel_pos, chunking, "padded", frames)
-
-
-@pytest.mark.parametrize("chunking", [None, (4, 1)], ids=["full", "chunk4-left1"])
-@positions
-@variants
-def test_single_precision(variant, rel_pos, chunking):
-    compare(variant, rel_pos, chunking, "padded", 19, dtype=torch.float32)
+@pairwise(
+    variant=VARIANTS,
+    frames=[1, 2, 7, 33],
+    rel_pos=POSITIONS,
+    chunking=FEW_CHUNKS,
+    dtype={"fp64": torch.float64, "fp32": torch.float32},
+)
+def test_odd_lengths_and_single_precision(variant, rel_pos, chunking, frames, dtype):
+    compare(variant, rel_pos, chunking, "padded", frames, dtype=dtype)
 
 
 @pytest.mark.parametrize("chunking", [None, (4, 1)], ids=["full", "chunk4-left1"])
@@ -209,11 +199,13 @@ def test_qk_norm(chunking):
     compare(VARIANTS["mha"], False, chunking, "padded", 11, qk_norm=True)
 
 
-@pytest.mark.parametrize("frames", [17, 27])  # last blocks of 1 and 3 queries
-@pytest.mark.parametrize("chunking", [None, (4, 0), (5, 2)], ids=str)
-@pytest.mark.parametrize("mask_kind", ["padded", "square"])
-@positions
-@softmax_variants
+@pairwise(
+    variant=SOFTMAX,
+    rel_pos=POSITIONS,
+    mask_kind=["padded", "square"],
+    chunking={"full": None, "chunk4-left0": (4, 0), "chunk5-left2": (5, 2)},
+    frames=[17, 27],  # last blocks of 1 and 3 queries
+)
 def test_blocks_of_queries_change_nothing(
     monkeypatch, variant, rel_pos, mask_kind, chunking, frames
 ):
@@ -241,8 +233,7 @@ def copy_weights(module, source, names: str) -> None:
             module.get_parameter(name).copy_(source.get_parameter(name))
 
 
-@chunkings
-@positions
+@pairwise(rel_pos=POSITIONS, chunking=CHUNKS)
 def test_gqa_with_all_heads_is_mha(rel_pos, chunking):
     mha, gqa = VARIANTS["mha"].build(rel_pos), VARIANTS["gqa4"].build(rel_pos)
     gqa.load_state_dict(mha.state_dict())
@@ -251,8 +242,7 @@ def test_gqa_with_all_heads_is_mha(rel_pos, chunking):
     torch.testing.assert_close(gqa(x, x, x, *extra), mha(x, x, x, *extra), rtol=0, atol=0)
 
 
-@chunkings
-@positions
+@pairwise(rel_pos=POSITIONS, chunking=CHUNKS)
 def test_mla_at_full_rank_is_mha(rel_pos, chunking):
     """W_down = [W_k; W_v] and up-projections that pick: the K bias cancels, the V bias stays."""
     mha, mla = VARIANTS["mha"].build(rel_pos), VARIANTS["mla-r32"].build(rel_pos)
@@ -274,10 +264,9 @@ def test_mla_at_full_rank_is_mha(rel_pos, chunking):
     )
 
 
-@chunkings
-@positions
-@variants
-def test_padding_is_not_seen(variant, rel_pos, chunking):
+@pairwise(variant=VARIANTS, rel_pos=POSITIONS, chunking=FEW_CHUNKS, square=[False, True])
+def test_padding_is_not_seen(variant, rel_pos, chunking, square):
+    """Nor does it matter whether the mask says so for each query."""
     module = variant.build(rel_pos)
     frames, length = 19, 11
     x = torch.randn(2, frames, SIZE, dtype=torch.float64)
@@ -286,24 +275,23 @@ def test_padding_is_not_seen(variant, rel_pos, chunking):
     extra = context(rel_pos, chunking, mask, frames)
     clean = module(x, x, x, *extra)
     x[1, length:] = 1e4 * torch.randn(frames - length, SIZE, dtype=torch.float64)
+    if square:
+        extra = context(rel_pos, chunking, mask.expand(2, frames, frames), frames)
     dirty = module(x, x, x, *extra)
     assert dirty.isfinite().all()
     torch.testing.assert_close(dirty[mask[:, 0]], clean[mask[:, 0]], rtol=1e-9, atol=1e-9)
 
 
-@chunkings
-@variants
-def test_a_square_mask_of_padding_is_the_padding_mask(variant, chunking):
-    module = variant.build(True)
-    x = torch.randn(2, 19, SIZE, dtype=torch.float64)
-    mask = make_mask("padded", 2, 19)
-    flat = module(x, x, x, *context(True, chunking, mask, 19))
-    square = module(x, x, x, *context(True, chunking, mask.expand(2, 19, 19), 19))
-    torch.testing.assert_close(square[mask[:, 0]], flat[mask[:, 0]], rtol=1e-9, atol=1e-9)
+@pairwise(
+    variant={name: VARIANTS[name] for name in ("mha", "mqa", "linear-elu-decay")},
+    chunking=CHUNKS,
+    square=[False, True],
+)
+def test_padding_is_not_seen_in_any_chunks(variant, chunking, square):
+    test_padding_is_not_seen(variant, True, chunking, square)
 
 
-@positions
-@softmax_variants
+@pairwise(variant=SOFTMAX, rel_pos=POSITIONS)
 def test_left_chunks_bound_what_is_seen(variant, rel_pos):
     module = variant.build(rel_pos)
     x = torch.randn(1, 20, SIZE, dtype=torch.float64)
@@ -339,8 +327,7 @@ def test_half_precision(variant, dtype):
     torch.testing.assert_close(got.double(), expected, rtol=0.1, atol=0.15)
 
 
-@positions
-@variants
+@pairwise(variant=VARIANTS, rel_pos=POSITIONS)
 def test_dropout_acts_in_training_only(variant, rel_pos):
     module = build_attention(variant.attention_type, variant.conf, HEADS, SIZE, 0.5, rel_pos)
     x = torch.randn(1, 9, SIZE)

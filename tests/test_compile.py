@@ -5,9 +5,8 @@ from typing import Any
 import pytest
 import torch
 from espnet2.asr.decoder.transformer_decoder import TransformerDecoder
-from small_decoders import SIZE, VOCABULARY
+from small_decoders import SIZE, VOCABULARY, of
 from small_decoders import build as build_decoder
-from small_decoders import of
 from small_encoders import ATTENTIONS, FEATURES, assert_close, batch, build, build_stock
 from streams import STREAMED
 from torch._dynamo.testing import CompileCounter

@@ -143,9 +143,11 @@ def test_no_layer_waits_for_the_device(attention, monkeypatch):
         monkeypatch.setattr(torch, name, watched)
     own_tolist = torch.Tensor.tolist
     monkeypatch.setattr(
-        torch.Tensor, "tolist", lambda t: (counter.calls.append("tolist"), own_tolist(t))[1]
-        if counter.inside
-        else own_tolist(t),
+        torch.Tensor,
+        "tolist",
+        lambda t: (
+            (counter.calls.append("tolist"), own_tolist(t))[1] if counter.inside else own_tolist(t)
+        ),
     )
 
     def enter(*_):
