@@ -5,6 +5,7 @@ whatever else the machine does falls on both sides of it.
 """
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -42,12 +43,15 @@ from streams import (
 )
 from torch import Tensor
 
+from espnet_kv.cache import EncoderState
 from espnet_kv.errors import command
 
 FRAMES_PER_MINUTE = 1500
 STREAMS = 16
+MANY = 64  # streams of which one leaves and one comes
 MLA_BAR = ("mla", "mha", 1.0)  # time of the first over that of the second, at most
 LEAST_GAIN = 1.8  # throughput of a batch of streams over as many single ones
+MOST_MOVING = 0.1  # time of one leaving and one coming over that of copying all streams
 MOST_AGEING = 1.05  # time of a chunk in the last minute over that in minute 2
 
 
@@ -220,6 +224,37 @@ def run_streams(encoders: dict, case: Case, args: argparse.Namespace) -> dict:
     return results
 
 
+def run_moves(encoders: dict, case: Case, args: argparse.Namespace) -> dict:
+    """One of many streams leaves and another one joins, against copying the whole batch."""
+    features = noise(args.device, case.left_chunks + 2, MANY)
+    stay = list(range(1, MANY))
+    print(f"{MANY} streams, left context of {case.left} frames full, {args.rounds} rounds\n")
+    print("| model | one leaves, one joins: ms | all copied: ms | ratio | bar |  |")
+    print("|---" * 6 + "|")
+    results = {}
+    for name in ATTENTIONS:
+        batch = Ours(encoders[name], case.left_chunks, features)
+        for x in batch.pieces(features):
+            batch.step(x)
+
+        def move(batch: Ours = batch) -> None:
+            new = batch.encoder.init_state(left_chunks=batch.state.left_chunks)
+            batch.state = batch.state.select(stay)
+            batch.state = EncoderState.join([batch.state, new])
+            batch.state.claim()  # which the next chunk would do
+
+        runs = {"move": move, "copy": partial(copy.deepcopy, batch.state)}
+        seconds = by_side(list(rounds(runs, args.device, args.rounds)))
+        is_now = ratio(seconds["move"], seconds["copy"])
+        ms = {side: round(1e3 * statistics.median(spent), 2) for side, spent in seconds.items()}
+        met = is_now <= MOST_MOVING
+        results[name] = {"ms": ms, "ratio": is_now, "met": met}
+        row = (f"{ms['move']:.2f}", f"{ms['copy']:.2f}", f"{is_now:.3f}", f"{MOST_MOVING}")
+        print("|", " | ".join([name, *row, "met" if met else "missed"]), "|", flush=True)
+    print(flush=True)
+    return results
+
+
 def step_each(streams: list[Stream], xs: Sequence[Tensor]) -> None:
     for stream, x in zip(streams, xs, strict=True):
         stream.step(x)
@@ -273,6 +308,7 @@ CASES = {
     "chunk-256": Case(16, run_chunk, most=0.75),
     "streams-64": Case(4, run_streams),
     "streams-256": Case(16, run_streams),
+    "moves-64": Case(4, run_moves),
     "hour": Case(16, run_hour),
 }
 

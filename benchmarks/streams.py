@@ -141,8 +141,7 @@ class Ours(Stream):
 
     def __init__(self, encoder, left_chunks: int, features: Tensor):
         self.encoder = encoder
-        encoder.left_chunks = left_chunks
-        self.state = encoder.init_state(batch_size=len(features))
+        self.state = encoder.init_state(len(features), left_chunks=left_chunks)
         self.step(features[:, STRIDE : self.first])
 
     def step(self, xs: Tensor) -> Tensor:
