@@ -27,8 +27,8 @@ demo-all:  ## the same for all eight models; resumes where it was stopped
 
 test:  ## run the test suite
 	@python=$$(scripts/environment.sh) && \
-	    PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $$python -m pytest $(ARGS)
+	    PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$$python" -m pytest $(ARGS)
 
 lint:  ## check style and types
-	@python=$$(scripts/environment.sh) && $$python -m ruff check . && \
-	    $$python -m ruff format --check . && $$python -m mypy
+	@python=$$(scripts/environment.sh) && "$$python" -m ruff check . && \
+	    "$$python" -m ruff format --check . && "$$python" -m mypy

@@ -1,0 +1,88 @@
+"""Content of files as short hashes, remembered between runs while a file's status stays the same."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from espnet_kv.recipe.atomic import write_text
+from espnet_kv.recipe.datadir import audio_files
+from espnet_kv.recipe.progress import Progress
+
+MISSING = "missing"
+TICK_NS = 100_000_000
+
+
+class Content:
+    """Hashes of files and of the audio behind data directories.
+
+    A hash is computed once and kept in `memory` with the file's size, times and inode, so that
+    judging a large corpus costs one `stat` a file. A file that is gone keeps the hash that it had:
+    audio may be deleted once it has been formatted.
+
+    Args:
+        memory: JSON file that keeps hashes between runs.
+        threads: files read side by side.
+        keep: whether to write `memory`.
+    """
+
+    def __init__(self, memory: Path, threads: int = 1, keep: bool = True) -> None:
+        self._memory, self._threads, self._keep = memory, threads, keep
+        try:
+            known = json.loads(memory.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            known = None
+        self._known: dict[str, list] = known if isinstance(known, dict) else {}
+
+    def of_file(self, path: Path) -> str:
+        """Hash of one file; MISSING where there is none."""
+        return self._hashes([path], None)[0] if path.exists() else MISSING
+
+    def of_audio(self, data_dir: Path) -> str:
+        """Hash of all audio that a data directory names; MISSING without a wav.scp."""
+        if not (data_dir / "wav.scp").is_file():
+            return MISSING
+        files = sorted(set(audio_files(data_dir)))
+        hashes = self._hashes(files, f"reading audio of {data_dir.name}")
+        return hashlib.sha256("\n".join(hashes).encode()).hexdigest()[:16]
+
+    def _hashes(self, paths: Iterable[Path], label: str | None) -> list[str]:
+        names = {path: os.path.abspath(path) for path in paths}
+        status = {path: _status(path) for path in names}
+        new = [
+            path
+            for path, seen in status.items()
+            if seen is not None and self._known.get(names[path], [None])[0] != seen
+        ]
+        now = time.time_ns()
+        progress = Progress(label, len(new)) if label and len(new) > 1 else None
+        with ThreadPoolExecutor(self._threads) as pool:
+            for path, found in zip(new, pool.map(_hash, new), strict=True):
+                # a file younger than the clock's tick may change once more and look the same
+                settled = now - max(status[path][1:3]) > TICK_NS
+                self._known[names[path]] = [status[path] if settled else None, found]
+                if progress:
+                    progress.step()
+        if new and label and self._keep:  # small files are hashed again faster than the memory is written
+            self._memory.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self._memory, json.dumps(self._known))
+        return [self._known.get(name, [None, MISSING])[1] for name in names.values()]
+
+
+def _status(path: Path) -> list[int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def _hash(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError:
+        return MISSING
