@@ -253,7 +253,7 @@ def test_stages_give_the_same_bytes_whatever_nj(corpus: Path, tmp_path: Path):
         format_audio(tmp_path / "sp", tmp_path / "dump", nj=nj)
         trees.append((tree(tmp_path / "sp"), tree(tmp_path / "dump")))
     assert trees[0] == trees[1]
-    assert len(trees[0][0]) == 6 + 4  # perturbed files; wav.scp text utt2spk spk2utt
+    assert len(trees[0][0]) == 6 + 5  # perturbed files; wav.scp text utt2spk spk2utt dropped
 
 
 def test_perturb_reports_unreadable_audio_and_bad_factors(corpus: Path, tmp_path: Path, capsys):
