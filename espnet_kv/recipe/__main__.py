@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for step, said in forecast(steps, judge, stages):
             print(f"stage {step.stage}: {step.name}: {said}")
         return
-    parallel = {11: args.train_nj, 12: args.inference_nj}
+    parallel = {11: args.train_nj, 12: args.inference_nj, 14: 1}
     start = time.monotonic()
     with terminate_on_signals():
         for stage in stages:

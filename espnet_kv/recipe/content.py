@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from espnet_kv.recipe.atomic import write_text
-from espnet_kv.recipe.datadir import audio_files
+from espnet_kv.recipe.audio import file_of
+from espnet_kv.recipe.datadir import DataDir
 from espnet_kv.recipe.progress import Progress
 
 MISSING = "missing"
@@ -36,6 +37,7 @@ class Content:
         except (OSError, ValueError):
             known = None
         self._known: dict[str, list] = known if isinstance(known, dict) else {}
+        self._audio: dict[Path, list] = {}
 
     def of_file(self, path: Path) -> str:
         """Hash of one file; MISSING where there is none."""
@@ -43,11 +45,15 @@ class Content:
 
     def of_audio(self, data_dir: Path) -> str:
         """Hash of all audio that a data directory names; MISSING without a wav.scp."""
-        if not (data_dir / "wav.scp").is_file():
+        wav_scp = _status(data_dir / "wav.scp")
+        if wav_scp is None:
             return MISSING
-        files = sorted(set(audio_files(data_dir)))
-        hashes = self._hashes(files, f"reading audio of {data_dir.name}")
-        return hashlib.sha256("\n".join(hashes).encode()).hexdigest()[:16]
+        # whoever changes the audio in the course of a run writes wav.scp anew as well
+        if self._audio.get(data_dir, [None])[0] != wav_scp:
+            hashes = self._hashes(audio_files(data_dir), f"reading audio of {data_dir.name}")
+            found = hashlib.sha256("\n".join(hashes).encode()).hexdigest()[:16]
+            self._audio[data_dir] = [wav_scp, found]
+        return self._audio[data_dir][1]
 
     def _hashes(self, paths: Iterable[Path], label: str | None) -> list[str]:
         names = {path: os.path.abspath(path) for path in paths}
@@ -70,6 +76,12 @@ class Content:
             self._memory.parent.mkdir(parents=True, exist_ok=True)
             write_text(self._memory, json.dumps(self._known))
         return [self._known.get(name, [None, MISSING])[1] for name in names.values()]
+
+
+def audio_files(data_dir: Path) -> list[Path]:
+    """The files behind a data directory's wav.scp, sorted, each once; commands have none."""
+    data = DataDir.read(data_dir, allow_pipes=True)
+    return sorted({Path(file) for entry in data.wav_scp.values() if (file := file_of(entry))})
 
 
 def _status(path: Path) -> list[int] | None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from espnet_kv.recipe.datadir import DataDir
 from espnet_kv.recipe.layout import Layout
-from espnet_kv.recipe.lengths import dump_seconds
 from espnet_kv.recipe.train import MODES
 
 HEADINGS = ("set", "in", "dropped", "kept", "hours", "speakers", "trained on", "decoded", "scored")
@@ -23,8 +22,8 @@ class SetCount:
     kept: utterances that training or decoding reads.
     seconds: their audio.
     speakers: theirs.
-    trained_on: model -> utterances in its statistics, which training reads.
-    decoded, scored: experiment and decoding -> utterances.
+    trained_on: utterances in the statistics, which training reads.
+    decoded, scored: hypotheses of this run's decoding, and those of them that were scored.
     """
 
     name: str
@@ -67,7 +66,7 @@ def _count(layout: Layout, name: str) -> SetCount:
     source, whole = layout.data(name), layout.formatted(name)
     is_test = name in layout.args.test_sets
     kept = whole if is_test else layout.dump(name)
-    data = DataDir.read(source)
+    data = DataDir.read(source, allow_pipes=True)
     dropped = [source / "dropped", whole / "dropped"]
     if not is_test:
         dropped.append(kept / "dropped")
@@ -76,7 +75,9 @@ def _count(layout: Layout, name: str) -> SetCount:
     found = SetCount(name, len(data.wav_scp) + sum(1 for _ in _reasons(dropped[0])), reasons)
     if (kept / "utt2num_samples").is_file():
         left = DataDir.read(kept)
-        found.kept, found.seconds = len(left.wav_scp), dump_seconds(kept)
+        samples = (kept / "utt2num_samples").read_text(encoding="utf-8").splitlines()
+        found.kept = len(left.wav_scp)
+        found.seconds = sum(int(line.split()[1]) for line in samples) / layout.args.fs
         found.speakers = len(set(left.utt2spk.values()))
     for mode in MODES:
         if name in (layout.train_set, layout.args.valid_set) and layout.set_of(mode).name == name:

@@ -5,14 +5,17 @@ from functools import partial
 from pathlib import Path
 
 from espnet_kv.recipe import corpora
+from espnet_kv.recipe.content import audio_files
 from espnet_kv.recipe.datadir import DataDir
 from espnet_kv.recipe.format import format_audio
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.lengths import filter_lengths
 from espnet_kv.recipe.perturb import perturb_speed
-from espnet_kv.recipe.steps import Step
+from espnet_kv.recipe.steps import STAMP, Step, read_stamp
 from espnet_kv.recipe.tokens import list_characters, train_bpe
 
+OF_CORPUS = {"synth": ("synth_train", "synth_dev", "synth_test", "synth_seed")}
+"""Corpus -> the options that change its data."""
 KALDI_FILES = ("wav.scp", "segments", "text", "utt2spk", "spk2utt")
 
 
@@ -23,24 +26,46 @@ def prepare_step(layout: Layout) -> Step:
     """
     args = layout.args
     corpus = corpora.CORPORA[args.corpus]
-    options = {name: getattr(args, name) for name in ("corpus", *corpus.options)}
-    if layout.sources:
-        build = partial(corpora.check_sources, layout.sources)
-        options |= {name: str(source) for name, source in layout.sources.items()}
+    options = {name: getattr(args, name) for name in OF_CORPUS.get(args.corpus, ())}
+    if args.corpus == "synth":
+        options |= {"librispeech": None}
     else:
-        build = partial(corpora.prepare, corpus, args)
+        options |= {"librispeech": _tree(layout)}
     return Step(
         stage=1,
         name="data",
         output=args.datadir,
-        build=build,
-        options=options,
+        build=partial(_prepare, layout),
+        options={"corpus": args.corpus, **options},
         products=lambda: [layout.data(name) / "wav.scp" for name in corpus.sets],
         sign=layout.data(args.train_set) / "wav.scp",
         in_place=True,
         keep_given=True,
         editable=True,
         always=bool(layout.sources),
+    )
+
+
+def _tree(layout: Layout) -> str | None:
+    """The existing copy of the corpus to read: where none is named now, that of last time."""
+    if layout.args.librispeech is not None:
+        return str(layout.args.librispeech)
+    stamp = read_stamp(layout.args.datadir / STAMP) or {"facts": {"options": {}}}
+    options = stamp["facts"]["options"]
+    return options.get("librispeech") if options.get("corpus") == layout.args.corpus else None
+
+
+def _prepare(layout: Layout) -> None:
+    args = layout.args
+    tree = _tree(layout)
+    sizes = {name.removeprefix("synth_"): getattr(args, name) for name in OF_CORPUS["synth"]}
+    corpora.prepare(
+        args.corpus,
+        args.datadir,
+        librispeech=None if tree is None else Path(tree),
+        download_dir=args.download_dir,
+        nj=args.nj,
+        synth=corpora.SynthOptions(**{k: v for k, v in sizes.items() if v is not None}),
     )
 
 
@@ -94,14 +119,15 @@ def format_step(layout: Layout, name: str, before: Step) -> Step:
 def lengths_step(layout: Layout, name: str, formatted: Step) -> Step:
     """Stage 4: training and validation sets without what is too short or too long."""
     args = layout.args
-    low, high = max(args.min_wav_duration, layout.shortest_seconds), args.max_wav_duration
+    low, high = args.min_wav_duration, args.max_wav_duration
+    shortest = layout.shortest_seconds
     src, dst = layout.formatted(name), layout.dump(name)
     return Step(
         stage=4,
         name=f"lengths {name}",
         output=dst,
-        build=lambda: filter_lengths(src, dst, low, high),
-        options={"min_wav_duration": low, "max_wav_duration": high},
+        build=lambda: filter_lengths(src, dst, low, high, shortest_seconds=shortest),
+        options={"min_wav_duration": max(low, shortest), "max_wav_duration": high},
         after=[formatted],
         products=lambda: _dump_files(dst),
     )
@@ -113,7 +139,8 @@ def tokens_step(layout: Layout, prepare: Step) -> Step:
     out, text = layout.token_dir, layout.data(args.train_set) / "text"
 
     def build() -> None:
-        lines = DataDir.read(text.parent).text.values()
+        data = DataDir.read(text.parent, allow_pipes=args.allow_pipes)
+        lines = data.text.values()
         if args.token_type == "char":
             list_characters(lines, out)
         else:
@@ -145,6 +172,4 @@ def _dump_files(directory: Path) -> list[Path]:
 
 def _files(data_dir: Path, below: Path) -> Sequence[Path]:
     """The audio files that a data directory names, of those that lie in the folder `below`."""
-    from espnet_kv.recipe.datadir import audio_files
-
-    return [path for path in dict.fromkeys(audio_files(data_dir)) if path.is_relative_to(below)]
+    return [path for path in audio_files(data_dir) if path.is_relative_to(below)]

@@ -49,7 +49,10 @@ def decode_step(layout: Layout, config_file: Path, name: str, before: Sequence[S
         shutil.rmtree(out, ignore_errors=True)
         keys = sorted(DataDir.read(dump).wav_scp)
         count = min(args.inference_nj, len(keys))
-        option = config_option(log_dir / "decode.yaml", _options(layout, exp, dump))
+        common = [
+            config_option(log_dir / "decode.yaml", _options(layout, exp)),
+            f"--data_path_and_name_and_type={dump / 'wav.scp'},speech,{layout.audio_type}",
+        ]
         module = "asr_inference_streaming" if args.use_streaming else "asr_inference"
         made = []
         for n in range(1, count + 1):
@@ -60,7 +63,7 @@ def decode_step(layout: Layout, config_file: Path, name: str, before: Sequence[S
                 Job(
                     f"{exp.name} {name} {n}/{count}",
                     f"espnet_kv.bin.{module}",
-                    [option, *more, *words(args.inference_args)],
+                    [*common, *more, *words(args.inference_args)],
                     log_dir / f"asr_inference.{n}.log",
                     int(args.gpu_inference),
                 )
@@ -104,11 +107,10 @@ def _lm_config(layout: Layout) -> Path:
     return layout.lm_exp / "config.yaml"
 
 
-def _options(layout: Layout, exp: Path, dump: Path) -> dict[str, Any]:
+def _options(layout: Layout, exp: Path) -> dict[str, Any]:
     args = layout.args
     options = load_yaml(args.inference_config) | {
         "ngpu": int(args.gpu_inference),
-        "data_path_and_name_and_type": [[str(dump / "wav.scp"), "speech", layout.audio_type]],
         "asr_train_config": str(exp / "config.yaml"),
         "asr_model_file": str(exp / args.inference_asr_model),
     }

@@ -16,7 +16,7 @@ from espnet_kv.recipe.jobs import Job, visible_gpus
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.steps import Step
 from espnet_kv.recipe.train import MODES, check_keys, config_option, last_epoch, words
-from espnet_kv.training import check_finite
+from espnet_kv.saving import check_finite
 
 
 def lm_stats_step(layout: Layout, before: Sequence[Step]) -> Step:

@@ -44,7 +44,6 @@ NEUTRAL = {
     "nj": "how much runs at once",
     "inference_nj": "how much runs at once",
     "train_nj": "how much runs at once",
-    "ngpu": "where training runs",
     "gpu_inference": "where decoding runs",
     "allow_pipes": "whether commands in wav.scp are refused",
     "download_dir": "where downloads are kept",
@@ -289,7 +288,7 @@ def _parse_with_defaults(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = chosen.parse_args(arguments)
     if args.corpus not in CORPORA:
         raise UserError(f"--corpus {args.corpus}: unknown (allowed: {', '.join(CORPORA)})")
-    defaults = dict(CORPORA[args.corpus].defaults)
+    defaults = dict(getattr(CORPORA[args.corpus], 'defaults', {}))
     if args.use_streaming:
         defaults.pop("inference_config", None)  # it is one of whole utterances
     chosen.set_defaults(**defaults)

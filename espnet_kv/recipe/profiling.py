@@ -2,15 +2,13 @@
 
 import json
 import shlex
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from espnet_kv.errors import UserError
 from espnet_kv.recipe.atomic import write_text
 from espnet_kv.recipe.config import load_yaml
-from espnet_kv.recipe.jobs import last_line
+from espnet_kv.recipe.jobs import Job, visible_gpus
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.options import DECODE, DECODE_STREAMING
 from espnet_kv.recipe.scores import read_scores
@@ -31,26 +29,31 @@ def profile_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> S
     search, streaming = _search_configs(layout)
     wav_scp = layout.formatted(args.test_sets[0]) / "wav.scp"
 
-    def build() -> None:
+    def jobs() -> list[Job]:
         if not model.exists():
             raise UserError(f"{model} does not exist: train first (stage 11)")
+        ngpu = min(1, visible_gpus() if args.ngpu is None else args.ngpu)
         options = [
             f"--experiment={exp}",
             f"--inference_asr_model={args.inference_asr_model}",
             f"--wav_scp={wav_scp}",
             f"--inference_config={search}",
             f"--streaming_config={streaming}",
-            *([] if args.ngpu is None else ["--ngpu", str(min(1, args.ngpu))]),
+            *("--ngpu", str(ngpu)),
             *shlex.split(args.profile_args),
             f"--decoding={layout.inference_name}",
         ]
-        _profile(options, out)
+        log = out / "profile.log"
+        print(f"  profiling {exp.name}, log in {log}", flush=True)
+        # a process of its own: nothing else is in its memory then
+        return [Job(f"profile {exp.name}", "espnet_kv.bin.profile", options, log, ngpu, fresh=True)]
 
     return Step(
         stage=14,
         name=f"profile {exp.name}",
         output=out,
-        build=build,
+        build=lambda: print(out / "profile.json"),
+        jobs=jobs,
         options={
             "profile_args": args.profile_args,
             "inference_config": load_yaml(search),
@@ -113,20 +116,6 @@ def _search_configs(layout: Layout) -> tuple[Path, Path]:
     if args.use_streaming:
         return DECODE, args.inference_config
     return args.inference_config, DECODE_STREAMING
-
-
-def _profile(options: Sequence[str], out: Path) -> None:
-    """Run the command in a process of its own: nothing else is in its memory then."""
-    print(f"  profiling {out.parent.name}, log in {out / 'profile.log'}", flush=True)
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "profile.log").open("w", encoding="utf-8") as log:
-        command = [sys.executable, "-m", "espnet_kv.bin.profile", *options]
-        ended = subprocess.run(command, stderr=log, check=False)
-    if ended.returncode:
-        raise UserError(
-            f"{out.parent.name} was not profiled: {last_line(out / 'profile.log')} "
-            f"(whole log: {out / 'profile.log'})"
-        )
 
 
 def _refresh_scores(exp: Path, decoding: str) -> None:

@@ -145,7 +145,7 @@ class Steps:
         """Whether `step` has to run, and why."""
         if step.skipped:
             return State("skipped", step.skipped)
-        stamp = _read(step.stamp_file)
+        stamp = read_stamp(step.stamp_file)
         if stamp is None:
             return self._unstamped(step)
         if stamp["digest"] != self.digest(step):
@@ -163,7 +163,7 @@ class Steps:
             if step.precious:
                 return State("refused", "it was not made by this recipe")
             return State("given")
-        begun = _read(step.begun_file)
+        begun = read_stamp(step.begun_file)
         if begun is None:
             for file in (step.stamp_file, step.begun_file):
                 if file.exists():
@@ -175,7 +175,7 @@ class Steps:
 
     def why(self, step: Step) -> str:
         """What changed since `step` ran or began, traced to its root."""
-        stamp = _read(step.stamp_file) or _read(step.begun_file)
+        stamp = read_stamp(step.stamp_file) or read_stamp(step.begun_file)
         if stamp is None:
             return "not made yet"
         then, now = stamp["facts"], self.facts(step)
@@ -225,7 +225,7 @@ def _json(record: Mapping[str, Any]) -> str:
     return json.dumps(record, indent=1) + "\n"
 
 
-def _read(file: Path) -> dict[str, Any] | None:
+def read_stamp(file: Path) -> dict[str, Any] | None:
     """A stamp; None where there is none, or none that this version can read."""
     try:
         stamp = json.loads(file.read_text(encoding="utf-8"))

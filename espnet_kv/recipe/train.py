@@ -18,7 +18,7 @@ from espnet_kv.recipe.datadir import DataDir
 from espnet_kv.recipe.jobs import Job, visible_gpus
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.steps import Step
-from espnet_kv.training import check_finite
+from espnet_kv.saving import check_finite
 
 MODES = ("train", "valid")
 
