@@ -76,13 +76,10 @@ class DataDir:
         data.utt2spk = read_speakers(path)
         return data
 
-    def write(self, path: Path, dropped: Mapping[str, str] | None = None) -> None:
+    def write(self, path: Path) -> None:
         """Replace the directory `path` by this data, in one step.
 
         Whatever else lay in the directory described the old data and goes with it.
-
-        Args:
-            dropped: utterance -> reason, written to the file `dropped`.
 
         Raises:
             UserError: an id or a value cannot stand in a Kaldi file.
@@ -94,8 +91,6 @@ class DataDir:
         new.mkdir(parents=True)
         try:
             self.write_files(new)
-            if dropped is not None:
-                (new / "dropped").write_text(dropped_lines(dropped), encoding="utf-8")
         except BaseException:
             shutil.rmtree(new)
             raise
