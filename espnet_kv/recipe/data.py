@@ -14,58 +14,71 @@ from espnet_kv.recipe.perturb import perturb_speed
 from espnet_kv.recipe.steps import STAMP, Step, read_stamp
 from espnet_kv.recipe.tokens import list_characters, train_bpe
 
-OF_CORPUS = {"synth": ("synth_train", "synth_dev", "synth_test", "synth_seed")}
-"""Corpus -> the options that change its data."""
 KALDI_FILES = ("wav.scp", "segments", "text", "utt2spk", "spk2utt")
+SIZES = {
+    name: (f"{name}_train", f"{name}_dev", f"{name}_test", f"{name}_seed")
+    for name in ("synth", "digits")
+}
+"""Corpus that is made here -> the options that say how."""
 
 
 def prepare_step(layout: Layout) -> Step:
-    """Stage 1: data/SET from a download, an existing tree or the synthesizer.
-
-    A user's own data directories are checked at every run and read where they are.
-    """
+    """Stage 1: data/SET from a download, an existing copy, a user's own or the synthesizer."""
     args = layout.args
-    corpus = corpora.CORPORA[args.corpus]
-    options = {name: getattr(args, name) for name in OF_CORPUS.get(args.corpus, ())}
-    if args.corpus == "synth":
-        options |= {"librispeech": None}
-    else:
-        options |= {"librispeech": _tree(layout)}
+    options = {name: getattr(args, name) for name in SIZES.get(args.corpus, ())}
+    options["corpus_dir"] = _corpus_dir(layout)
+    options |= {f"the directory of {name}": str(path) for name, path in args.sources.items()}
+    reads = {
+        f"{name}/{file}": source / file
+        for name, source in args.sources.items()
+        for file in KALDI_FILES
+    }
+    sets = args.sources or corpora.CORPORA[args.corpus].sets
     return Step(
         stage=1,
         name="data",
         output=args.datadir,
         build=partial(_prepare, layout),
         options={"corpus": args.corpus, **options},
-        products=lambda: [layout.data(name) / "wav.scp" for name in corpus.sets],
+        reads=reads,
+        products=lambda: [layout.data(name) / "wav.scp" for name in sets],
         sign=layout.data(args.train_set) / "wav.scp",
         in_place=True,
         keep_given=True,
         editable=True,
-        always=bool(layout.sources),
     )
 
 
-def _tree(layout: Layout) -> str | None:
+def _corpus_dir(layout: Layout) -> str | None:
     """The existing copy of the corpus to read: where none is named now, that of last time."""
-    if layout.args.librispeech is not None:
-        return str(layout.args.librispeech)
+    if layout.args.corpus in ("synth", "kaldi"):
+        return None
+    if layout.args.corpus_dir is not None:
+        return str(layout.args.corpus_dir)
     stamp = read_stamp(layout.args.datadir / STAMP) or {"facts": {"options": {}}}
     options = stamp["facts"]["options"]
-    return options.get("librispeech") if options.get("corpus") == layout.args.corpus else None
+    return options.get("corpus_dir") if options.get("corpus") == layout.args.corpus else None
 
 
 def _prepare(layout: Layout) -> None:
     args = layout.args
-    tree = _tree(layout)
-    sizes = {name.removeprefix("synth_"): getattr(args, name) for name in OF_CORPUS["synth"]}
+    copy = _corpus_dir(layout)
+    sizes = {
+        name.partition("_")[2]: getattr(args, name)
+        for name in SIZES.get(args.corpus, ())
+        if getattr(args, name) is not None
+    }
     corpora.prepare(
         args.corpus,
         args.datadir,
-        librispeech=None if tree is None else Path(tree),
+        librispeech=copy and Path(copy),
+        source=copy and Path(copy),
         download_dir=args.download_dir,
         nj=args.nj,
-        synth=corpora.SynthOptions(**{k: v for k, v in sizes.items() if v is not None}),
+        synth=corpora.SynthOptions(**sizes) if args.corpus == "synth" else None,
+        digits=corpora.DigitsOptions(**sizes) if args.corpus == "digits" else None,
+        sources=args.sources,
+        allow_pipes=args.allow_pipes,
     )
 
 

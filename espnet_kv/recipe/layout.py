@@ -34,13 +34,8 @@ class Layout:
         """The training set after stage 2."""
         return self.args.train_set + ("_sp" if self.perturbed else "")
 
-    @property
-    def sources(self) -> dict[str, Path]:
-        """Set -> the user's own data directory, with --corpus kaldi."""
-        return self.args.sources
-
     def data(self, name: str) -> Path:
-        return self.sources.get(name, self.args.datadir / name)
+        return self.args.datadir / name
 
     def formatted(self, name: str) -> Path:
         """Stage 3, whole: training and validation sets wait for stage 4 below org/.

@@ -13,7 +13,7 @@ import humanfriendly
 
 from espnet_kv.errors import Parser, UserError, true_or_false, whole
 from espnet_kv.recipe import convert
-from espnet_kv.recipe.corpora import CORPORA, name_directories
+from espnet_kv.recipe.corpora import CORPORA, name_sources
 from espnet_kv.recipe.jobs import check_gpus, cores
 
 STAGES = {
@@ -34,6 +34,13 @@ STAGES = {
     15: "comparison of the profiled models",
 }
 LAST_STAGE = max(STAGES)
+COPIES = {
+    "librispeech_100": "LIBRISPEECH",
+    "mini_librispeech": "LIBRISPEECH",
+    "speechocean762": "SPEECHOCEAN762",
+    "digits": "FSDD",
+}
+"""Corpus -> the environment variable that names an existing copy."""
 DECODE, DECODE_STREAMING = Path("conf/decode_asr.yaml"), Path("conf/decode_asr_streaming.yaml")
 
 
@@ -135,19 +142,23 @@ def parser() -> argparse.ArgumentParser:
     add(g, "corpus", "librispeech_100", f"one of {', '.join(CORPORA)}")
     add(
         g,
-        "librispeech",
-        os.environ.get("LIBRISPEECH") or None,
-        "existing tree in LibriSpeech layout, instead of a download (or set LIBRISPEECH)",
+        "corpus_dir",
+        None,
+        "existing copy of the corpus, instead of a download (or set LIBRISPEECH, SPEECHOCEAN762 "
+        "or FSDD, see db.sh)",
         type=_path_or_none,
     )
+    add(g, "librispeech", None, "the same as corpus_dir, for LibriSpeech", type=_path_or_none)
     add(g, "download_dir", Path("downloads"), "where downloads go", type=Path)
-    add(g, "train_set", "", "data directory for training (default: the corpus's)")
-    add(g, "valid_set", "", "data directory for validation (default: the corpus's)")
-    add(g, "test_sets", "", "data directories to decode (default: the corpus's)")
-    add(g, "synth_train", None, "sentences in synth's training set", type=whole(1))
-    add(g, "synth_dev", None, "sentences in each of synth's dev sets", type=whole(1))
-    add(g, "synth_test", None, "sentences in each of synth's test sets", type=whole(1))
-    add(g, "synth_seed", None, "seed of synth", type=int)
+    own = " (default: the corpus's; kaldi: paths of your own)"
+    add(g, "train_set", "", f"data directory for training{own}")
+    add(g, "valid_set", "", f"data directory for validation{own}")
+    add(g, "test_sets", "", f"data directories to decode, split by spaces{own}")
+    for corpus, unit in (("synth", "sentences"), ("digits", "strings of each speaker")):
+        for part in ("train", "dev", "test"):
+            sets = "the training set" if part == "train" else f"each of the {part} sets"
+            add(g, f"{corpus}_{part}", None, f"{corpus}: {unit} in {sets}", type=whole(1))
+        add(g, f"{corpus}_seed", None, f"{corpus}: seed", type=whole(0))
     add(g, "speed_perturb_factors", "0.9 1.0 1.1", "stage 2; empty: none")
     add(g, "audio_format", "flac.ark", "flac.ark, flac, wav.ark or wav")
     add(g, "fs", 16000, "sampling rate of the dump in Hz, 16000 or 16k", type=_hertz)
@@ -288,7 +299,7 @@ def _parse_with_defaults(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = chosen.parse_args(arguments)
     if args.corpus not in CORPORA:
         raise UserError(f"--corpus {args.corpus}: unknown (allowed: {', '.join(CORPORA)})")
-    defaults = dict(getattr(CORPORA[args.corpus], 'defaults', {}))
+    defaults = dict(CORPORA[args.corpus].defaults)
     if args.use_streaming:
         defaults.pop("inference_config", None)  # it is one of whole utterances
     chosen.set_defaults(**defaults)
@@ -306,15 +317,20 @@ def _name_sets(args: argparse.Namespace) -> None:
                 raise UserError(
                     f"--{option}: --corpus kaldi needs it, the path of a Kaldi data directory"
                 )
-        paths = [Path(name) for name in dict.fromkeys(given)]
-        names = name_directories(paths)
-        args.sources = {names[path]: path for path in paths}
-        given = [names[Path(name)] for name in given]
+        args.sources = name_sources(map(Path, given), args.datadir)
+        names = {path: name for name, path in args.sources.items()}
+        given = [names[Path(path).resolve()] for path in given]
     elif bad := [name for name in given if "/" in name or name in (".", "..")]:
         raise UserError(
             f"{bad[0]}: a set is named as its directory below --datadir is; for directories "
             "elsewhere give --corpus kaldi"
         )
+    variable = COPIES.get(args.corpus, "")
+    args.corpus_dir = (
+        args.corpus_dir
+        or (args.librispeech if variable == "LIBRISPEECH" else None)
+        or _path_or_none(os.environ.get(variable, ""))
+    )
     args.train_set = given[0] or corpus.train_set
     args.valid_set = given[1] or corpus.valid_set
     args.test_sets = list(dict.fromkeys(given[2:])) or list(corpus.test_sets)

@@ -129,7 +129,12 @@ class Steps:
         if step not in self._facts:
             self._facts[step] = {
                 "version": step.version,
-                "options": json.loads(json.dumps(dict(step.options), default=str)),
+                # what is not asked for is left out, so that a new option changes no old digest
+                "options": {
+                    name: json.loads(json.dumps(value, default=str))
+                    for name, value in step.options.items()
+                    if value is not None and value is not False and value not in ("", [], {})
+                },
                 "reads": {role: self._content.of_file(file) for role, file in step.reads.items()},
                 "audio": {path.name: self._content.of_audio(path) for path in step.audio},
                 "after": {u.name: "" if u.is_given else self.digest(u) for u in step.after},
@@ -145,6 +150,8 @@ class Steps:
         """Whether `step` has to run, and why."""
         if step.skipped:
             return State("skipped", step.skipped)
+        if step.always:
+            return State("todo", "always done")
         stamp = read_stamp(step.stamp_file)
         if stamp is None:
             return self._unstamped(step)
@@ -156,7 +163,7 @@ class Steps:
                 return State("todo", f"{path} is gone")
             if not step.editable and path.stat().st_size != size:
                 return State("todo", f"{path} changed after it was made")
-        return State("todo", "always done") if step.always else State("done")
+        return State("done")
 
     def _unstamped(self, step: Step) -> State:
         if step.is_given:
@@ -240,7 +247,7 @@ def _changes(then: Any, now: Any, name: str = "") -> list[str]:
     if isinstance(then, dict) and isinstance(now, dict):
         keys = list(dict.fromkeys([*now, *then]))
         lists = (
-            _changes(then.get(key), now.get(key), f"{name}.{key}" if name else f"--{key}")
+            _changes(then.get(key), now.get(key), f"{name}.{key}" if name else _called(key))
             for key in keys
         )
         return [change for changes in lists for change in changes]
@@ -249,7 +256,13 @@ def _changes(then: Any, now: Any, name: str = "") -> list[str]:
     return [f"{name} was {_short(then)}, is {_short(now)}"]
 
 
+def _called(key: str) -> str:
+    return f"--{key}" if key.isidentifier() else key
+
+
 def _short(value: Any) -> str:
+    if value is None:
+        return "not given"
     text = value if isinstance(value, str) and value else json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
