@@ -296,10 +296,15 @@ class EncoderState:
     def select(self, rows: Sequence[int]) -> "EncoderState":
         """These streams, in this order, as a state of their own: drops, reorders, forks.
 
+        Args:
+            rows: numbers of streams, each from 0 to batch_size - 1, a number as often as wanted;
+                none: a state of no streams, to which others can be joined.
+
         Raises:
-            IndexError: there is no such stream.
+            ValueError: rows is a mask or holds something else than whole numbers.
+            IndexError: there is no such stream; negative numbers name none.
         """
-        rows = list(rows)
+        rows = _whole_numbers(rows)
         if not all(0 <= row < self.batch_size for row in rows):
             raise IndexError(f"streams {rows} of a state of {self.batch_size}")
         return dataclasses.replace(
@@ -316,9 +321,11 @@ class EncoderState:
         """The streams of all parts in one batch.
 
         Raises:
-            ValueError: the parts come from different encoders, or differ in their chunks or
-                cache_dtype.
+            ValueError: there are no parts, or they come from different encoders, or differ in
+                their chunks or cache_dtype.
         """
+        if not parts:
+            raise ValueError("parts: there is no state to join")
         first, *others = parts
         for other in others:
             if first._fingerprint != other._fingerprint:
@@ -374,3 +381,18 @@ class EncoderState:
     def nbytes_by_kind(self) -> dict[str, int]:
         """nbytes apart: {"attention": .., "conv": .., "input": ..}."""
         return {kind: sum(s.nbytes for s in self._all if s.kind == kind) for kind in KINDS}
+
+
+def _whole_numbers(rows: Any) -> list[int]:
+    """Numbers of streams as plain integers: of a sequence, an array or a tensor."""
+    numbers = rows.tolist() if hasattr(rows, "tolist") else rows
+    try:
+        numbers = [row.item() if hasattr(row, "item") else row for row in numbers]
+    except TypeError:
+        raise ValueError(f"rows {rows!r}: give a sequence of stream numbers, e.g. [1]") from None
+    if any(isinstance(row, bool) for row in numbers):
+        way_out = "[n for n, keep in enumerate(mask) if keep]"
+        raise ValueError(f"rows {numbers}: a mask names no streams; give numbers, e.g. {way_out}")
+    if not all(isinstance(row, int) for row in numbers):
+        raise ValueError(f"rows {numbers}: give whole numbers of streams, e.g. [2, 0]")
+    return numbers
