@@ -131,7 +131,7 @@ def convert_models(layout: Layout) -> None:
             log = args.expdir / "convert_logs" / f"{converted.experiment.name}.log"
             state = partial(_state_run, layout, converted.experiment)
             name = converted.experiment.name
-            jobs.append(Job(name, partial(_convert, command), log, after=state))
+            jobs.append(Job(name, "espnet_kv.bin.convert", command, log, after=state))
     run_jobs(jobs, args.train_nj)
 
     trainings = []
@@ -183,12 +183,6 @@ def _command(layout: Layout, converted: Converted, config: Path, model: Path) ->
         options += ["--calibration_scp", str(scp), "--calibration_type", layout.audio_type]
         options += ["--calibration_minutes", f"{args.calibration_minutes:g}"]
     return options
-
-
-def _convert(command: list[str]) -> int:
-    from espnet_kv.bin.convert import main
-
-    return main(command)
 
 
 def _is_converted(experiment: Path, command: list[str]) -> bool:

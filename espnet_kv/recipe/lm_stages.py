@@ -12,6 +12,7 @@ from espnet_kv.recipe.config import load_yaml
 from espnet_kv.recipe.datadir import DataDir
 from espnet_kv.recipe.jobs import Job, run_jobs
 from espnet_kv.recipe.layout import Layout
+from espnet_kv.recipe.model_stages import default_gpus
 from espnet_kv.recipe.stamp import once
 
 
@@ -29,7 +30,7 @@ def collect_lm_stats(layout: Layout) -> None:
             *("--train_shape_file", str(_lm_text(layout, layout.train_set))),
             *("--valid_shape_file", str(_lm_text(layout, layout.args.valid_set))),
         ]
-        run_jobs([Job(out.name, lambda: _train_lm(command), out / "collect_stats.log")], 1)
+        run_jobs([Job(out.name, "espnet_kv.bin.lm_train", command, out / "collect_stats.log")], 1)
         layout.write_text_shapes(out)
 
     once(out, build, inputs)
@@ -45,16 +46,20 @@ def train_lm(layout: Layout) -> None:
     config = load_yaml(args.lm_config)
 
     def build() -> None:
+        ngpu = default_gpus(args)
         command = [
             *_lm_options(layout),
             *("--output_dir", str(exp), "--resume", "true", "--fold_length", "150"),
-            *("--ngpu", str(args.ngpu or 0)),
+            *("--ngpu", str(ngpu)),
+            *("--multiprocessing_distributed", "true" if ngpu > 1 else "false"),
         ]
         for mode in ("train", "valid"):
             command += [f"--{mode}_shape_file", str(layout.text_shape(layout.lm_stats, mode))]
         command += shlex.split(args.lm_args)
         epochs = config.get("max_epoch", 40)
-        run_jobs([Job(exp.name, lambda: _train_lm(command), exp / "train.log", epochs)], 1)
+        log = exp / "train.log"
+        job = Job(exp.name, "espnet_kv.bin.lm_train", command, log, gpus=ngpu, epochs=epochs)
+        run_jobs([job], 1)
 
     once(exp, build, [*_lm_inputs(layout), args.lm_config], lm_args=args.lm_args)
 
@@ -74,7 +79,9 @@ def lm_perplexity(layout: Layout) -> None:
             *("--train_config", str(layout.lm_exp / "config.yaml")),
             *("--model_file", str(layout.lm_exp / args.inference_lm)),
         ]
-        job = Job(f"perplexity {name}", partial(_perplexity, command), out / "perplexity.log")
+        job = Job(
+            f"perplexity {name}", "espnet2.bin.lm_calc_perplexity", command, out / "perplexity.log"
+        )
         once(out, partial(run_jobs, [job], 1), [text, layout.lm_exp / "config.yaml"])
         print(f"  {name}: perplexity {(out / 'ppl').read_text(encoding='utf-8').strip()}")
 
@@ -131,15 +138,3 @@ def _lm_options(layout: Layout) -> list[str]:
         option = f"--{mode}_data_path_and_name_and_type"
         options += [option, f"{_lm_text(layout, name)},text,text"]
     return options
-
-
-def _train_lm(command: list[str]) -> None:
-    from espnet2.bin.lm_train import main
-
-    main(command)
-
-
-def _perplexity(command: list[str]) -> None:
-    from espnet2.bin.lm_calc_perplexity import main
-
-    main(command)

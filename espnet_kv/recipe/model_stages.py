@@ -3,7 +3,6 @@
 import json
 import shlex
 import shutil
-import zipfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from espnet_kv.provenance import commit
 from espnet_kv.recipe.atomic import new_directory, write_text
 from espnet_kv.recipe.config import load_config
 from espnet_kv.recipe.datadir import DataDir
-from espnet_kv.recipe.jobs import Job, run_jobs
+from espnet_kv.recipe.jobs import Job, run_jobs, visible_gpus
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.stamp import STAMP, digest, once
 
@@ -44,7 +43,7 @@ def collect_stats(layout: Layout) -> None:
                     *("--ngpu", "0"),
                 ]
                 log = args.expdir / f"{layout.stats.name}.log" / f"{out.name}.log"
-                jobs.append(Job(out.name, partial(_train, command), log))
+                jobs.append(Job(out.name, "espnet_kv.bin.asr_train", command, log))
             run_jobs(jobs, args.nj)
             _aggregate(outputs, new)
             for out in outputs:
@@ -117,7 +116,7 @@ def training_job(
     stamp = json.dumps(made_from, indent=1, sort_keys=True, default=str) + "\n"
     if _begun(exp, stamp, args):
         return None
-    ngpu = _gpus() if args.ngpu is None else args.ngpu
+    ngpu = default_gpus(args)
     command = [
         *("--output_dir", str(exp)),
         *("--resume", "true"),
@@ -131,8 +130,10 @@ def training_job(
     write_text(exp / "begun.json", stamp)
     return Job(
         exp.name,
-        partial(_train, command),
+        "espnet_kv.bin.asr_train",
+        command,
         exp / "train.log",
+        gpus=ngpu,
         epochs=_last_epoch(config, args.asr_args),
         after=partial(write_text, exp / STAMP, stamp),
     )
@@ -153,15 +154,7 @@ def _begun(exp: Path, stamp: str, args: Any) -> bool:
     if (exp / STAMP).exists() and (exp / args.inference_asr_model).exists():
         print(f"  {exp} is up to date")
         return True
-    checkpoint = exp / "checkpoint.pth"
-    if checkpoint.exists() and not _readable(checkpoint):
-        print(f"warning: {checkpoint} was cut off while being written; training starts again")
-        checkpoint.unlink()
     return False
-
-
-def _readable(checkpoint: Path) -> bool:
-    return zipfile.is_zipfile(checkpoint)
 
 
 def decode(layout: Layout) -> None:
@@ -189,8 +182,9 @@ def decode(layout: Layout) -> None:
                 command = [*options, "--key_file", str(keys), "--output_dir", str(part)]
                 log = out / "logdir" / f"asr_inference.{n}.log"
                 title = f"{exp.name} {name} {n}/{len(parts)}"
-                infer = _infer_streaming if args.use_streaming else _infer
-                jobs.append(Job(title, partial(infer, command), log))
+                module = "asr_inference" + "_streaming" * args.use_streaming
+                ngpu = int(args.gpu_inference)
+                jobs.append(Job(title, f"espnet_kv.bin.{module}", command, log, gpus=ngpu))
             merges.append((out, len(parts), made_from))
     run_jobs(jobs, args.inference_nj)
     for out, count, made_from in merges:
@@ -258,24 +252,6 @@ def _aggregate(parts: Sequence[Path], out: Path) -> None:
     aggregate_stats_dirs(parts, out, "WARNING", False)
 
 
-def _train(command: list[str]) -> int:
-    from espnet_kv.bin.asr_train import main
-
-    return main(command)
-
-
-def _infer(command: list[str]) -> int:
-    from espnet_kv.bin.asr_inference import main
-
-    return main(command)
-
-
-def _infer_streaming(command: list[str]) -> int:
-    from espnet_kv.bin.asr_inference_streaming import main
-
-    return main(command)
-
-
 def _last_epoch(config: dict[str, Any], asr_args: str) -> int:
     words = shlex.split(asr_args)
     if "--max_epoch" in words[:-1]:
@@ -283,11 +259,6 @@ def _last_epoch(config: dict[str, Any], asr_args: str) -> int:
     return config.get("max_epoch", 40)
 
 
-def _gpus() -> int:
-    """1 where there is a GPU (asked without waking CUDA, which forks would not survive)."""
-    import os
-
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    import torch
-
-    return min(1, torch.cuda.device_count())
+def default_gpus(args: Any) -> int:
+    """GPUs of a training: --ngpu, by default 1 where there is one."""
+    return min(1, visible_gpus()) if args.ngpu is None else args.ngpu

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from espnet_kv.errors import UserError
 from espnet_kv.recipe.atomic import write_text
-from espnet_kv.recipe.jobs import last_line
 from espnet_kv.recipe.layout import Layout
+from espnet_kv.recipe.logs import last_error
 from espnet_kv.recipe.options import DECODE, DECODE_STREAMING
 from espnet_kv.recipe.scores import read_scores
 from espnet_kv.recipe.stamp import once
@@ -63,7 +63,7 @@ def _profile(options: list[str], out: Path) -> None:
         ended = subprocess.run(command, stderr=log, check=False)
     if ended.returncode:
         raise UserError(
-            f"{out.parent.name} was not profiled: {last_line(out / 'profile.log')} "
+            f"{out.parent.name} was not profiled: {last_error(out / 'profile.log')} "
             f"(whole log: {out / 'profile.log'})"
         )
 
