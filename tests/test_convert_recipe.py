@@ -11,7 +11,7 @@ from small_sources import LETTERS, STREAMING, Experiment, write_audio
 from espnet_kv.convert.report import read_record
 from espnet_kv.errors import UserError
 from espnet_kv.recipe.__main__ import main
-from espnet_kv.recipe.convert_stage import plan
+from espnet_kv.recipe.convert import plan
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.options import parse
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from espnet_kv.recipe.report_stage import compare_models
 from profile_json import eight, make_profile, write_profile
 from reports import NAMES, STRANGE
 
 from espnet_kv.bin.report import main
 from espnet_kv.errors import UserError
 from espnet_kv.recipe.layout import Layout
-from espnet_kv.recipe.report_stage import compare_models
 from espnet_kv.report.columns import MISSING, tables
 from espnet_kv.report.models import ordered
 from espnet_kv.report.profiles import read_profiles

@@ -3,11 +3,11 @@
 import sys
 
 import pytest
+from espnet_kv.recipe.stamp import STAMP, digest, once
 
 from espnet_kv.errors import UserError
 from espnet_kv.recipe.config import load_config
-from espnet_kv.recipe.jobs import EPOCH
-from espnet_kv.recipe.stamp import STAMP, digest, once
+from espnet_kv.recipe.logs import parse_epoch
 
 
 class TestOnce:
@@ -71,13 +71,10 @@ def test_the_trainers_epoch_line_is_understood():
         "loss=46.140, backward_time=0.3, [valid] loss_ctc=57.4, cer_ctc=0.8, acc=0.418, cer=1.0, "
         "loss=34.968, time=1.9 seconds"
     )
-    found = EPOCH.search(line)
-    assert (found["epoch"], found["train"], found["acc"], found["valid"]) == (
-        "12",
-        "46.140",
-        "0.418",
-        "34.968",
-    )
+    epoch = parse_epoch(line)
+    assert epoch.number == 12
+    assert str(epoch) == "train loss 46.140, valid loss 34.968, accuracy 0.418"
+    assert not epoch.not_finite()
 
 
 def test_the_driver_says_what_is_wrong_in_one_line(capsys, monkeypatch, tmp_path):

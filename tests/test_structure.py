@@ -31,6 +31,8 @@ LAYERS = {
     "streaming": {"cache", "encoder", "task"},
     "decoder": {"arguments", "cache", "position", "step", "attention", "checkpoint"},
     "task": {"encoder", "decoder", "checkpoint", "registration"},
+    "saving": {"atomic"},
+    "training": {"saving", "task"},
     "convert": {
         "atomic",
         "provenance",
@@ -69,6 +71,7 @@ WITHOUT_ESPNET = (
     "state",
     "cache",
     "checkpoint",
+    "saving",
     "attention",
     "report",
     "recipe",

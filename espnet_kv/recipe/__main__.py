@@ -9,8 +9,8 @@ from espnet_kv.recipe.content import Content
 from espnet_kv.recipe.counts import count_sets, table
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.options import STAGES, parse
-from espnet_kv.recipe.pool import terminate_on_signals
 from espnet_kv.recipe.plan import plan
+from espnet_kv.recipe.pool import terminate_on_signals
 from espnet_kv.recipe.runner import forecast, run_steps
 from espnet_kv.recipe.steps import Steps
 

@@ -3,21 +3,15 @@
 import hashlib
 import io
 import math
-import multiprocessing
 import os
 import re
 import subprocess
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import BinaryIO
 from urllib.parse import quote
 
 import numpy as np
 
-from espnet_kv.errors import UserError
 from espnet_kv.recipe.containers import CHECKED, is_cut_short
 
 RATES = (1000, 768000)
@@ -142,41 +136,6 @@ def resample(samples: np.ndarray, rate: int, fs: int) -> np.ndarray:
 def to_int16(samples: np.ndarray) -> np.ndarray:
     """Float samples within [-1, 1] -> int16; lossless for audio that was 16-bit before."""
     return np.clip(np.rint(samples * 32768.0), -32768, 32767).astype(np.int16)
-
-
-def parallel_map[Job, Result](
-    work: Callable[[Job], Result], jobs: Sequence[Job], nj: int
-) -> Iterator[Result]:
-    """Yield `work(job)` for every job, in order, computed by `nj` processes.
-
-    Raises:
-        UserError: a worker process was killed.
-    """
-    if nj <= 1 or len(jobs) < 2:
-        yield from map(work, jobs)
-        return
-    # A forked child of a process that has used torch can hang in its thread pool.
-    context = multiprocessing.get_context("spawn")
-    chunk = max(1, min(16, len(jobs) // (4 * nj)))
-    try:
-        with ProcessPoolExecutor(min(nj, len(jobs)), context, _end_with_parent) as pool:
-            yield from pool.map(work, jobs, chunksize=chunk)
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a worker process was killed, most likely for lack of memory: use a smaller --nj"
-        ) from error
-
-
-def _end_with_parent() -> None:
-    """Worker processes of a killed run would otherwise wait for work for ever."""
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def audio_file(utt: str, suffix: str) -> str:

@@ -72,7 +72,9 @@ class Content:
                 self._known[names[path]] = [status[path] if settled else None, found]
                 if progress:
                     progress.step()
-        if new and label and self._keep:  # small files are hashed again faster than the memory is written
+        if (
+            new and label and self._keep
+        ):  # small files are hashed again faster than the memory is written
             self._memory.parent.mkdir(parents=True, exist_ok=True)
             write_text(self._memory, json.dumps(self._known))
         return [self._known.get(name, [None, MISSING])[1] for name in names.values()]

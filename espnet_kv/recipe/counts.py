@@ -101,8 +101,10 @@ def table(counts: Sequence[SetCount]) -> str:
     rows = [HEADINGS, *(count.cells() for count in counts)]
     widths = [max(len(row[n]) for row in rows) for n in range(len(HEADINGS))]
     return "\n".join(
-        "  ".join(f"{cell:<{width}}" if n in (0, 2) else f"{cell:>{width}}" for n, (cell, width) in
-                  enumerate(zip(row, widths, strict=True))).rstrip()
+        "  ".join(
+            f"{cell:<{width}}" if n in (0, 2) else f"{cell:>{width}}"
+            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in rows
     )
 

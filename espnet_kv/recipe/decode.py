@@ -137,4 +137,3 @@ def _check_keys(hypotheses: Path, dump: Path) -> None:
             f"{hypotheses} has {len(found)} utterances where {dump} has {len(wanted)} (the first "
             f"that differs: {differ[0]}): look into the logs beside it, then run stage 12 again"
         )
-

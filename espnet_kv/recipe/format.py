@@ -9,7 +9,7 @@ import numpy as np
 
 from espnet_kv.errors import UserError
 from espnet_kv.recipe.atomic import add_data, new_directory, write_text
-from espnet_kv.recipe.audio import AudioError, audio_file, parallel_map, read_recording, to_int16
+from espnet_kv.recipe.audio import AudioError, audio_file, read_recording, to_int16
 from espnet_kv.recipe.datadir import (
     DataDir,
     Segment,
@@ -17,6 +17,7 @@ from espnet_kv.recipe.datadir import (
     refuse_dropped,
     require_conserved,
 )
+from espnet_kv.recipe.pool import parallel_map
 from espnet_kv.recipe.progress import Progress, refuse_mostly_dropped, warn_each
 
 AUDIO_FORMATS = ("flac.ark", "wav.ark", "flac", "wav")

@@ -199,8 +199,20 @@ def parser() -> argparse.ArgumentParser:
         f"decoding options (default: {DECODE}, or {DECODE_STREAMING} with --use_streaming)",
         type=_path_or_none,
     )
-    add(g, "inference_tag", "", "name of the decoding (default: made of config and model)", type=_tag)
-    add(g, "inference_args", "", "more options for asr_inference, or asr_inference_streaming", type=_more_options)
+    add(
+        g,
+        "inference_tag",
+        "",
+        "name of the decoding (default: made of config and model)",
+        type=_tag,
+    )
+    add(
+        g,
+        "inference_args",
+        "",
+        "more options for asr_inference, or asr_inference_streaming",
+        type=_more_options,
+    )
     add(g, "inference_asr_model", "valid.acc.ave.pth", "model file to decode with")
     g = p.add_argument_group("conversion of a trained model, in the place of training")
     add(g, "convert_from", None, "experiment of the trained model", type=_path_or_none)
@@ -220,7 +232,13 @@ def parser() -> argparse.ArgumentParser:
     add(g, "finetune_control", False, "fine-tune the source as well, unconverted")
 
     g = p.add_argument_group("profiling")
-    add(g, "profile_args", "", "more options for espnet_kv.bin.profile (stage 14)", type=_more_options)
+    add(
+        g,
+        "profile_args",
+        "",
+        "more options for espnet_kv.bin.profile (stage 14)",
+        type=_more_options,
+    )
 
     g = p.add_argument_group("results")
     add(

@@ -9,12 +9,12 @@ from espnet_kv.recipe.atomic import add_data, new_directory, write_text
 from espnet_kv.recipe.audio import (
     AudioError,
     audio_file,
-    parallel_map,
     read_recording,
     resample,
     to_int16,
 )
 from espnet_kv.recipe.datadir import DataDir, Segment, dropped_lines, require_conserved
+from espnet_kv.recipe.pool import parallel_map
 from espnet_kv.recipe.progress import Progress, refuse_mostly_dropped, warn_each
 
 

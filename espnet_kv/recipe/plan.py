@@ -35,8 +35,10 @@ def plan(layout: Layout) -> list[Step]:
 
     models = _models(layout, lengths, tokens)
     made = [step for steps in models.values() for step in steps]
-    last = {config: [step for step in made if step.output == layout.asr_exp(config)]
-            for config in args.asr_config}
+    last = {
+        config: [step for step in made if step.output == layout.asr_exp(config)]
+        for config in args.asr_config
+    }
     decoded = {
         (config, name): decode.decode_step(
             layout, config, name, [formatted[name], *last[config], *language_models]

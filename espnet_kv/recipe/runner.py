@@ -1,6 +1,5 @@
 """Running the steps of a stage: those that are not done, side by side where they are jobs."""
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 

@@ -38,6 +38,7 @@ def read_scores(experiment: Path, preferred: Sequence[str] = ()) -> dict[str, di
             kind.setdefault(result.parents[1].name, row)
     return scores
 
+
 def is_streaming(decoding: Path) -> bool:
     """Whether the test sets below a decoding's directory were decoded as streams.
 

@@ -265,4 +265,3 @@ def _short(value: Any) -> str:
         return "not given"
     text = value if isinstance(value, str) and value else json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-

@@ -208,4 +208,3 @@ def check_keys(layout: Layout, files: Sequence[Path], mode: str) -> None:
                 f"{file.name} of the {mode} statistics has {len(found)} utterances where {dump} "
                 f"has {len(wanted)} (the first that differs: {differ[0]}): run stage 10 again"
             )
-

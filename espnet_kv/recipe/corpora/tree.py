@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from espnet_kv.errors import UserError
-from espnet_kv.recipe.audio import parallel_map
+from espnet_kv.recipe.pool import parallel_map
 from espnet_kv.recipe.progress import Progress
 
 SAMPLE_RATE = 16000
