@@ -9,11 +9,12 @@ import pytest
 import soundfile
 
 from espnet_kv.errors import UserError
-from espnet_kv.recipe.audio import AudioError, parallel_map, read_audio, read_audio_at
+from espnet_kv.recipe.audio import AudioError, read_audio, read_audio_at
 from espnet_kv.recipe.datadir import DataDir
 from espnet_kv.recipe.format import AUDIO_FORMATS, format_audio
 from espnet_kv.recipe.lengths import filter_lengths
 from espnet_kv.recipe.perturb import perturb_speed
+from espnet_kv.recipe.pool import parallel_map
 
 
 def tone(seconds: float, rate: int = 16000, hertz: float = 440.0) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Content of files as short hashes, remembered between runs while a file's status stays the same."""
+"""Content of files as short hashes, remembered between runs while a file stays the same."""
 
 import hashlib
 import json
@@ -58,23 +58,22 @@ class Content:
     def _hashes(self, paths: Iterable[Path], label: str | None) -> list[str]:
         names = {path: os.path.abspath(path) for path in paths}
         status = {path: _status(path) for path in names}
-        new = [
-            path
+        new = {
+            path: seen
             for path, seen in status.items()
             if seen is not None and self._known.get(names[path], [None])[0] != seen
-        ]
+        }
         now = time.time_ns()
         progress = Progress(label, len(new)) if label and len(new) > 1 else None
         with ThreadPoolExecutor(self._threads) as pool:
-            for path, found in zip(new, pool.map(_hash, new), strict=True):
+            for (path, seen), found in zip(new.items(), pool.map(_hash, new), strict=True):
                 # a file younger than the clock's tick may change once more and look the same
-                settled = now - max(status[path][1:3]) > TICK_NS
-                self._known[names[path]] = [status[path] if settled else None, found]
+                settled = now - max(seen[1:3]) > TICK_NS
+                self._known[names[path]] = [seen if settled else None, found]
                 if progress:
                     progress.step()
-        if (
-            new and label and self._keep
-        ):  # small files are hashed again faster than the memory is written
+        # small files are hashed again faster than the memory is written
+        if new and label and self._keep:
             self._memory.parent.mkdir(parents=True, exist_ok=True)
             write_text(self._memory, json.dumps(self._known))
         return [self._known.get(name, [None, MISSING])[1] for name in names.values()]

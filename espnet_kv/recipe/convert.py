@@ -142,7 +142,7 @@ def convert_step(layout: Layout, converted: Converted, before: Sequence[Step]) -
         build=partial(_state_run, layout, out),
         options={
             "attention_type": args.attention_type,
-            **dict([(converted.options[0].removeprefix("--"), converted.options[1])]),
+            converted.options[0].removeprefix("--"): converted.options[1],
             "convert_parts": _parts(args),
             "convert_seed": args.convert_seed,
             "calibration_minutes": args.calibration_minutes,

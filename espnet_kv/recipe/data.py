@@ -62,7 +62,8 @@ def _corpus_dir(layout: Layout) -> str | None:
 
 def _prepare(layout: Layout) -> None:
     args = layout.args
-    copy = _corpus_dir(layout)
+    given = _corpus_dir(layout)
+    copy = None if given is None else Path(given)
     sizes = {
         name.partition("_")[2]: getattr(args, name)
         for name in SIZES.get(args.corpus, ())
@@ -71,8 +72,8 @@ def _prepare(layout: Layout) -> None:
     corpora.prepare(
         args.corpus,
         args.datadir,
-        librispeech=copy and Path(copy),
-        source=copy and Path(copy),
+        librispeech=copy,
+        source=copy,
         download_dir=args.download_dir,
         nj=args.nj,
         synth=corpora.SynthOptions(**sizes) if args.corpus == "synth" else None,

@@ -17,7 +17,6 @@ STAMP = ".scored.done.json"
 
 def score_step(layout: Layout, config_file: Path, name: str, decoded: Step) -> Step:
     """Write score_wer, score_cer and, with BPE, score_ter of one decoded test set."""
-    args = layout.args
     exp = layout.asr_exp(config_file)
     out, dump = exp / layout.inference_name / name, layout.formatted(name)
     kinds = KINDS if layout.bpe_model is not None else KINDS[:2]
@@ -43,6 +42,7 @@ def score_step(layout: Layout, config_file: Path, name: str, decoded: Step) -> S
         after=[decoded],
         products=lambda: [out / f"score_{kind}" / "result.txt" for kind in kinds],
         stamp=out / STAMP,
+        given=False,
     )
 
 
