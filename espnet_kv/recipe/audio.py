@@ -69,7 +69,7 @@ class Recording:
 def read_recording(entry: str, *, allow_pipes: bool = False) -> Recording:
     """Read one wav.scp entry: an audio file, `file.ark:offset`, or a command that ends in `|`.
 
-    Channels are averaged, unless they cancel each other: then the loudest is used. Float
+    Channels are averaged, unless they cancel each other: then the first loud one is used. Float
     audio in the scale of 16-bit integers is divided by 32768. Both are noted.
 
     Args:
@@ -86,9 +86,9 @@ def read_recording(entry: str, *, allow_pipes: bool = False) -> Recording:
     mono = samples.mean(axis=1)
     power = np.square(samples).mean(axis=0)
     if np.square(mono).mean() < 0.01 * power.mean():
-        loudest = int(power.argmax())
-        note = f"channel {loudest} of {samples.shape[1]} taken, because the channels cancel out"
-        return Recording(samples[:, loudest].copy(), rate, (*notes, note))
+        first = int((power > power.max() / 2).argmax())
+        note = f"channel {first} of {samples.shape[1]} taken, because the channels cancel out"
+        return Recording(samples[:, first].copy(), rate, (*notes, note))
     note = f"{samples.shape[1]} channels averaged to mono"
     return Recording(mono, rate, (*notes, note))
 
@@ -274,7 +274,7 @@ def _decode_sound(file: BinaryIO) -> tuple[np.ndarray, int]:
     start = file.read(512)
     file.seek(0)
     try:
-        sound = Stream(file)
+        sound = Stream(getattr(file, "name", file))  # a file is read faster by libsndfile itself
     except soundfile.LibsndfileError as error:
         raise ValueError(_foreign(start) or str(error).rpartition(": ")[2]) from None
     with sound:

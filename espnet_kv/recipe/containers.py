@@ -9,7 +9,7 @@ CHECKED = {"WAV", "WAVEX", "RF64", "AIFF", "AU", "W64", "CAF", "FLAC", "OGG", "M
 """libsndfile's names of the containers of which `is_cut_short` (or the decoder) can tell."""
 
 # A program that writes into a pipe cannot know the size and leaves 0 or about 2 or 4 GiB.
-_STREAMED = 0x7FFF0000
+_STREAMED = 0x7F000000
 _W64 = bytes.fromhex("726966662e91cf11a5d628db04c10000")  # `riff`, its GUID
 _KBITS_V1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
 _KBITS_V2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)

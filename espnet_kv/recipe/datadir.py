@@ -1,5 +1,6 @@
 """Kaldi data directories: wav.scp, segments, text, utt2spk, spk2utt."""
 
+import functools
 import os
 import shutil
 from collections import Counter
@@ -261,4 +262,9 @@ def _find_relative(recordings: dict[str, str], directory: Path) -> None:
             recordings[key] = str(parent / entry)
             found += 1
     if found:
-        print(f"  {directory / 'wav.scp'}: {found} relative paths count from {parent}", flush=True)
+        _say_once(f"  {directory / 'wav.scp'}: {found} relative paths count from {parent}")
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, flush=True)

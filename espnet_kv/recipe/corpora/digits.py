@@ -6,6 +6,7 @@ tree in LibriSpeech's layout, so that it is prepared as real data is.
 """
 
 import dataclasses
+import functools
 import random
 import re
 import zlib
@@ -120,15 +121,20 @@ def render(utterance: Utterance) -> np.ndarray:
 
     parts = [pause(0.05)]
     for path in utterance.clips:
-        try:
-            clip = read_audio_at(str(path), SAMPLE_RATE).samples
-        except AudioError as error:
-            raise UserError(f"{error}; give a complete checkout") from None
-        # Half of full scale, so that no speaker or digit is known by its level.
-        parts += [0.5 * clip / max(float(np.abs(clip).max()), 1e-4), pause(0.025)]
+        parts += [_read_clip(path), pause(0.025)]
     speech = np.concatenate(parts)
     noise = 10 ** rng.uniform(-3.3, -2.3) * rng.standard_normal(len(speech))
     return np.clip(np.rint(32767 * (speech + noise)), -32768, 32767).astype(np.int16)
+
+
+@functools.lru_cache(maxsize=4096)  # all recordings of the dataset, each used many times
+def _read_clip(path: Path) -> np.ndarray:
+    try:
+        clip = read_audio_at(str(path), SAMPLE_RATE).samples
+    except AudioError as error:
+        raise UserError(f"{error}; give a complete checkout") from None
+    # Half of full scale, so that no speaker or digit is known by its level.
+    return 0.5 * clip / max(float(np.abs(clip).max()), 1e-4)
 
 
 def generate(tree: Path, source: Path, options: DigitsOptions, nj: int = 1) -> None:
