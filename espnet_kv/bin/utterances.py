@@ -73,8 +73,9 @@ def decoding_task(task: Any) -> Any:
             if dtype in ("float16", "bfloat16"):
                 dtype = "float32"  # features are computed in 32 bits
             loader = super().build_streaming_iterator(
-                texts, preprocess_fn=preprocess_fn, key_file=keys, dtype=dtype, **options
+                texts, preprocess_fn=preprocess_fn, dtype=dtype, **options
             )
+            loader.dataset.key_file = keys  # as an argument ESPnet takes a file alone
             return Utterances(loader, data[0][0])
 
     return DecodingTask
