@@ -16,7 +16,7 @@ from torch import Tensor
 from espnet_kv.checkpoint import check_finite, read_checkpoint, refuse_partial_loads
 from espnet_kv.decoder.transformer import KVTransformerDecoder
 from espnet_kv.encoder.base import KVEncoder
-from espnet_kv.errors import UserError, is_out_of_memory, one_line
+from espnet_kv.errors import ConfigError, UserError, is_out_of_memory, one_line
 
 # keys of a checkpoint that hold the statistics of the features
 STATISTICS = ("normalize.mean", "normalize.std")
@@ -80,7 +80,7 @@ class ASRTask(ESPnetASRTask):
             @classmethod
             def build_model(inner, args: argparse.Namespace) -> AbsESPnetModel:
                 vars(args).update(find_files(named, config))
-                return _with_statistics(super().build_model, args, checkpoint, named)
+                return build_filled(super().build_model, args, checkpoint, named)
 
         try:
             load = super(ASRTask, Loading).build_model_from_file  # type: ignore[misc]
@@ -183,12 +183,19 @@ def find_file(config_file: Path | str, name: str) -> Path | None:
     return next((path for path in [*tries, Path(name)] if path.is_file()), None)
 
 
-def _with_statistics(
+def build_filled(
     build: Any, args: argparse.Namespace, checkpoint: Mapping[str, Tensor], config_file: Path | str
 ) -> AbsESPnetModel:
-    """build(args), where GlobalMVN takes its sizes from the checkpoint in place of its file.
+    """build(args) for a checkpoint, from which GlobalMVN gets its statistics, not from its file.
 
-    The file may be gone, or of a model with another front end; the checkpoint has the numbers.
+    The file may be gone, or of a model with another front end.
+
+    Args:
+        build: of a task, e.g. ASRTask.build_model.
+        config_file: where args come from, for messages.
+
+    Raises:
+        UserError: the arguments build no model, or name a file that does not exist.
     """
     conf = getattr(args, "normalize_conf", None)
     try:
@@ -204,6 +211,8 @@ def _with_statistics(
             f"{error.filename} does not exist, but {config_file} names it: put it there, or beside "
             "config.yaml"
         ) from error
+    except ConfigError as error:
+        raise ConfigError(f"{config_file}: {error}") from error
     except (UserError, OSError):
         raise
     except Exception as error:  # what ESPnet's classes say of arguments that they cannot use

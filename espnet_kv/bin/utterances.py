@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,15 +72,11 @@ def decoding_task(task: Any) -> Any:
             texts = [(path, name, "text" if kind in AUDIO else kind) for path, name, kind in data]
             if dtype in ("float16", "bfloat16"):
                 dtype = "float32"  # features are computed in 32 bits
-            chosen = None if keys is None else _KeyFile(keys)
             loader = super().build_streaming_iterator(
-                texts,
-                preprocess_fn=preprocess_fn,
-                key_file=None if chosen is None else chosen.name,
-                dtype=dtype,
-                **options,
+                texts, preprocess_fn=preprocess_fn, dtype=dtype, **options
             )
-            return Utterances(loader, data[0][0], chosen)
+            loader.dataset.key_file = keys  # as an argument ESPnet takes a file alone
+            return Utterances(loader, data[0][0])
 
     return DecodingTask
 
@@ -137,11 +132,10 @@ class Utterances:
     Args:
         loader: ESPnet's.
         name: of what is read, for messages.
-        keys: file that the loader reads, kept for as long.
     """
 
-    def __init__(self, loader: Iterable, name: str, keys: "_KeyFile | None"):
-        self._loader, self._name, self._keys = loader, name, keys
+    def __init__(self, loader: Iterable, name: str):
+        self._loader, self._name = loader, name
 
     def __iter__(self) -> Iterator[tuple[Sequence[str], dict[str, Any]]]:
         batches, last = None, "the beginning"
@@ -184,17 +178,6 @@ def _check(data: Sequence[tuple[str, str, str]], key_file: str | None) -> list[s
             if not entry.endswith("|") and not Path(file).exists():
                 raise UserError(f"{path}: {key}: {file} does not exist")
     return None if key_file is None else _keys(key_file, listed)
-
-
-class _KeyFile:
-    """A temporary file of keys, one a line; `name` is its path."""
-
-    def __init__(self, keys: Sequence[str]):
-        # removed with this object
-        self._file = tempfile.NamedTemporaryFile("w", suffix=".scp", encoding="utf-8")  # noqa: SIM115
-        self._file.writelines(f"{key}\n" for key in keys)
-        self._file.flush()
-        self.name = self._file.name
 
 
 def _keys(key_file: str, listed: Mapping[str, str]) -> list[str]:
