@@ -164,9 +164,10 @@ def test_convert_fine_tune_decode_score(source, capsys):
     capsys.readouterr()
     assert main(command) == 0
     out = capsys.readouterr().out
-    assert out.count("is up to date") == 7 and "done (1/" not in out
+    # a conversion, two fine-tunings, four decodings, four scores
+    assert out.count("is up to date") == 11 and "done (1/" not in out
     assert main([*command, "--calibration_minutes", "0.05"]) == 1
-    assert "was made of another model or with other options" in capsys.readouterr().err
+    assert "--calibration_minutes was 0.1, is 0.05" in capsys.readouterr().err
 
 
 def test_what_the_source_was_trained_on_must_be_there(source, capsys):

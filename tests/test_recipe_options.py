@@ -288,3 +288,14 @@ class TestContentOfFiles:
         pretend_done(*given)
         Path("own.yaml").write_text("# a comment\n" + Path(MHA).read_text())
         assert stages(*given) == set()
+
+
+@pytest.mark.parametrize("form", ["--corpus synth", "--corpus=synth"])
+@pytest.mark.parametrize("streaming", ["true", "false"])
+def test_what_suits_a_corpus_is_its_default(here, form, streaming):
+    args = parse([*form.split(), "--use_streaming", streaming])
+    assert args.nbpe == 64 and args.overlay == Path("conf/overlays/small.yaml")
+    assert args.speed_perturb_factors == []
+    name = "decode_asr_streaming" if streaming == "true" else "decode_asr_fast"
+    assert args.inference_config.stem == name
+    assert parse([*form.split(), "--nbpe", "70"]).nbpe == 70

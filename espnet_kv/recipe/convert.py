@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from espnet_kv.bin.convert import get_parser
 from espnet_kv.errors import UserError
 from espnet_kv.provenance import commit
 from espnet_kv.recipe.atomic import write_text
@@ -15,7 +16,7 @@ from espnet_kv.recipe.config import load_yaml
 from espnet_kv.recipe.jobs import Job
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.steps import Step
-from espnet_kv.recipe.train import training_step
+from espnet_kv.recipe.train import MODES, training_step
 
 # a converted model has learnt already: it goes on at this part of the rate it began with
 FINETUNE_LR = 0.1
@@ -123,14 +124,19 @@ def convert_step(layout: Layout, converted: Converted, before: Sequence[Step]) -
         "model": args.convert_from / args.inference_asr_model,
     }
 
-    def jobs() -> list[Job]:
+    def ready() -> None:
         for file in source.values():
             if not file.is_file():
                 raise UserError(f"{file} does not exist: --convert_from names a trained experiment")
+
+    command = _command(layout, converted, source)
+    get_parser().parse_args(command)  # what is wrong is told before anything is done
+
+    def jobs() -> list[Job]:
         if (out / "conversion.json").exists():  # cut off between the work and its stamp
             return []
         log = args.expdir / "convert_logs" / f"{out.name}.log"
-        return [Job(out.name, "espnet_kv.bin.convert", _command(layout, converted, source), log)]
+        return [Job(out.name, "espnet_kv.bin.convert", command, log)]
 
     reads = dict(source)
     if args.calibration_minutes:
@@ -149,6 +155,7 @@ def convert_step(layout: Layout, converted: Converted, before: Sequence[Step]) -
         },
         reads=reads,
         after=before if args.calibration_minutes else [],
+        ready=ready,
         jobs=jobs,
         products=lambda: [out / "config.yaml", out / args.inference_asr_model],
         precious=True,
@@ -181,6 +188,7 @@ def fine_tuning_step(layout: Layout, start: Path, directory: Path, before: Seque
         options={name: getattr(args, name) for name in names},
         reads={"model": model, "config": start / "config.yaml"},
         after=before,
+        ready=lambda: _check_training_files(start / "config.yaml"),
         remedy="give another --expdir",
     )
 
@@ -242,11 +250,12 @@ def _state_run(layout: Layout, experiment: Path) -> None:
 
 def _fine_tuning_config(layout: Layout, start: Path, directory: Path) -> dict[str, Any]:
     """train.yaml of the fine-tuning; a conversion's record goes beside it."""
+    from espnet_kv.convert.experiment import training_config
     from espnet_kv.convert.report import FILE
 
     args = layout.args
     model = start / args.inference_asr_model
-    config = _training_config(start, model)
+    config = training_config(load_yaml(start / "config.yaml"), model)
     optim = config.get("optim_conf") or {}
     if args.finetune_lr is None and "lr" not in optim:
         raise UserError(f"{start / 'config.yaml'} names no learning rate: give --finetune_lr")
@@ -274,18 +283,16 @@ def _most_kept(kept: int | list[int]) -> int:
     return max(kept) if isinstance(kept, list) else kept
 
 
-def _training_config(start: Path, model: Path) -> dict[str, Any]:
-    """train.yaml of a conversion; of another experiment what its config.yaml says of training."""
-    from espnet_kv.convert.experiment import training_config
-
-    config = training_config(load_yaml(start / "config.yaml"), model)
-    files = [Path(path) for mode in ("train", "valid") for path in config[f"{mode}_shape_file"]]
-    for mode in ("train", "valid"):
-        files += [Path(path) for path, *_ in config[f"{mode}_data_path_and_name_and_type"]]
+def _check_training_files(config_file: Path) -> None:
+    """Raise UserError where a file is missing that the model of `config_file` was trained on."""
+    config = load_yaml(config_file)
+    files = [Path(file) for mode in MODES for file in config.get(f"{mode}_shape_file") or ()]
+    for mode in MODES:
+        listed = config.get(f"{mode}_data_path_and_name_and_type") or ()
+        files += [Path(path) for path, *_ in listed]
     for file in files:
         if not file.is_file():
             raise UserError(
-                f"{file} does not exist, but {start / 'config.yaml'} was trained on it: fine-tune "
-                "in the directory where it was trained"
+                f"{file} does not exist, but {config_file} was trained on it: fine-tune in the "
+                "directory where it was trained"
             )
-    return config

@@ -14,7 +14,7 @@ from espnet_kv.recipe.jobs import Job
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.scores import RECORD
 from espnet_kv.recipe.steps import Step
-from espnet_kv.recipe.train import config_option, part_of, words, write_keys
+from espnet_kv.recipe.train import config_option, part_of, split_options, write_keys
 
 RESULT_FILES = ("text", "token", "token_int", "score")
 
@@ -39,13 +39,11 @@ def decode_step(layout: Layout, config_file: Path, name: str, before: Sequence[S
     if args.use_ngram:
         reads["ngram"] = layout.ngram
 
-    def jobs() -> list[Job]:
+    def ready() -> None:
         for role in ("model", "config"):
-            if not reads[role].exists():
-                raise UserError(
-                    f"{reads[role]} does not exist: train first (stage 11), or name another model "
-                    "with --inference_asr_model"
-                )
+            require_model(reads[role])
+
+    def jobs() -> list[Job]:
         shutil.rmtree(out, ignore_errors=True)
         keys = sorted(DataDir.read(dump).wav_scp)
         count = min(args.inference_nj, len(keys))
@@ -63,7 +61,7 @@ def decode_step(layout: Layout, config_file: Path, name: str, before: Sequence[S
                 Job(
                     f"{exp.name} {name} {n}/{count}",
                     f"espnet_kv.bin.{module}",
-                    [*common, *more, *words(args.inference_args)],
+                    [*common, *more, *split_options(args.inference_args)],
                     log_dir / f"asr_inference.{n}.log",
                     int(args.gpu_inference),
                 )
@@ -98,9 +96,19 @@ def decode_step(layout: Layout, config_file: Path, name: str, before: Sequence[S
         },
         reads=reads,
         after=before,
+        ready=ready,
         jobs=jobs,
         products=lambda: [out / file for file in (*RESULT_FILES, RECORD)],
     )
+
+
+def require_model(file: Path) -> None:
+    """Raise UserError where a file of a trained model is missing."""
+    if not file.is_file():
+        raise UserError(
+            f"{file} does not exist: train first (stage 11), or name another model with "
+            "--inference_asr_model"
+        )
 
 
 def _lm_config(layout: Layout) -> Path:

@@ -15,8 +15,14 @@ from espnet_kv.recipe.datadir import DataDir
 from espnet_kv.recipe.jobs import Job, visible_gpus
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.steps import Step
-from espnet_kv.recipe.train import MODES, check_keys, config_option, last_epoch, words
-from espnet_kv.saving import check_finite
+from espnet_kv.recipe.train import (
+    MODES,
+    check_keys,
+    check_models,
+    config_option,
+    last_epoch,
+    split_options,
+)
 
 
 def lm_stats_step(layout: Layout, before: Sequence[Step]) -> Step:
@@ -79,18 +85,14 @@ def train_lm_step(layout: Layout, before: Sequence[Step]) -> Step:
         write_text(exp / "run.json", json.dumps(run, indent=1) + "\n")
         option = config_option(exp / "train.yaml", options)
         epochs = last_epoch(options, args.lm_args)
-        more = [option, *words(args.lm_args)]
+        more = [option, *split_options(args.lm_args)]
         return [Job(exp.name, "espnet_kv.bin.lm_train", more, exp / "train.log", ngpu, epochs)]
-
-    def build() -> None:
-        for model in exp.glob("*.ave.pth"):
-            check_finite(model)
 
     return Step(
         stage=7,
         name=exp.name,
         output=exp,
-        build=build,
+        build=lambda: check_models(exp),
         options={"lm_config": load_yaml(args.lm_config), "lm_args": args.lm_args}
         if args.use_lm
         else {},
@@ -158,7 +160,6 @@ def ngram_step(layout: Layout, before: Sequence[Step]) -> Step:
     text = layout.set_of("train") / "text"
 
     def build() -> None:
-        _check_kenlm()
         from espnet2.text.build_tokenizer import build_tokenizer
 
         tokenizer = build_tokenizer(args.token_type, bpemodel=str(layout.bpe_model))
@@ -178,6 +179,7 @@ def ngram_step(layout: Layout, before: Sequence[Step]) -> Step:
         options={"ngram_num": args.ngram_num},
         reads={"text": text},
         after=before,
+        ready=_check_kenlm,
         products=lambda: [layout.ngram],
         skipped=_unless(args.use_ngram, "use_ngram"),
     )

@@ -21,7 +21,7 @@ def plan(layout: Layout) -> list[Step]:
     }
     lengths = [
         data.lengths_step(layout, name, formatted[name])
-        for name in (layout.train_set, args.valid_set)
+        for name in dict.fromkeys([layout.train_set, args.valid_set])
     ]
     tokens = data.tokens_step(layout, prepare)
     text = [*lengths, tokens]

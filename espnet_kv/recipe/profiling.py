@@ -8,6 +8,7 @@ from pathlib import Path
 from espnet_kv.errors import UserError
 from espnet_kv.recipe.atomic import write_text
 from espnet_kv.recipe.config import load_yaml
+from espnet_kv.recipe.decode import require_model
 from espnet_kv.recipe.jobs import Job, visible_gpus
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.options import DECODE, DECODE_STREAMING
@@ -30,8 +31,6 @@ def profile_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> S
     wav_scp = layout.formatted(args.test_sets[0]) / "wav.scp"
 
     def jobs() -> list[Job]:
-        if not model.exists():
-            raise UserError(f"{model} does not exist: train first (stage 11)")
         ngpu = min(1, visible_gpus() if args.ngpu is None else args.ngpu)
         options = [
             f"--experiment={exp}",
@@ -53,6 +52,7 @@ def profile_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> S
         name=f"profile {exp.name}",
         output=out,
         build=lambda: print(out / "profile.json"),
+        ready=lambda: require_model(model),
         jobs=jobs,
         options={
             "profile_args": args.profile_args,

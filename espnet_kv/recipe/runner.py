@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from espnet_kv.errors import UserError
 from espnet_kv.recipe.jobs import Job, run_jobs
 from espnet_kv.recipe.lock import locked
-from espnet_kv.recipe.steps import Step, Steps
+from espnet_kv.recipe.steps import State, Step, Steps
 
 
 def run_steps(steps: Sequence[Step], judge: Steps, parallel: int, command: str) -> None:
@@ -33,7 +33,7 @@ def _has_to_run(step: Step, judge: Steps) -> bool:
     state = judge.state(step)
     if state.kind == "skipped":
         print(f"  {step.name}: skipped ({state.reason})", flush=True)
-    elif state.kind == "refused":
+    elif _is_refused(step, state):
         raise UserError(refusal(step, state.reason))
     elif state.kind == "done" or (state.kind == "given" and step.keep_given):
         print(f"  {step.stamp_file.parent} is up to date", flush=True)
@@ -43,6 +43,11 @@ def _has_to_run(step: Step, judge: Steps) -> bool:
             print(f"  {step.name}: {state.reason}", flush=True)
         return True
     return False
+
+
+def _is_refused(step: Step, state: State) -> bool:
+    """Whether running `step` would write over a precious output."""
+    return state.kind == "refused" or (state.kind == "given" and step.precious)
 
 
 def refusal(step: Step, reason: str) -> str:
@@ -67,6 +72,8 @@ def _check_before(step: Step, judge: Steps) -> None:
 
 
 def _run_wave(steps: Sequence[Step], judge: Steps, parallel: int, command: str) -> None:
+    for step in steps:
+        step.ready()
     with ExitStack() as locks:
         for output in dict.fromkeys(step.output for step in steps):
             locks.enter_context(locked(output, command))
@@ -119,11 +126,11 @@ def forecast(steps: Sequence[Step], judge: Steps, stages: range) -> Iterator[tup
         ]
         if state.kind == "skipped":
             yield step, f"skipped: {state.reason}"
-        elif state.kind == "refused":
+        elif _is_refused(step, state):
             yield step, f"would be refused: {state.reason}"
         elif state.kind == "done" or (state.kind == "given" and step.keep_given):
             yield step, "up to date"
         elif missing:
             yield step, f"cannot run: {missing[0].name} (stage {missing[0].stage}) is not done"
         else:
-            yield step, f"would run: {state.reason or 'it was not made by this recipe'}"
+            yield step, f"would run: {state.reason}"

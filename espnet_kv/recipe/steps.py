@@ -20,7 +20,7 @@ STAMP = ".done.json"
 
 
 def nothing() -> Iterable[Any]:
-    """No jobs, or no products."""
+    """No jobs, no products, nothing to check."""
     return ()
 
 
@@ -36,6 +36,7 @@ class Step:
     reads: role -> file whose content the result depends on; a file may be missing.
     audio: data directories whose audio the result depends on.
     after: steps whose results this one reads.
+    ready: raises UserError where the work cannot begin; called before anything is written.
     version: raised by a developer when the same inputs give another result.
     jobs: the commands to run first, made when the step begins.
     products: the files without which the step does not count as done, known when it has ended.
@@ -59,6 +60,7 @@ class Step:
     reads: Mapping[str, Path] = field(default_factory=dict)
     audio: Sequence[Path] = ()
     after: Sequence["Step"] = ()
+    ready: Callable[[], object] = nothing
     version: int = 1
     jobs: Callable[[], Iterable[Job]] = nothing
     products: Callable[[], Iterable[Path]] = nothing
@@ -167,9 +169,7 @@ class Steps:
 
     def _unstamped(self, step: Step) -> State:
         if step.is_given:
-            if step.precious:
-                return State("refused", "it was not made by this recipe")
-            return State("given")
+            return State("given", "it was not made by this recipe")
         begun = read_stamp(step.begun_file)
         if begun is None:
             for file in (step.stamp_file, step.begun_file):

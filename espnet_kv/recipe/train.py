@@ -18,7 +18,6 @@ from espnet_kv.recipe.datadir import DataDir
 from espnet_kv.recipe.jobs import Job, visible_gpus
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.steps import Step
-from espnet_kv.saving import check_finite
 
 MODES = ("train", "valid")
 
@@ -47,7 +46,7 @@ def stats_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Ste
                 file = new / f"{mode}.keys.{n}.scp"
                 write_keys(file, part_of(keys[mode], n, count))
                 options[f"{mode}_shape_file"] = [str(file)]
-            more = [config_option(new / f"stats.{n}.yaml", options), *words(args.asr_args)]
+            more = [config_option(new / f"stats.{n}.yaml", options), *split_options(args.asr_args)]
             log = args.expdir / f"{out.name}.log" / f"{part.name}.log"
             made.append(Job(f"{out.name} {n}/{count}", "espnet_kv.bin.asr_train", more, log))
         return made
@@ -133,7 +132,7 @@ def training_step(
         chosen |= {"multiprocessing_distributed": ngpu > 1}
         run = {"command": args.command, **stated, "commit": commit(Path())}
         write_text(exp / "run.json", json.dumps(run, indent=1) + "\n")
-        more = [config_option(exp / "train.yaml", chosen), *words(args.asr_args)]
+        more = [config_option(exp / "train.yaml", chosen), *split_options(args.asr_args)]
         epochs = last_epoch(chosen, args.asr_args)
         log = exp / "train.log"
         return [Job(exp.name, "espnet_kv.bin.asr_train", more, log, ngpu, epochs)]
@@ -153,11 +152,18 @@ def training_step(
 
 def _finish_training(layout: Layout, exp: Path) -> None:
     """Check the model and put beside it what it needs to be used from anywhere."""
-    for model in exp.glob("*.ave.pth"):
-        check_finite(model)
+    check_models(exp)
     for file in (layout.token_list, layout.bpe_model):
         if file is not None and file.exists():
             shutil.copyfile(file, exp / file.name)
+
+
+def check_models(exp: Path) -> None:
+    """Raise UserError where an averaged model of an experiment is not finite."""
+    from espnet_kv.saving import check_finite  # loads torch
+
+    for model in exp.glob("*.ave.pth"):
+        check_finite(model)
 
 
 def last_epoch(config: Mapping[str, Any], more: str) -> int:
@@ -187,7 +193,8 @@ def config_option(file: Path, options: Mapping[str, Any]) -> str:
     return f"--config={file}"
 
 
-def words(options: str) -> list[str]:
+def split_options(options: str) -> list[str]:
+    """The words of an option that holds more options, quoted as in a shell."""
     return shlex.split(options)
 
 

@@ -17,8 +17,7 @@ if [ -z "${python:-}" ]; then
             "(some minutes, 6 GB), or activate an environment that has ESPnet" >&2
         exit 1
     else
-        echo "error: no Python with ESPnet was found: activate an environment that has it," \
-            "or 'pip install espnet_kv'" >&2
+        echo "error: no Python with ESPnet was found: activate an environment that has it" >&2
         exit 1
     fi
 fi
