@@ -62,7 +62,7 @@ def train_bpe(
             model_type=bpemode,
             character_coverage=character_coverage,
             # Bytes; the default of 4192 leaves longer lines out without a word.
-            max_sentence_length=max(4192, *(len(line.encode()) + 1 for line in text)),
+            max_sentence_length=max(4192, 1 + max(len(line.encode()) for line in text)),
             minloglevel=2,
         )
     except RuntimeError as error:
