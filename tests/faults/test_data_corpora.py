@@ -2,7 +2,9 @@
 
 import os
 import re
+import shutil
 import signal
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -199,6 +201,26 @@ def test_an_incomplete_checkout_is_named(checkout, tmp_path, spoil, message):
     with pytest.raises(UserError, match=message):
         digits_corpus.generate(tmp_path / "tree", tmp_path / "fsdd", TINY)
     assert [path.name for path in tmp_path.iterdir()] == ["fsdd"]
+
+
+def archive(folder: Path, name: str, to: Path) -> None:
+    to.parent.mkdir(parents=True)
+    with tarfile.open(to, "w:gz") as tar:
+        tar.add(folder, name)
+
+
+def test_digits_and_speechocean_are_downloaded_once(checkout, ocean, tmp_path, monkeypatch):
+    mirror, downloads = tmp_path / "mirror", tmp_path / "downloads"
+    archive(checkout, "free-spoken-digit-dataset-1.0.10", mirror / "v1.0.10.tar.gz")
+    archive(ocean, "speechocean762", mirror / "101" / "speechocean762.tar.gz")
+    monkeypatch.setattr(digits_corpus, "URL", f"file://{mirror}/v1.0.10.tar.gz")
+    monkeypatch.setenv("OPENSLR_URL", f"file://{mirror}")
+    for _ in range(2):
+        prepare("digits", tmp_path / "one", download_dir=downloads, digits=TINY)
+        prepare("speechocean762", tmp_path / "two", download_dir=downloads)
+        shutil.rmtree(mirror, ignore_errors=True)
+    assert len(DataDir.read(tmp_path / "one" / "train_clean_100").wav_scp) == 6
+    assert len(DataDir.read(tmp_path / "two" / "train").wav_scp) == 6
 
 
 def test_digits_options_are_checked():

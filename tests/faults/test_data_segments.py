@@ -11,8 +11,10 @@ from recordings import FS, content, speech
 
 from espnet_kv.errors import UserError
 from espnet_kv.recipe.audio import read_recording
+from espnet_kv.recipe.corpora import prepare
 from espnet_kv.recipe.datadir import DataDir, Segment
 from espnet_kv.recipe.format import format_audio
+from espnet_kv.recipe.lengths import filter_lengths
 from espnet_kv.recipe.perturb import perturb_speed
 
 
@@ -107,3 +109,19 @@ def test_more_jobs_than_recordings_give_the_same_bytes(meeting, tmp_path):
         format_audio(meeting, tmp_path / "dump", 8000, nj=nj)
         results.append(content(tmp_path / "dump"))
     assert results[0] == results[1]
+
+
+def test_a_user_s_segments_and_pipes_go_through_every_data_stage(meeting, tmp_path, capsys):
+    (meeting / "wav.scp").write_text(f"A cat {tmp_path}/long.wav |\nB {tmp_path}/short.flac\n")
+    (meeting / "segments").write_text("a1 A 0.5 1.25\na2 A 1 2\na3 A 2.5 3\nb1 B 0.0 1.0\n")
+    options = {"download_dir": tmp_path, "sources": {"mine": meeting}}
+    with pytest.raises(UserError, match=r"wav\.scp:1: A is a pipe"):
+        prepare("kaldi", tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+    prepare("kaldi", tmp_path / "out", allow_pipes=True, **options)
+    assert "4 utterances, 0.0 h, 2 speakers" in capsys.readouterr().out
+    perturb_speed(tmp_path / "out" / "mine", tmp_path / "sp", [1.0, 1.1], allow_pipes=True)
+    format_audio(tmp_path / "sp", tmp_path / "dump", keep_all=True, allow_pipes=True)
+    filter_lengths(tmp_path / "dump", tmp_path / "kept", 0.5, 20)
+    kept = set(DataDir.read(tmp_path / "kept").wav_scp)
+    assert kept == {"a1", "a2", "a3", "b1", "sp1.1-a1", "sp1.1-a2", "sp1.1-b1"}
