@@ -276,7 +276,8 @@ def _decode_sound(file: BinaryIO) -> tuple[np.ndarray, int]:
     try:
         sound = Stream(getattr(file, "name", file))  # a file is read faster by libsndfile itself
     except soundfile.LibsndfileError as error:
-        raise ValueError(_foreign(start) or str(error).rpartition(": ")[2]) from None
+        unknown = f"{str(error).rpartition(': ')[2].rstrip('.')}; {_CONVERT}"
+        raise ValueError(_foreign(start) or unknown) from None
     with sound:
         if sound.format not in CHECKED:
             raise ValueError(f"whether {sound.format} is complete cannot be told; {_CONVERT}")
@@ -291,7 +292,7 @@ def _decode_sound(file: BinaryIO) -> tuple[np.ndarray, int]:
         return samples, sound.samplerate
 
 
-_CONVERT = "convert it to wav, for example: ffmpeg -i INPUT OUTPUT.wav"
+_CONVERT = "if it is audio, convert it to wav: ffmpeg -i INPUT OUTPUT.wav"
 _FOREIGN = (
     (r"....ftyp", f"MPEG-4 audio (m4a, mp4) cannot be read; {_CONVERT}"),
     (r"\x1aE\xdf\xa3", f"WebM or Matroska cannot be read; {_CONVERT}"),

@@ -1,4 +1,5 @@
-"""Does an audio file end before its header says? libsndfile reads most cut files without a word."""
+"""Detection of audio files that end before their header says; libsndfile reads most of them
+without an error."""
 
 import os
 import struct

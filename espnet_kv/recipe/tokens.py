@@ -61,8 +61,8 @@ def train_bpe(
             vocab_size=nbpe,
             model_type=bpemode,
             character_coverage=character_coverage,
-            # Bytes; the default of 4192 leaves longer lines out without a word.
-            max_sentence_length=max(4192, *(len(line.encode()) + 1 for line in text)),
+            # In bytes; longer lines would be dropped silently, by default above 4192.
+            max_sentence_length=max(4192, 1 + max(len(line.encode()) for line in text)),
             minloglevel=2,
         )
     except RuntimeError as error:

@@ -64,10 +64,16 @@ class Utterance:
 
 
 def download(into: Path) -> Path:
-    """Download and extract the dataset, unless that was done; the folder of its recordings."""
-    tree = into / "free-spoken-digit-dataset-1.0.10"
-    fetch_and_extract(URL, into, tree / ".complete", instead=_INSTEAD)
-    return tree
+    """Download and extract the dataset, unless that was done; the folder of its recordings.
+
+    Raises:
+        UserError: as `fetch_and_extract`, or the archive has no recordings.
+    """
+    fetch_and_extract(URL, into, into / "recordings.complete", instead=_INSTEAD)
+    folders = sorted(into.glob("free-spoken-digit-dataset*/recordings"))
+    if not folders:
+        raise UserError(f"{into} holds no free-spoken-digit-dataset*/recordings: {_INSTEAD}")
+    return folders[-1]
 
 
 def plan(source: Path, options: DigitsOptions) -> list[Utterance]:
