@@ -2,7 +2,7 @@
 
 import argparse
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -129,8 +129,13 @@ class TrainingTask(ASRTask):
         return model
 
 
-def read_config(file: Path | str) -> dict[str, Any]:
+def read_config(
+    file: Path | str, keys: Sequence[str] = ("encoder", "token_list")
+) -> dict[str, Any]:
     """The mapping in a config.yaml.
+
+    Args:
+        keys: that it has to have, as those of a model of that kind.
 
     Raises:
         UserError: it is missing or none.
@@ -147,10 +152,9 @@ def read_config(file: Path | str) -> dict[str, Any]:
         ) from error
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise UserError(f"{file} is no config.yaml of a trained model: it holds no keys")
-    for key in ("encoder", "token_list"):
+    for key in keys:
         if not config.get(key):
-            word = "encoder" if key == "encoder" else key
-            raise UserError(f"{file} is no config.yaml of a trained model: it names no {word}")
+            raise UserError(f"{file} is no config.yaml of a trained model: it names no {key}")
     return config
 
 

@@ -105,13 +105,15 @@ def _check(args: argparse.Namespace) -> None:
 @contextmanager
 def _ours(espnet: Any, task: type, fast_ctc: bool) -> Iterator[None]:
     """Within it ESPnet's inference module works with our classes."""
-    from espnet_kv.bin.speech2text import speech2text, too_short_result
+    from espnet_kv.bin.speech2text import language_model_task, speech2text, too_short_result
     from espnet_kv.decoder.ctc_prefix import FastCTCPrefixScorer, WideCTCPrefixScorer
 
+    lm_task = language_model_task(espnet.LMTask)
     ours = {
         "ASRTask": task,
+        "LMTask": lm_task,
         "CTCPrefixScorer": FastCTCPrefixScorer if fast_ctc else WideCTCPrefixScorer,
-        "Speech2Text": speech2text(espnet.Speech2Text),
+        "Speech2Text": speech2text(espnet.Speech2Text, lm_task),
         "_too_short_result": too_short_result,
     }
     own = {name: getattr(espnet, name) for name in ours}

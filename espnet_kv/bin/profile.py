@@ -33,9 +33,9 @@ def get_parser() -> argparse.ArgumentParser:
     """The options of this command; names as in the recipe and in ESPnet's commands."""
     parser = Parser(
         prog="python -m espnet_kv.bin.profile",
-        description="Measure what a model costs: bytes of its cache, time, memory. Run it where "
-        "the model was trained (its config.yaml names files from there). What is written: "
-        "docs/profile.md. The last line of standard output is the path of the JSON.",
+        description="Measure what a model costs: bytes of its cache, time, memory. A trained "
+        "model loads from any directory; outside that of its training give --wav_scp, too. What is "
+        "written: docs/profile.md. The last line of standard output is the path of the JSON.",
         allow_abbrev=False,
     )
     g = parser.add_argument_group("a trained model")

@@ -7,16 +7,28 @@ from espnet2.asr.frontend.default import DefaultFrontend
 from espnet2.bin.asr_inference import Hypothesis, TooShortUttError
 from torch import Tensor, nn
 
-from espnet_kv.errors import UserError
+from espnet_kv.checkpoint import check_finite, read_checkpoint, refuse_partial_loads
+from espnet_kv.errors import UserError, one_line
 from espnet_kv.streaming.load import load_tokenizer
+from espnet_kv.task import read_config
 
 
-def speech2text(espnet_class: Any) -> Any:
-    """ESPnet's Speech2Text with what its command lacks."""
+def speech2text(espnet_class: Any, lm_task: Any) -> Any:
+    """ESPnet's Speech2Text with what its command lacks.
+
+    Args:
+        lm_task: of `language_model_task`, which loads its language model.
+    """
 
     class Speech2Text(espnet_class):
         def __init__(self, *args: Any, **options: Any):
             super().__init__(*args, **options)
+            lm_tokens = getattr(lm_task, "tokens", None)  # None: there is no language model
+            if lm_tokens is not None and list(lm_tokens) != list(self.asr_model.token_list):
+                raise UserError(
+                    f"--lm_train_config {options['lm_train_config']}: its token_list is not that "
+                    "of the ASR model; give a language model of the same tokens"
+                )
             names = (options.get(name) for name in ("token_type", "bpemodel"))
             load_tokenizer(self.asr_train_args, *names)  # ESPnet's would fail at the first text
             tokens, beam = len(self.asr_model.token_list), options.get("beam_size", 1)
@@ -50,6 +62,43 @@ def speech2text(espnet_class: Any) -> Any:
             return super().batch_decode(speech, speech_lengths)
 
     return Speech2Text
+
+
+def language_model_task(espnet_task: Any) -> Any:
+    """ESPnet's LMTask, which loads as strictly as ours does an ASR model.
+
+    ESPnet leaves what a checkpoint lacks at its random start, and says nothing.
+    """
+
+    class LanguageModelTask(espnet_task):
+        @classmethod
+        def build_model(cls, args: Any) -> Any:
+            model = super().build_model(args)
+            refuse_partial_loads(model)
+            return model
+
+        @classmethod
+        def build_model_from_file(cls, config_file: Any, model_file: Any, device: str) -> Any:
+            """Build a trained language model.
+
+            Raises:
+                UserError: a file is missing, damaged or of another kind, or the two do not fit.
+            """
+            read_config(config_file, keys=("lm", "token_list"))
+            read_checkpoint(model_file)
+            try:
+                model, args = super().build_model_from_file(config_file, model_file, device)
+            except (UserError, TypeError, KeyError, ValueError, AttributeError) as error:
+                raise UserError(f"{config_file}, {model_file}: {one_line(error)}") from error
+            except RuntimeError as error:
+                if "loading state_dict" in str(error):
+                    raise UserError(f"{model_file}: {one_line(error)}") from error
+                raise
+            check_finite(model, model_file)
+            cls.tokens = args.token_list
+            return model, args
+
+    return LanguageModelTask
 
 
 def too_short_result(nbest: int, enh_s2t_task: bool, speech2text: Any) -> list:

@@ -131,8 +131,7 @@ AUDIO = {
 }
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
-@pytest.mark.parametrize("kind", AUDIO)
+@pytest.mark.parametrize(("kind", "workers"), [*((k, "0") for k in AUDIO), ("cut", "1")])
 @pytest.mark.parametrize("way", DECODERS)
 def test_a_file_that_cannot_be_read_is_named_with_its_key(
     way, kind, workers, decode, tmp_path, folder, capsys

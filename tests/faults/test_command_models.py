@@ -9,7 +9,8 @@ import pytest
 import torch
 import yaml
 from commands import assert_one_line, run
-from small_models import save
+from espnet2.tasks.lm import LMTask
+from small_models import TOKENS, save
 from small_sources import Experiment, write_audio
 
 from espnet_kv.bin import asr_inference, asr_inference_streaming, convert, profile, stream
@@ -170,11 +171,16 @@ def test_a_sentencepiece_model_beside_the_config_is_found(copied, tmp_path, monk
     assert (tmp_path / "out/1best_recog/text").read_text().startswith("u0 ")
 
 
-@pytest.mark.parametrize("name", ["asr_inference", "asr_inference_streaming", "stream", "convert"])
-@pytest.mark.parametrize("content", [None, b"x"], ids=["missing", "damaged"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *((name, None) for name in ("asr_inference", "asr_inference_streaming", "stream")),
+        *((name, b"x") for name in ("asr_inference", "asr_inference_streaming", "stream")),
+        ("convert", None),
+    ],
+    ids=lambda x: "damaged" if x == b"x" else x or "missing",
+)
 def test_a_sentencepiece_model_that_is_nowhere(name, content, copied, tmp_path, capsys):
-    if content is not None and name == "convert":
-        pytest.skip("a conversion copies it, unread")
     if content is not None:
         (copied / "bpe.model").write_bytes(content)
     edit(copied, token_type="bpe", bpemodel="data/bpe.model")
@@ -200,6 +206,55 @@ def test_a_checkpoint_of_torch_before_1_6_starts_a_training(tmp_path):
     old.write_bytes(old.read_bytes()[:3000])
     with pytest.raises(UserError, match=r"^--init_param .*old.pth is no model file, or it is dam"):
         TrainingTask.build_model(argparse.Namespace(**config | {"init_param": [str(old)]}))
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory) -> Path:
+    """A language model of the tokens of the ASR model."""
+    folder = tmp_path_factory.mktemp("lm")
+    conf = LMTask.get_default_config() | {"token_list": TOKENS, "lm": "seq_rnn"}
+    conf["lm_conf"] = {"unit": 8, "nlayers": 1}
+    torch.save(LMTask.build_model(argparse.Namespace(**conf)).state_dict(), folder / "lm.pth")
+    (folder / "config.yaml").write_text(yaml.safe_dump(conf))
+    return folder
+
+
+def lm_of_other_keys(folder: Path) -> None:
+    state = torch.load(folder / "lm.pth")
+    torch.save({k: v for k, v in state.items() if "decoder" not in k}, folder / "lm.pth")
+
+
+def lm_of_nan(folder: Path) -> None:
+    state = torch.load(folder / "lm.pth")
+    torch.save({k: v * torch.nan for k, v in state.items()}, folder / "lm.pth")
+
+
+LM_FAULTS = {
+    "none": (lambda _: None, None),
+    "cut": (replaced("lm.pth", b"PK"), "lm.pth is no model file"),
+    "other keys": (lm_of_other_keys, "lm.pth: the checkpoint does not fit .*missing keys: "),
+    "NaN": (lm_of_nan, "lm.pth: .* holds NaN"),
+    "ASR config": (lambda f: edit(f, lm=None), "config.yaml .*names no lm"),
+    "unknown key": (lambda f: edit(f, lm_conf={"units": 8}), "config.yaml.*units"),
+    "other tokens": (
+        lambda f: edit(f, token_list=["<blank>", "<unk>", "B", "A", "<sos/eos>"]),
+        "--lm_train_config .*token_list is not that",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), LM_FAULTS.values(), ids=LM_FAULTS)
+def test_a_language_model_is_loaded_as_strictly(
+    change, said, language_model, model, tmp_path, capsys
+):
+    folder = Path(shutil.copytree(language_model, tmp_path / "lm"))
+    change(folder)
+    main, arguments = commands(model, tmp_path / "out")["asr_inference"]
+    arguments += ["--lm_train_config", f"{folder}/config.yaml", "--lm_file", f"{folder}/lm.pth"]
+    if said is None:
+        assert main(arguments) == 0
+    else:
+        one_error(main, arguments, said, capsys)
 
 
 def one_error(main, arguments: list[str], said: str, capsys) -> None:
