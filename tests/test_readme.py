@@ -47,9 +47,15 @@ def test_recipe_commands_are_understood(command, monkeypatch):
         monkeypatch.setenv(name, value)
     assert os.access(words[0], os.X_OK)
     monkeypatch.setattr(options, "check_gpus", lambda ngpu, option: None)
+    monkeypatch.setattr(options, "name_sources", _any_sources)
     args = options.parse(words[1:])
     copies = {"LIBRISPEECH", "SPEECHOCEAN762", "FSDD"} & {w.split("=")[0] for w in command.split()}
     assert [args.corpus_dir] == ([Path(os.environ[name]) for name in copies] or [None])
+
+
+def _any_sources(paths, datadir):
+    """A reader's own data directories, as if they were there."""
+    return {path.name: path.resolve() for path in paths}
 
 
 @pytest.mark.slow
