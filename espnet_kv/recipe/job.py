@@ -178,7 +178,7 @@ def _fork(job: Job, environment: dict[str, str], threads: int) -> BaseProcess:
         name=job.name,
     )
     with _no_gpu():
-        with keyboard_blocked():
+        with keyboard_blocked(), _silent():
             multiprocessing.forkserver.ensure_running()
         process.start()
     return process
@@ -195,6 +195,20 @@ def _no_gpu() -> Iterator[None]:
         del os.environ[CUDA_DEVICES]
         if before is not None:
             os.environ[CUDA_DEVICES] = before
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """What starts here says nothing on the terminal: what fails there is told by a fresh job."""
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    try:
+        with open(os.devnull, "w", encoding="utf-8") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
 
 
 def _fresh(job: Job, environment: dict[str, str]) -> tuple[subprocess.Popen, int]:

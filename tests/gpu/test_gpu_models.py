@@ -1,6 +1,5 @@
 """On a GPU: streams equal one pass, results equal those on the CPU, models train and compile."""
 
-import contextlib
 import copy
 
 import pytest
@@ -119,7 +118,7 @@ def test_a_training_step_under_autocast(kind, dtype, tmp_path):
     attention = {"attention_conf": {}} | ATTENTIONS[kind]
     model, _ = small_models.build(tmp_path, encoder_conf=attention)
     model.to(DEVICE).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)  # float32 overshoots above
     scaler = torch.amp.GradScaler(DEVICE.type, init_scale=64.0, enabled=dtype == torch.float16)
     speech = torch.stack([small_models.speech("AB"), small_models.speech("BA")]).to(DEVICE)
     lengths = torch.tensor([speech.size(1), speech.size(1) - 2000], device=DEVICE)
@@ -146,7 +145,5 @@ def test_a_compiled_encoder_gives_the_same(kind):
     torch._dynamo.reset()
     compiled = torch.compile(encoder, backend=backend)
     x = utterances(40)[0].to(DEVICE)
-    with contextlib.ExitStack() as stack:
-        stack.callback(torch._dynamo.reset)
-        got = one_pass(compiled, x)
+    got = one_pass(compiled, x)
     torch.testing.assert_close(got, one_pass(encoder, x), rtol=1e-3, atol=1e-3)
