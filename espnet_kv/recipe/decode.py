@@ -48,7 +48,9 @@ def decode_step(layout: Layout, config_file: Path, name: str, before: Sequence[S
         keys = sorted(DataDir.read(dump).wav_scp)
         count = min(args.inference_nj, len(keys))
         common = [
-            config_option(log_dir / "decode.yaml", _options(layout, exp)),
+            config_option(log_dir / "decode.yaml", _options(layout)),
+            f"--asr_train_config={reads['config']}",
+            f"--asr_model_file={model}",
             f"--data_path_and_name_and_type={dump / 'wav.scp'},speech,{layout.audio_type}",
         ]
         module = "asr_inference_streaming" if args.use_streaming else "asr_inference"
@@ -115,13 +117,9 @@ def _lm_config(layout: Layout) -> Path:
     return layout.lm_exp / "config.yaml"
 
 
-def _options(layout: Layout, exp: Path) -> dict[str, Any]:
+def _options(layout: Layout) -> dict[str, Any]:
     args = layout.args
-    options = load_yaml(args.inference_config) | {
-        "ngpu": int(args.gpu_inference),
-        "asr_train_config": str(exp / "config.yaml"),
-        "asr_model_file": str(exp / args.inference_asr_model),
-    }
+    options = load_yaml(args.inference_config) | {"ngpu": int(args.gpu_inference)}
     if args.use_lm:
         options["lm_train_config"] = str(_lm_config(layout))
         options["lm_file"] = str(layout.lm_exp / args.inference_lm)

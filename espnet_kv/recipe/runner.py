@@ -38,6 +38,7 @@ def _has_to_run(step: Step, judge: Steps) -> bool:
     elif state.kind == "done" or (state.kind == "given" and step.keep_given):
         print(f"  {step.stamp_file.parent} is up to date", flush=True)
     else:
+        step.ready()
         _check_before(step, judge)
         if state.reason not in ("not made yet", "always done"):
             print(f"  {step.name}: {state.reason}", flush=True)
@@ -72,8 +73,6 @@ def _check_before(step: Step, judge: Steps) -> None:
 
 
 def _run_wave(steps: Sequence[Step], judge: Steps, parallel: int, command: str) -> None:
-    for step in steps:
-        step.ready()
     with ExitStack() as locks:
         for output in dict.fromkeys(step.output for step in steps):
             locks.enter_context(locked(output, command))
