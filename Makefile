@@ -9,7 +9,7 @@ DEMO := --corpus synth --train_nj 2 --inference_nj 2 --nj 2 \
     --datadir demo/data --dumpdir demo/dump --expdir demo/exp --download_dir demo/downloads \
     --profile_args "--lengths '5 10 30 60 120'"
 
-.PHONY: help env demo demo-all test lint
+.PHONY: help env demo demo-all test test-gpu lint
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,8 +27,19 @@ demo-all:  ## the same for all eight models; resumes where it was stopped
 
 test:  ## run the test suite
 	@python=$$(scripts/environment.sh) && \
-	    PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $$python -m pytest $(ARGS)
+	    PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$$python" -m pytest $(ARGS)
+
+# ESPNET_KV_TEST_DEVICE=cpu runs the same tests without a GPU
+test-gpu:  ## run the tests that need a GPU, where there is one
+	@python=$$(scripts/environment.sh) && \
+	    export PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" && \
+	    export ESPNET_KV_TEST_DEVICE="$${ESPNET_KV_TEST_DEVICE:-cuda}" && \
+	    gpus=$$("$$python" -c \
+	        'from espnet_kv.recipe.jobs import visible_gpus; print(visible_gpus())') && \
+	    if [ "$$ESPNET_KV_TEST_DEVICE" = cuda ] && [ "$$gpus" = 0 ]; then \
+	        echo "test-gpu: torch finds no GPU on this machine: nothing was run"; \
+	    else "$$python" -m pytest tests/gpu $(ARGS); fi
 
 lint:  ## check style and types
-	@python=$$(scripts/environment.sh) && $$python -m ruff check . && \
-	    $$python -m ruff format --check . && $$python -m mypy
+	@python=$$(scripts/environment.sh) && "$$python" -m ruff check . && \
+	    "$$python" -m ruff format --check . && "$$python" -m mypy

@@ -269,7 +269,7 @@ class TestRefusals:
         said = refusal(
             capsys, "--experiment", str(experiment), "--wav_scp", str(tmp_path / "wav.scp"), *QUICK
         )
-        assert "u1: missing file: /no/where.wav" in said
+        assert "u1: /no/where.wav does not exist" in said
 
     @pytest.mark.parametrize(
         ("changes", "said"),

@@ -230,12 +230,17 @@ def test_asr_inference_searches_with_a_cache(batch, experiments, tmp_path, monke
 
 
 @pytest.mark.parametrize("partial_ar", ["true", "false"])
-def test_a_search_of_another_kind_keeps_the_stock_decoder(partial_ar, monkeypatch):
+def test_a_search_of_another_kind_keeps_the_stock_decoder(partial_ar, tmp_path, monkeypatch):
     from espnet2.bin import asr_inference as espnet
 
     tasks = []
     monkeypatch.setattr(espnet, "ASRTask", ASRTask)
     monkeypatch.setattr(espnet, "inference", lambda **_: tasks.append(espnet.ASRTask))
     data = ["--data_path_and_name_and_type", "wav.scp,speech,sound"]
-    assert asr_inference.main(["--output_dir", "none", *data, "--partial_ar", partial_ar]) == 0
-    assert tasks == [ASRTask if partial_ar == "true" else CachedDecodingTask]
+    options = ["--output_dir", str(tmp_path / "out"), *data, "--partial_ar", partial_ar]
+    for name in ("asr_train_config", "asr_model_file"):
+        (tmp_path / name).write_text("")
+        options += [f"--{name}", str(tmp_path / name)]
+    assert asr_inference.main(options) == 0
+    assert issubclass(tasks[0], CachedDecodingTask) == (partial_ar == "false")
+    assert issubclass(tasks[0], ASRTask) and espnet.ASRTask is ASRTask

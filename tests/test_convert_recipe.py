@@ -11,7 +11,7 @@ from small_sources import LETTERS, STREAMING, Experiment, write_audio
 from espnet_kv.convert.report import read_record
 from espnet_kv.errors import UserError
 from espnet_kv.recipe.__main__ import main
-from espnet_kv.recipe.convert_stage import plan
+from espnet_kv.recipe.convert import plan
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.options import parse
 
@@ -164,9 +164,10 @@ def test_convert_fine_tune_decode_score(source, capsys):
     capsys.readouterr()
     assert main(command) == 0
     out = capsys.readouterr().out
-    assert out.count("is up to date") == 7 and "done (1/" not in out
+    # a conversion, two fine-tunings, four decodings, four scores
+    assert out.count("is up to date") == 11 and "done (1/" not in out
     assert main([*command, "--calibration_minutes", "0.05"]) == 1
-    assert "was made of another model or with other options" in capsys.readouterr().err
+    assert "--calibration_minutes was 0.1, is 0.05" in capsys.readouterr().err
 
 
 def test_what_the_source_was_trained_on_must_be_there(source, capsys):

@@ -88,14 +88,9 @@ def test_refusals_say_why(encoder, conf, changes, told, tmp_path):
         ),
         ({"decoder": "rnn"}, ("decoder_self",), r"decoder: rnn cannot be converted.*transformer"),
         ({"encoder": None}, ("encoder",), "names no encoder"),
-        (
-            {"normalize_conf": {"stats_file": "no/stats.npz"}},
-            ("encoder",),
-            r"stats_file: no/stats.npz is neither here nor below",
-        ),
         ({"bpemodel": "no/bpe.model"}, ("encoder",), r"bpemodel: no/bpe.model is neither"),
     ],
-    ids=["encoder", "decoder", "none", "stats", "bpe"],
+    ids=["encoder", "decoder", "none", "bpe"],
 )
 def test_configs_that_cannot_be_used(changes, parts, told, tmp_path):
     source = Experiment(tmp_path / "exp", "conformer")

@@ -120,7 +120,7 @@ def test_prepare_downloads_what_is_not_there(tmp_path, monkeypatch):
 
 def test_prepare_reads_everything_before_it_writes(tree, tmp_path):
     (tree / "test-other").rename(tree / "elsewhere")
-    with pytest.raises(UserError, match="test-other does not exist"):
+    with pytest.raises(UserError, match=r"LibriSpeech lacks test-other \(train-clean-100, dev-"):
         prepare("librispeech_100", tmp_path / "data", librispeech=tree, download_dir=tmp_path)
     assert not (tmp_path / "data").exists()
 
@@ -132,6 +132,10 @@ def test_an_unknown_corpus_is_refused(tmp_path):
         prepare("tedlium", tmp_path / "data", download_dir=tmp_path)
 
 
-@pytest.mark.parametrize("corpus", CORPORA.values(), ids=lambda corpus: corpus.name)
+@pytest.mark.parametrize(
+    "corpus",
+    [corpus for corpus in CORPORA.values() if corpus.name != "kaldi"],  # its sets are the user's
+    ids=lambda corpus: corpus.name,
+)
 def test_every_named_set_is_made(corpus):
     assert {corpus.train_set, corpus.valid_set, *corpus.test_sets} <= set(corpus.sets)

@@ -39,15 +39,23 @@ def test_make_targets_exist(command):
 def test_recipe_commands_are_understood(command, monkeypatch):
     """Up to the point where work would begin."""
     monkeypatch.chdir(RECIPE)
+    for name in ("LIBRISPEECH", "SPEECHOCEAN762", "FSDD"):
+        monkeypatch.delenv(name, raising=False)
     words = shlex.split(command)
     while "=" in words[0]:
         name, value = words.pop(0).split("=")
         monkeypatch.setenv(name, value)
     assert os.access(words[0], os.X_OK)
+    monkeypatch.setattr(options, "check_gpus", lambda ngpu, option: None)
+    monkeypatch.setattr(options, "name_sources", _any_sources)
     args = options.parse(words[1:])
-    assert args.librispeech == (
-        Path(os.environ["LIBRISPEECH"]) if "LIBRISPEECH" in command else None
-    )
+    copies = {"LIBRISPEECH", "SPEECHOCEAN762", "FSDD"} & {w.split("=")[0] for w in command.split()}
+    assert [args.corpus_dir] == ([Path(os.environ[name]) for name in copies] or [None])
+
+
+def _any_sources(paths, datadir):
+    """A reader's own data directories, as if they were there."""
+    return {path.name: path.resolve() for path in paths}
 
 
 @pytest.mark.slow
@@ -74,28 +82,19 @@ def test_the_yaml_examples_build():
     decoder(100, 256, num_blocks=1, **config["decoder_conf"])
 
 
-def test_the_file_tree_is_complete():
-    """Every module, script and directory of configurations has its line, and each line a file."""
-    tree = re.search(r"```\n(setup\.py.*?)```", README, re.DOTALL)[1]
-    listed, stack = set(), []
-    for line in tree.splitlines():
-        name = line.split()[0] if line.strip() else ""
-        if not name:
-            continue
-        depth = (len(line) - len(line.lstrip())) // 4
-        stack = [*stack[:depth], name.rstrip("/")]
-        listed.add("/".join(stack))
-    for path in listed:
-        assert (REPO / path).exists(), f"the README lists {path}, which is not there"
-    modules = {
-        str(path.relative_to(REPO))
-        for folder in ("espnet_kv", "benchmarks", "scripts")
-        for path in (REPO / folder).rglob("*")
+def test_every_folder_has_its_line():
+    """docs/layout.md lists the folders that hold code, and no others."""
+    layout = (REPO / "docs/layout.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| `(\S+/)` \|", layout, re.MULTILINE))
+    for folder in listed:
+        assert (REPO / folder).is_dir(), f"docs/layout.md lists {folder}, which is not there"
+    folders = {
+        f"{path.parent.relative_to(REPO)}/"
+        for top in ("espnet_kv", "benchmarks", "scripts", "tests")
+        for path in (REPO / top).rglob("*.*")
         if path.suffix in (".py", ".sh")
-        and path.parent.name != "__pycache__"
-        and (path.name != "__init__.py" or path.read_text().count("\n") > 5)
     }
-    assert not modules - listed, f"the README's tree lacks {sorted(modules - listed)}"
+    assert not folders - listed, f"docs/layout.md lacks {sorted(folders - listed)}"
 
 
 def test_links_lead_somewhere():

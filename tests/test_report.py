@@ -3,16 +3,13 @@
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from profile_json import eight, make_profile, write_profile
 from reports import NAMES, STRANGE
 
 from espnet_kv.bin.report import main
-from espnet_kv.errors import UserError
-from espnet_kv.recipe.layout import Layout
-from espnet_kv.recipe.report_stage import compare_models
+from espnet_kv.recipe.__main__ import main as run_sh
 from espnet_kv.report.columns import MISSING, tables
 from espnet_kv.report.models import ordered
 from espnet_kv.report.profiles import read_profiles
@@ -167,16 +164,18 @@ def test_a_figure_of_an_earlier_report_does_not_stay(tmp_path):
     assert not stale.exists() and (tmp_path / "out/report.html").exists()
 
 
-def test_stage_15_compares_all_that_is_profiled(tmp_path, capsys):
+def test_stage_15_compares_all_that_is_profiled(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("conf").symlink_to(Path(__file__).parents[1] / "conf")
     exp = tmp_path / "exp"
-    args = SimpleNamespace(expdir=exp, results=exp / "RESULTS.md", command="./run.sh --stage 15")
-    with pytest.raises(UserError, match="profile first"):
-        compare_models(Layout(args))
+    options = ["--stage", "15", "--expdir", str(exp)]
+    assert run_sh(options) == 1
+    assert "profile first" in capsys.readouterr().err
     for n, profile in enumerate(eight(time=None, memory=None, cache=None)[:2]):
         write_profile(exp / f"m{n}/profile/profile.json", profile)
-    compare_models(Layout(args))
+    assert run_sh(options) == 0
     assert f"page: {exp}/report/report.html" in capsys.readouterr().out
-    assert "- this table: `./run.sh --stage 15`" in args.results.read_text()
+    assert f"- this table: `./run.sh --stage 15 --expdir {exp}`" in (exp / "RESULTS.md").read_text()
     assert {"conformer mha", "conformer gqa G2"} <= {
         row[0] for row in Reader(exp / "report/report.html").tables[0]
     }

@@ -144,17 +144,3 @@ class TestInsideAnESPnetCheckout:
 
     def test_the_name_of_its_only_corpus_is_not_passed_on(self, checkout):
         assert "--corpus" not in self.run(checkout, "--corpus", "librispeech_100")
-
-
-@pytest.mark.parametrize("streaming", ["true", "false"])
-def test_what_suits_a_corpus_suits_streaming_too(streaming):
-    ended = subprocess.run(
-        ["./run.sh", "--corpus", "synth", "--use_streaming", streaming],
-        cwd=RECIPE,
-        env=os.environ | {"python": "echo"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert ("conf/decode_asr_fast.yaml" in ended.stdout) == (streaming == "false")
-    assert "--overlay conf/overlays/small.yaml" in ended.stdout

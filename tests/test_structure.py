@@ -29,6 +29,8 @@ LAYERS = {
     "streaming": {"cache", "encoder", "task"},
     "decoder": {"arguments", "cache", "attention", "checkpoint"},
     "task": {"encoder", "decoder", "checkpoint", "registration"},
+    "saving": {"atomic"},
+    "training": {"saving", "task"},
     "convert": {
         "atomic",
         "provenance",
@@ -63,6 +65,7 @@ WITHOUT_ESPNET = (
     "provenance",
     "cache",
     "checkpoint",
+    "saving",
     "attention",
     "report",
     "recipe",

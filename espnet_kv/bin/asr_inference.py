@@ -2,9 +2,20 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
-from espnet_kv.errors import command
+from espnet_kv.atomic import check_writable, new_entries
+from espnet_kv.bin.options import Parser, check_device, check_search
+from espnet_kv.bin.utterances import decoding_task, path_name_type
+from espnet_kv.errors import UserError, command, one_line
+
+# the first of a pair is of no use without the second
+PAIRS = (("lm_file", "lm_train_config"), ("lm_train_config", "lm_file"))
+FILES = ("asr_train_config", "asr_model_file", "lm_train_config", "lm_file", "ngram_file")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -12,7 +23,16 @@ def get_parser() -> argparse.ArgumentParser:
     from espnet2.bin import asr_inference as espnet
     from espnet2.utils.types import str2bool
 
-    parser = espnet.get_parser()
+    parser = Parser(
+        description="ASR decoding",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        parents=[espnet.get_parser()],
+        conflict_handler="resolve",
+    )
+    parser.add_argument(
+        "--data_path_and_name_and_type", type=path_name_type, required=True, action="append"
+    )
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="Data type")
     parser.add_argument(
         "--kv_decoder",
         type=str2bool,
@@ -32,27 +52,76 @@ def get_parser() -> argparse.ArgumentParser:
 def main(cmd: Sequence[str] | None = None) -> None:
     """Decode as espnet2.bin.asr_inference does, after loading the model strictly.
 
+    The result files appear in --output_dir when everything is decoded.
+
     Args:
         cmd: the options; sys.argv when None.
-    """
-    from espnet2.bin import asr_inference as espnet
 
-    from espnet_kv.decoder.ctc_prefix import FastCTCPrefixScorer
+    Raises:
+        UserError: bad options or bad input, in one line.
+    """
+    args = get_parser().parse_args(cmd)
+    _check(args)
+
+    from espnet2.bin import asr_inference as espnet
+    from typeguard import TypeCheckError
+
     from espnet_kv.task import ASRTask, CachedDecodingTask
 
     print(espnet.get_commandline_args(), file=sys.stderr)
-    options = vars(get_parser().parse_args(cmd))
+    options = vars(args)
     options.pop("config")
     # what its Speech2Text builds models with, in this process
     cached = options.pop("kv_decoder") and not options["partial_ar"]  # a search of another kind
-    espnet.ASRTask = CachedDecodingTask if cached else ASRTask
-    stock_scorer = espnet.CTCPrefixScorer
-    if options.pop("fast_ctc"):
-        espnet.CTCPrefixScorer = FastCTCPrefixScorer
+    task = decoding_task(CachedDecodingTask if cached else ASRTask)
+    output = Path(options.pop("output_dir"))
+    with _ours(espnet, task, options.pop("fast_ctc")), new_entries(output) as partial:
+        try:
+            espnet.inference(output_dir=str(partial), **options)
+        except (NotImplementedError, TypeCheckError) as error:  # options that do not go together
+            raise UserError(one_line(error)) from error
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what ESPnet would ignore, or end on long after the start."""
+    check_search(args)
+    check_device(args.ngpu)
+    for name, other in PAIRS:
+        if getattr(args, name) is not None and getattr(args, other) is None:
+            raise UserError(f"--{name} needs --{other}")
+    if args.word_lm_train_config is not None or args.word_lm_file is not None:
+        raise UserError("--word_lm_train_config: ESPnet has no word language models; leave it out")
+    if args.model_tag is None and None in (args.asr_train_config, args.asr_model_file):
+        raise UserError("give --asr_train_config and --asr_model_file")
+    for name in FILES:
+        path = getattr(args, name)
+        if path is not None and not Path(path).is_file():
+            raise UserError(f"--{name} {path} does not exist")
+    if Path(args.output_dir).is_file():
+        raise UserError(f"--output_dir {args.output_dir} is a file; name a directory")
+    check_writable(Path(args.output_dir))
+
+
+@contextmanager
+def _ours(espnet: Any, task: type, fast_ctc: bool) -> Iterator[None]:
+    """Within it ESPnet's inference module works with our classes."""
+    from espnet_kv.bin.speech2text import language_model_task, speech2text, too_short_result
+    from espnet_kv.decoder.ctc_prefix import FastCTCPrefixScorer, WideCTCPrefixScorer
+
+    lm_task = language_model_task(espnet.LMTask)
+    ours = {
+        "ASRTask": task,
+        "LMTask": lm_task,
+        "CTCPrefixScorer": FastCTCPrefixScorer if fast_ctc else WideCTCPrefixScorer,
+        "Speech2Text": speech2text(espnet.Speech2Text, lm_task),
+        "_too_short_result": too_short_result,
+    }
+    own = {name: getattr(espnet, name) for name in ours}
+    vars(espnet).update(ours)
     try:
-        espnet.inference(**options)
+        yield
     finally:
-        espnet.CTCPrefixScorer = stock_scorer
+        vars(espnet).update(own)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,18 @@
 import argparse
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from espnet_kv.bin.options import Parser, add_streaming_options, build_recognizer
+from espnet_kv.atomic import check_writable, new_entries
+from espnet_kv.bin.options import Parser, add_streaming_options, build_recognizer, check_search
+from espnet_kv.bin.utterances import decoding_task, path_name_type
 from espnet_kv.errors import UserError, command
 
+# a day
+LONGEST_MS = 86_400_000
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 # option of ESPnet's streaming command -> the value that leaves it out
 UNUSED: dict[str, Any] = {
     "lm_train_config": None,
@@ -36,6 +41,10 @@ def get_parser() -> argparse.ArgumentParser:
         parents=[espnet.get_parser()],
         conflict_handler="resolve",
     )
+    parser.add_argument(
+        "--data_path_and_name_and_type", type=path_name_type, required=True, action="append"
+    )
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="Data type")
     add_streaming_options(parser, endpoint_silence_ms=0, max_segment_seconds=0)
     parser.add_argument(
         "--simulate_chunk_ms",
@@ -70,14 +79,21 @@ def _check(args: argparse.Namespace) -> None:
                 f"--{name} {value}: streaming does not use it (CTC search and attention "
                 "rescoring, one stream at a time); leave it out"
             )
-    if args.simulate_chunk_ms < 0 or args.sim_chunk_length < 0:
-        raise UserError("--simulate_chunk_ms, --sim_chunk_length: allowed are 0 (at once) or more")
+    check_search(args)
+    if not 0 <= args.simulate_chunk_ms <= LONGEST_MS or args.sim_chunk_length < 0:
+        raise UserError(
+            "--simulate_chunk_ms, --sim_chunk_length: allowed are 0 (at once) or more, at "
+            f"most {LONGEST_MS} ms"
+        )
     if args.simulate_chunk_ms and args.sim_chunk_length:
         raise UserError("--simulate_chunk_ms and --sim_chunk_length say the same: give one of them")
     paths = [path for path, _, _ in args.data_path_and_name_and_type]
     for path in (*paths, args.key_file):
         if path is not None and not Path(path).is_file():
             raise UserError(f"{path} does not exist")
+    if Path(args.output_dir).is_file():
+        raise UserError(f"--output_dir {args.output_dir} is a file; name a directory")
+    check_writable(Path(args.output_dir))
 
 
 def _decode(args: argparse.Namespace) -> None:
@@ -86,13 +102,27 @@ def _decode(args: argparse.Namespace) -> None:
 
     from espnet_kv.streaming.frontend import TooShortError
     from espnet_kv.streaming.meter import Meter
+    from espnet_kv.task import ASRTask
 
     set_all_random_seed(args.seed)
     recognizer = build_recognizer(args)
     meter = Meter(recognizer)
     size = args.sim_chunk_length or round(args.simulate_chunk_ms / 1000 * recognizer.sample_rate)
-    with DatadirWriter(args.output_dir) as writer:
-        for key, speech in _utterances(args, recognizer.asr_train_args):
+    task = decoding_task(ASRTask)
+    loader = task.build_streaming_iterator(
+        args.data_path_and_name_and_type,
+        dtype="float32",
+        batch_size=1,
+        key_file=args.key_file,
+        num_workers=args.num_workers,
+        preprocess_fn=task.build_preprocess_fn(recognizer.asr_train_args, False),
+        collate_fn=task.build_collate_fn(recognizer.asr_train_args, False),
+        allow_variable_data_keys=args.allow_variable_data_keys,
+        inference=True,
+    )
+    with new_entries(Path(args.output_dir)) as partial, DatadirWriter(partial) as writer:
+        for (key,), batch in loader:
+            speech = batch["speech"][0]
             segments = []
             try:
                 pieces = speech.split(size or max(1, len(speech)))
@@ -106,41 +136,6 @@ def _decode(args: argparse.Namespace) -> None:
             _write(writer, key, results)
             logging.info(f"{key}: {results[0][0]}")
     logging.info(meter.summary())
-
-
-def _utterances(args: argparse.Namespace, train_args: argparse.Namespace) -> Iterator[tuple]:
-    """(key, (N,) samples) of every utterance, read as ESPnet's commands read them."""
-    from espnet_kv.task import ASRTask
-
-    key = "the beginning"
-    try:
-        loader = ASRTask.build_streaming_iterator(
-            args.data_path_and_name_and_type,
-            dtype="float32",
-            batch_size=1,
-            key_file=args.key_file,
-            num_workers=args.num_workers,
-            preprocess_fn=ASRTask.build_preprocess_fn(train_args, False),
-            collate_fn=ASRTask.build_collate_fn(train_args, False),
-            allow_variable_data_keys=args.allow_variable_data_keys,
-            inference=True,
-        )
-        batches = iter(loader)
-    except Exception as error:
-        raise _unreadable(key, error) from error
-    while True:
-        try:
-            (key,), batch = next(batches)
-        except StopIteration:
-            return
-        except Exception as error:  # of libsndfile, of Kaldi archives, from worker processes
-            raise _unreadable(key, error) from error
-        yield key, batch["speech"][0]
-
-
-def _unreadable(key: str, error: Exception) -> UserError:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return UserError(f"audio after {key} cannot be read: {lines[-1] if lines else repr(error)}")
 
 
 def _write(writer: Any, key: str, results: list[tuple]) -> None:

@@ -1,15 +1,18 @@
 """Convert a trained model to a smaller KV cache."""
 
 import argparse
+import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from espnet_kv.errors import Parser, command
+from espnet_kv.errors import Parser, UserError, command, one_line, whole
 
+# of utterances that are left out so many are named
+NAMED = 10
 PARTS = ("encoder", "decoder_self", "decoder_cross")
 TYPES = ("mla", "gqa", "linear")
 FEATURE_MAPS = ("elu", "relu", "hedgehog")
@@ -65,8 +68,13 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add("--calibration_type", default="sound", choices=("sound", "kaldi_ark"), help="Its type")
     add("--calibration_minutes", type=_positive, default=10.0, help="How much of it is used")
-    add("--transfer_steps", type=int, default=300, help="linear: steps of attention transfer")
-    add("--seed", type=int, default=0, help="Of the choice of calibration audio")
+    add(
+        "--transfer_steps",
+        type=whole(0, 10**9),
+        default=300,
+        help="linear: steps of attention transfer",
+    )
+    add("--seed", type=whole(0, 2**32 - 1), default=0, help="Of the choice of calibration audio")
     return parser
 
 
@@ -78,8 +86,8 @@ def _parts(text: str) -> tuple[str, ...]:
 
 
 def _positive(text: str) -> float:
-    if not (number := float(text)) > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not more than 0")
+    if not 0 < (number := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not more than 0, and finite")
     return number
 
 
@@ -109,6 +117,8 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def run(args: argparse.Namespace, said: str) -> None:
     """Convert as `args` say; said: the command, for the record."""
+    import torch
+
     from espnet_kv.convert.calibration import read_calibration
     from espnet_kv.convert.experiment import check_new, describe, write_experiment
     from espnet_kv.convert.model import convert
@@ -116,7 +126,7 @@ def run(args: argparse.Namespace, said: str) -> None:
     from espnet_kv.convert.target import Target
     from espnet_kv.task import ASRTask
 
-    check_new(args.output_dir)
+    check_new(args.output_dir, args.asr_train_config.parent)
     target = Target(
         args.attention_type,
         args.kv_rank,
@@ -144,7 +154,16 @@ def run(args: argparse.Namespace, said: str) -> None:
             f"  calibration: {seconds['fit']:g} s to fit to, {seconds['held_out']:g} s held out",
             flush=True,
         )
-    conversion = convert(model, config, args.parts, target, calibration, _tell)
+        for note in calibration.source["notes"]:
+            print(f"  note: {note}", flush=True)
+        _tell_left_out(calibration.source["left_out"])
+    try:
+        conversion = convert(model, config, args.parts, target, calibration, _tell)
+    except torch.linalg.LinAlgError as error:
+        raise UserError(
+            f"{args.asr_model_file}: its attention cannot be factorised ({one_line(error)}): the "
+            "weights are out of range; use the model of another epoch"
+        ) from error
     heard = None if calibration is None else calibration.source
     provenance = describe(args.asr_train_config, args.asr_model_file, options_of(args), said, heard)
     write_experiment(args.output_dir, args.asr_model_file.name, conversion, provenance)
@@ -152,6 +171,18 @@ def run(args: argparse.Namespace, said: str) -> None:
         before, after = cache["before"]["bytes"], cache["after"]["bytes"]
         print(f"  {part}: attention cache {before} -> {after} bytes", flush=True)
     print(f"  {args.output_dir}", flush=True)
+
+
+def _tell_left_out(left_out: Mapping[str, Sequence[str]]) -> None:
+    """Say which utterances play no part, and why."""
+    for reason, utterances in left_out.items():
+        if utterances:
+            named = ", ".join(utterances[:NAMED]) + (", ..." if len(utterances) > NAMED else "")
+            print(
+                f"warning: {len(utterances)} utterances of the calibration audio left out, "
+                f"{reason}: {named}",
+                file=sys.stderr,
+            )
 
 
 def _tell(label: str, total: int) -> Callable[[], None]:

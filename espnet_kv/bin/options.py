@@ -1,6 +1,7 @@
 """What the commands that stream share: their parser, options and the recognizer made of them."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -8,7 +9,7 @@ import yaml
 from espnet2.utils import config_argparse
 from espnet2.utils.types import str_or_none
 
-from espnet_kv.errors import UserError
+from espnet_kv.errors import UserError, one_line
 
 RECOGNIZER = (
     "asr_train_config",
@@ -29,6 +30,26 @@ RECOGNIZER = (
 """Options that a recognizer takes under their own name."""
 
 
+COUNTS = {
+    "beam_size": (1, 10_000),
+    "nbest": (1, 10_000),
+    "batch_size": (1, 100_000),
+    "num_workers": (0, 1024),
+    "seed": (0, 2**32 - 1),
+    "ctc_window_margin": (0, 10**9),
+}
+"""Options that are whole numbers -> the least and the most."""
+NUMBERS = {
+    "ctc_weight": (0.0, 1.0),
+    "lm_weight": (-math.inf, math.inf),
+    "ngram_weight": (-math.inf, math.inf),
+    "penalty": (-math.inf, math.inf),
+    "maxlenratio": (-math.inf, math.inf),
+    "minlenratio": (-math.inf, math.inf),
+}
+"""Options that are numbers -> their range."""
+
+
 class Parser(config_argparse.ArgumentParser):
     """ESPnet's parser with --config; what is wrong is told in one line."""
 
@@ -41,7 +62,7 @@ class Parser(config_argparse.ArgumentParser):
         try:
             return super().parse_args(args, namespace)
         except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--config: {' '.join(str(error).split())}") from error
+            raise UserError(f"--config: {one_line(error)}") from error
 
 
 def add_streaming_options(
@@ -85,13 +106,45 @@ def build_recognizer(args: argparse.Namespace) -> Any:
     Raises:
         UserError: the model or the options cannot be used, or there is no GPU.
     """
-    import torch
-
     from espnet_kv.streaming.recognizer import StreamingRecognizer
 
-    if args.ngpu > 1:
-        raise UserError(f"--ngpu {args.ngpu}: a stream is decoded on one GPU at most")
-    if args.ngpu and not torch.cuda.is_available():
-        raise UserError(f"--ngpu {args.ngpu}: no GPU was found; leave it out to use the CPU")
+    check_device(args.ngpu)
     options = {name: getattr(args, name) for name in RECOGNIZER if hasattr(args, name)}
     return StreamingRecognizer(**options, device="cuda" if args.ngpu else "cpu")
+
+
+def check_device(ngpu: int) -> None:
+    """Refuse a number of GPUs that cannot be used.
+
+    Raises:
+        UserError: it is not 0 or 1, or there is no GPU.
+    """
+    import torch
+
+    if ngpu not in (0, 1):
+        raise UserError(f"--ngpu {ngpu}: allowed are 0 (CPU) and 1; a model decodes on one GPU")
+    if ngpu and not torch.cuda.is_available():
+        raise UserError(f"--ngpu {ngpu}: no GPU was found; leave it out to use the CPU")
+
+
+def check_search(args: argparse.Namespace) -> None:
+    """Refuse numbers of a decoding command that mean nothing, from a YAML too.
+
+    Raises:
+        UserError: names the option and what is allowed.
+    """
+    for name, (least, most) in COUNTS.items():
+        value = getattr(args, name, least)
+        if type(value) is not int or not least <= value <= most:
+            raise UserError(f"--{name} {value}: allowed are whole numbers from {least} to {most}")
+    for name, (low, high) in NUMBERS.items():
+        number = getattr(args, name, low if math.isfinite(low) else 0)
+        if type(number) not in (int, float) or not math.isfinite(number):
+            raise UserError(f"--{name} {number}: a finite number is needed")
+        if not low <= number <= high:
+            raise UserError(f"--{name} {number}: allowed are {low:g} to {high:g}")
+    if args.nbest > args.beam_size:
+        raise UserError(
+            f"--nbest {args.nbest} is more than --beam_size {args.beam_size}: a search keeps no "
+            "more hypotheses than that"
+        )

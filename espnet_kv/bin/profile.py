@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,11 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from espnet_kv.errors import Parser, UserError, command, true_or_false, whole
-from espnet_kv.recipe.atomic import write_text
-from espnet_kv.recipe.audio import AudioError, read_audio_at
+from espnet_kv.atomic import check_writable, write_text
+from espnet_kv.errors import Parser, UserError, command, one_line, true_or_false, whole
 from espnet_kv.recipe.config import load_config, load_yaml
-from espnet_kv.recipe.datadir import entries
 from espnet_kv.recipe.scores import read_scores
 
 if TYPE_CHECKING:
@@ -23,6 +22,9 @@ if TYPE_CHECKING:
 
 LENGTHS = "5 10 30 60 120 300 600"
 CACHE_DTYPES = ("fp32", "fp16", "bf16", "int8", "int4")
+# a day; hours of encoder frames: what is longer fits no memory, and no patience
+LONGEST_SECONDS = 86_400
+MOST_FRAMES = 1_000_000
 # of a recording with fewer seconds there is nothing to recognize
 SHORTEST_SECONDS = 0.3
 
@@ -31,9 +33,9 @@ def get_parser() -> argparse.ArgumentParser:
     """The options of this command; names as in the recipe and in ESPnet's commands."""
     parser = Parser(
         prog="python -m espnet_kv.bin.profile",
-        description="Measure what a model costs: bytes of its cache, time, memory. Run it where "
-        "the model was trained (its config.yaml names files from there). What is written: "
-        "docs/profile.md. The last line of standard output is the path of the JSON.",
+        description="Measure what a model costs: bytes of its cache, time, memory. A trained "
+        "model loads from any directory; outside that of its training give --wav_scp, too. What is "
+        "written: docs/profile.md. The last line of standard output is the path of the JSON.",
         allow_abbrev=False,
     )
     g = parser.add_argument_group("a trained model")
@@ -56,7 +58,10 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument("--config", type=Path, help="training configuration, conf/train_asr_x.yaml")
     g.add_argument("--overlay", type=Path, help="YAML laid over it")
     g.add_argument(
-        "--vocab_size", type=whole(3), default=5000, help="tokens (default: %(default)s)"
+        "--vocab_size",
+        type=whole(3, 10_000_000),
+        default=5000,
+        help="tokens (default: %(default)s)",
     )
 
     g = parser.add_argument_group("how")
@@ -67,7 +72,10 @@ def get_parser() -> argparse.ArgumentParser:
         "for random weights)",
     )
     g.add_argument(
-        "--utterances", type=whole(1), default=20, help="how many of them (default: %(default)s)"
+        "--utterances",
+        type=whole(1, 100_000),
+        default=20,
+        help="how many of them (default: %(default)s)",
     )
     g.add_argument(
         "--lengths",
@@ -95,8 +103,10 @@ def get_parser() -> argparse.ArgumentParser:
         "--repeats", type=whole(1), default=3, help="runs of an utterance (default: %(default)s)"
     )
     g.add_argument("--hour", type=true_or_false, default=False, help="stream an hour, too")
-    g.add_argument("--seed", type=int, default=0, help="of weights and noise (default: 0)")
-    g.add_argument("--threads", type=whole(1), default=1, help="on a CPU (default: 1)")
+    g.add_argument(
+        "--seed", type=whole(0, 2**32 - 1), default=0, help="of weights and noise (default: 0)"
+    )
+    g.add_argument("--threads", type=whole(1, 1024), default=1, help="on a CPU (default: 1)")
     g.add_argument("--ngpu", type=whole(0), help="0 = CPU (default: 1 if there is one)")
     g.add_argument("--output", type=Path, help="(default: EXPERIMENT/profile/profile.json)")
     return parser
@@ -141,6 +151,7 @@ def main(cmd: Sequence[str] | None = None) -> None:
     search, streaming = _search_options(args)
     named = _named(args)
     output = named.output(args.output)
+    check_writable(output)
 
     import torch
 
@@ -191,8 +202,11 @@ def _lengths(words: Sequence[str]) -> list[float]:
         seconds = sorted({float(word) for word in " ".join(words).split()})
     except ValueError as error:
         raise UserError(f"--lengths: {error}; give seconds, e.g. --lengths 5 30 60") from error
-    if not seconds or not 0 < seconds[0] <= seconds[-1] < float("inf"):
-        raise UserError(f"--lengths {' '.join(words)}: give seconds, e.g. --lengths 5 30 60")
+    if not seconds or not 0 < seconds[0] <= seconds[-1] <= LONGEST_SECONDS:
+        raise UserError(
+            f"--lengths {' '.join(words)}: give seconds, at most {LONGEST_SECONDS}, e.g. "
+            "--lengths 5 30 60"
+        )
     return [int(s) if s == int(s) else s for s in seconds]
 
 
@@ -216,6 +230,11 @@ def _search_options(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str,
                 f"{args.streaming_config}: {name}: {streaming[name]!r} is not allowed here (a "
                 "bounded stream of whole chunks is profiled)"
             )
+    if streaming["chunk_size"] * (streaming["left_chunks"] + 1) > MOST_FRAMES:
+        raise UserError(
+            f"--chunk_size {streaming['chunk_size']}, --left_chunks {streaming['left_chunks']}: "
+            f"at most {MOST_FRAMES} encoder frames are held"
+        )
     return search, streaming
 
 
@@ -260,24 +279,28 @@ def _named(args: argparse.Namespace) -> Named:
 
 def _sound(args: argparse.Namespace, subject: "Subject") -> "Sound":
     """The utterances: evenly chosen from a wav.scp, or noise."""
+    import numpy as np
+
     from espnet_kv.profile.sound import Sound
+    from espnet_kv.streaming.recordings import read_scp, read_utterance
 
     if args.wav_scp is None and not subject.source.trained:
         return Sound.noise(args.utterances, subject.sample_rate, args.seed)
     wav_scp = args.wav_scp or _validation_set(subject)
-    scp: dict[str, str] = {}
-    for _, _, utterance, entry in entries(wav_scp, into=scp):
-        scp[utterance] = entry
+    scp = read_scp(wav_scp)
     count = min(args.utterances, len(scp))
     chosen = [sorted(scp)[n * len(scp) // count] for n in range(count)]
-    samples = []
+    samples, notes = [], set[str]()
     for utterance in chosen:
         try:
-            audio = read_audio_at(scp[utterance], subject.sample_rate).samples
-        except AudioError as error:
+            kind = "kaldi_ark" if re.search(r"\.ark:\d+$", scp[utterance]) else "sound"
+            audio = read_utterance(scp[utterance], kind, subject.sample_rate, note=notes.add)
+        except UserError as error:
             raise UserError(f"{wav_scp}: {utterance}: {error}") from error
         if len(audio) >= SHORTEST_SECONDS * subject.sample_rate:
-            samples.append(audio)
+            samples.append(audio.astype(np.float32))
+    for note in sorted(notes):
+        _say(f"{wav_scp}: {note}")
     if not samples:
         raise UserError(f"{wav_scp}: no utterance has {SHORTEST_SECONDS} s or more")
     return Sound(str(wav_scp), subject.sample_rate, samples)
@@ -302,8 +325,10 @@ def _json(file: Path) -> Mapping[str, Any]:
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is damaged: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{file} is damaged ({one_line(error)}): remove it, or make it again"
+        ) from error
     if not isinstance(content, dict):
         raise UserError(f"{file} is damaged: expected keys and values")
     return content

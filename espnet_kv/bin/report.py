@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from espnet_kv.atomic import check_writable
 from espnet_kv.errors import Parser, UserError, command
 from espnet_kv.report.profiles import read_profiles
 from espnet_kv.report.write import TITLE, write_report
@@ -64,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results = results or args.expdir / "RESULTS.md"
     if output is None:
         raise UserError("--output is missing: name a directory, or give --expdir")
+    check_writable(output)
     said = shlex.join(["python", "-m", "espnet_kv.bin.report", *arguments])
     page = write_report(
         read_profiles(paths), output, results or output / "RESULTS.md", args.title, said

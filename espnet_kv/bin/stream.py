@@ -13,6 +13,7 @@ from espnet_kv.bin.options import Parser, add_streaming_options, build_recognize
 from espnet_kv.errors import UserError, command
 
 REDRAW_SECONDS = 0.1
+HIGHEST_RATE = 768_000
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -51,15 +52,7 @@ def main(cmd: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0; 130 after Ctrl-C, 141 when nobody reads the text any more.
     """
-    args = get_parser().parse_args(cmd)
-    try:
-        return _transcribe(args)
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except BrokenPipeError:
-        # Python would complain once more when it flushes standard output at its exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+    return _transcribe(get_parser().parse_args(cmd))
 
 
 def _transcribe(args: argparse.Namespace) -> int:
@@ -69,8 +62,10 @@ def _transcribe(args: argparse.Namespace) -> int:
     from espnet_kv.streaming.frontend import TooShortError
     from espnet_kv.streaming.meter import Meter
 
-    if args.rate is not None and (args.audio != "-" or args.rate < 1):
-        raise UserError(f"--rate {args.rate}: 1 or more, and for standard input (-) only")
+    if args.rate is not None and (args.audio != "-" or not 1 <= args.rate <= HIGHEST_RATE):
+        raise UserError(
+            f"--rate {args.rate}: from 1 to {HIGHEST_RATE}, and for standard input (-) only"
+        )
     file = FileSource(args.audio) if args.audio != "-" else None  # before the model is loaded
     recognizer = build_recognizer(args)
     source = file or PipeSource(args.rate or recognizer.sample_rate)
@@ -78,6 +73,12 @@ def _transcribe(args: argparse.Namespace) -> int:
         print(
             "note: --left_chunks -1: a frame sees all before it, so the cache may grow with the "
             "stream; --left_chunks 4, say, bounds it",
+            file=sys.stderr,
+        )
+    if source.rate != recognizer.sample_rate:
+        print(
+            f"note: {source.rate} samples per second are resampled to the "
+            f"{recognizer.sample_rate} of the model",
             file=sys.stderr,
         )
     stream, meter = Stream(source, recognizer.sample_rate), Meter(recognizer)

@@ -3,7 +3,6 @@
 Shape letters: B streams, R of them, T frames, F feature size, N slots, C chunk_size.
 """
 
-import operator
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -165,11 +164,12 @@ class EncoderState:
         or where both states are used afterwards.
 
         Args:
-            rows: numbers of streams, 0 to B - 1. A mask of bools is refused.
+            rows: numbers of streams, each from 0 to B - 1, a number as often as wanted; none: a
+                state of no streams, to which others can be joined.
 
         Raises:
-            IndexError: there is no such stream.
-            ValueError: rows is a mask.
+            ValueError: rows is a mask or holds something else than whole numbers.
+            IndexError: there is no such stream; negative numbers name none.
         """
         rows = self._checked(rows)
         selected = self._of(rows, self.store, [self.places[row] for row in rows])
@@ -191,7 +191,7 @@ class EncoderState:
         """
         parts = list(parts)
         if not parts:
-            raise ValueError("join: no states were given")
+            raise ValueError("parts: there is no state to join")
         for part in parts[1:]:
             if not parts[0]._fits(part):
                 raise ValueError(
@@ -317,13 +317,7 @@ class EncoderState:
 
     def _checked(self, rows: Iterable[Any]) -> list[int]:
         """Numbers of streams as ints."""
-        values = rows.tolist() if hasattr(rows, "tolist") else list(rows)
-        if any(isinstance(row, bool) or str(getattr(row, "dtype", "")) in BOOLS for row in values):
-            raise ValueError(
-                "select: a mask of bools was given; give the numbers of the streams, e.g. "
-                "[row for row, keep in enumerate(mask) if keep]"
-            )
-        numbers = [operator.index(row) for row in values]
+        numbers = _whole_numbers(rows)
         if not all(0 <= row < self.batch_size for row in numbers):
             raise IndexError(f"streams {numbers} of a state of {self.batch_size}")
         return numbers
@@ -415,4 +409,16 @@ class EncoderState:
         return own | {"input": self.features.nbytes, "position": tables}
 
 
-BOOLS = ("bool", "torch.bool")
+def _whole_numbers(rows: Any) -> list[int]:
+    """Numbers of streams as plain integers: of a sequence, an array or a tensor."""
+    numbers = rows.tolist() if hasattr(rows, "tolist") else rows
+    try:
+        numbers = [row.item() if hasattr(row, "item") else row for row in numbers]
+    except TypeError:
+        raise ValueError(f"rows {rows!r}: give a sequence of stream numbers, e.g. [1]") from None
+    if any(isinstance(row, bool) for row in numbers):
+        way_out = "[n for n, keep in enumerate(mask) if keep]"
+        raise ValueError(f"rows {numbers}: a mask names no streams; give numbers, e.g. {way_out}")
+    if not all(isinstance(row, int) for row in numbers):
+        raise ValueError(f"rows {numbers}: give whole numbers of streams, e.g. [2, 0]")
+    return numbers

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from espnet_kv.decoder.transformer import KVTransformerDecoder
 from espnet_kv.errors import UserError
+from espnet_kv.streaming.recordings import model_rate, read_scp, read_utterance
 
 KINDS = ("kaldi_ark", "sound")
 # one utterance in so many is kept from the fit, to measure errors on
@@ -40,7 +42,10 @@ class Calibration:
 def read_calibration(
     scp: Path, kind: str, minutes: float, seed: int, args: Any, task: Any
 ) -> Calibration:
-    """Draw utterances from a wav.scp until there are `minutes` of audio; very short ones are left.
+    """Draw utterances from a wav.scp until there are `minutes` of audio.
+
+    Audio of another rate is resampled. Utterances shorter than SHORTEST are left out and named in
+    `source`.
 
     Args:
         scp: a wav.scp.
@@ -50,46 +55,39 @@ def read_calibration(
         task: the ESPnet task.
 
     Raises:
-        UserError: fewer than two utterances, a file that cannot be read, another sampling rate.
+        UserError: fewer than two utterances, or a file that cannot be read.
     """
-    from espnet2.train.dataset import ESPnetDataset
-
-    if not scp.is_file():
-        raise UserError(f"--calibration_scp {scp} does not exist")
-    utterance = "its list of files"
-    try:
-        preprocess = task.build_preprocess_fn(args, False)
-        data = ESPnetDataset([(str(scp), "speech", kind)], preprocess)
-        loader = data.loader_dict["speech"]
-        utterances = sorted(loader)
-        random.Random(seed).shuffle(utterances)
-        rate = _sample_rate(args)
-        wanted, samples, taken = minutes * 60 * rate, 0, []
-        for utterance in utterances:
-            if samples >= wanted:
-                break
-            speech = torch.from_numpy(data[utterance][1]["speech"])
-            if len(speech) >= SHORTEST * rate:
-                taken.append(speech)
-                samples += len(speech)
-            found = getattr(loader, "rate", None)
-            if found not in (None, rate):
-                raise UserError(
-                    f"--calibration_scp {scp}: {utterance} has {found} samples per second, the "
-                    f"model takes {rate}"
-                )
-    except UserError:
-        raise
-    except Exception as error:  # of libsndfile, of Kaldi archives
-        lines = str(error).strip().splitlines() or [repr(error)]
-        raise UserError(
-            f"--calibration_scp {scp}: {utterance} cannot be read as {kind}: {lines[-1]} "
-            f"(--calibration_type: {', '.join(KINDS)})"
-        ) from error
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r}: allowed are {', '.join(KINDS)}")
+    entries = read_scp(scp)
+    utterances = sorted(entries)
+    random.Random(seed).shuffle(utterances)
+    preprocess = task.build_preprocess_fn(args, False)
+    rate = model_rate(args.frontend_conf)
+    wanted, samples, taken = minutes * 60 * rate, 0, []
+    short: list[str] = []
+    notes: set[str] = set()
+    for utterance in utterances:
+        if samples >= wanted:
+            break
+        try:
+            speech = read_utterance(entries[utterance], kind, rate, note=notes.add)
+        except UserError as error:
+            raise UserError(
+                f"{scp}: {utterance}: {error} (read as {kind}; kinds: {', '.join(KINDS)})"
+            ) from error
+        if preprocess is not None:
+            speech = preprocess(utterance, {"speech": speech})["speech"]
+        if len(speech) >= SHORTEST * rate:
+            taken.append(torch.from_numpy(np.asarray(speech, dtype=np.float32)))
+            samples += len(speech)
+        else:
+            short.append(utterance)
     if len(taken) < 2:
         raise UserError(
-            f"--calibration_scp {scp}: {len(taken)} utterance is too few: one is fitted to and "
-            "another measured on; give more audio or more --calibration_minutes"
+            f"{scp}: {len(taken)} utterance is too few: one is fitted to and another measured on "
+            f"({len(short)} shorter than {SHORTEST} s were left out); give more audio or more "
+            "minutes"
         )
     held_out = taken[HELD_OUT - 1 :: HELD_OUT] or taken[-1:]
     fit = [x for x in taken if not any(x is y for y in held_out)]
@@ -101,16 +99,11 @@ def read_calibration(
             "type": kind,
             "seed": seed,
             "utterances": {"fit": len(fit), "held_out": len(held_out)},
+            "notes": sorted(notes),
+            "left_out": {f"shorter than {SHORTEST} s": short},
             "seconds": {"fit": _seconds(fit, rate), "held_out": _seconds(held_out, rate)},
         },
     )
-
-
-def _sample_rate(args: Any) -> int:
-    import humanfriendly
-
-    rate = (args.frontend_conf or {}).get("fs", 16000)
-    return humanfriendly.parse_size(rate) if isinstance(rate, str) else int(rate)
 
 
 def _seconds(utterances: Sequence[Tensor], rate: int) -> float:
@@ -164,7 +157,13 @@ class Listener:
     @torch.no_grad()
     def _encode(self, speech: Tensor) -> tuple[Tensor, Tensor]:
         encoded, lengths = self._model.encode(speech[None], torch.tensor([len(speech)]))
-        return (encoded[0] if isinstance(encoded, tuple) else encoded), lengths
+        encoded = encoded[0] if isinstance(encoded, tuple) else encoded
+        if not torch.isfinite(encoded).all():
+            raise UserError(
+                "the encoder's output on the calibration audio is infinite or no number: the "
+                "training of the model diverged; use the model of an earlier epoch"
+            )
+        return encoded, lengths
 
 
 @torch.no_grad()

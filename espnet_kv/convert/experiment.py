@@ -15,23 +15,36 @@ import torch
 import yaml
 
 import espnet_kv
-from espnet_kv.atomic import new_directory
+from espnet_kv.atomic import check_writable, new_directory
 from espnet_kv.convert.model import Conversion
 from espnet_kv.convert.report import FILE, SCHEMA, write_pages
 from espnet_kv.errors import UserError
 from espnet_kv.provenance import commit
-from espnet_kv.task import ASRTask
+from espnet_kv.task import ASRTask, write_statistics
 
 # keys of a config.yaml that say where that training wrote, and the way in which it ran
 OF_THE_RUN = ("config", "output_dir", "init_param", "local_rank", "dist_rank", "dist_world_size")
 
 
-def check_new(directory: Path) -> None:
-    """Refuse to write over anything.
+def check_new(directory: Path, source: Path | None = None) -> None:
+    """Refuse to write over anything, and what cannot be written, before the work.
+
+    Args:
+        directory: to be written.
+        source: the experiment that is converted.
 
     Raises:
-        UserError: `directory` exists and is not empty, or is a file.
+        UserError: `directory` exists and is not empty, or is a file or the source; or it cannot
+            be made there, or ESPnet would misread its name.
     """
+    if source is not None and directory.resolve() == source.resolve():
+        raise UserError(f"--output_dir {directory} is the model that is converted: name another")
+    if ":" in str(directory):
+        raise UserError(
+            f"--output_dir {directory}: ESPnet's --init_param, by which the converted model is "
+            "trained further, splits paths at a colon; name another directory"
+        )
+    check_writable(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"--output_dir {directory} exists: remove it, or name another one")
 
@@ -53,12 +66,13 @@ def write_experiment(
         normalize = config.get("normalize_conf") or {}
         if config.get("normalize") and "stats_file" in normalize:
             name = "feats_stats" + Path(normalize["stats_file"]).suffix
-            shutil.copyfile(normalize["stats_file"], new / name)
+            _write_statistics(Path(normalize["stats_file"]), conversion.model, new / name)
             config["normalize_conf"] = {**normalize, "stats_file": str(directory / name)}
         if config.get("bpemodel"):
             shutil.copyfile(config["bpemodel"], new / "bpe.model")
             config["bpemodel"] = str(directory / "bpe.model")
-        torch.save(conversion.model.state_dict(), new / model_name)
+        with (new / model_name).open("wb") as file:  # torch hides why a file cannot be written
+            torch.save(conversion.model.state_dict(), file)
         _dump(new / "config.yaml", config)
         _dump(new / "train.yaml", training_config(config, directory / model_name))
         record = {
@@ -113,6 +127,15 @@ def sha256(file: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write_statistics(source: Path, model: Any, file: Path) -> None:
+    """Copy the statistics of features; those of the model where their file is gone."""
+    if source.is_file():
+        shutil.copyfile(source, file)
+        return
+    with file.open("wb") as stream:  # np.savez adds .npz to a path of another suffix
+        write_statistics(stream, model.state_dict())
 
 
 def _dump(file: Path, config: Mapping[str, Any]) -> None:

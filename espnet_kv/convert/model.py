@@ -22,7 +22,7 @@ from espnet_kv.convert.statistics import LayerStatistics
 from espnet_kv.convert.target import Target, layer_options
 from espnet_kv.convert.transfer import to_linear, transfer
 from espnet_kv.errors import UserError
-from espnet_kv.task import ASRTask
+from espnet_kv.task import ASRTask, build_filled
 
 # attention transfer: utterances that a step learns from
 UTTERANCES = 4
@@ -137,7 +137,10 @@ def convert(
         for name, block, slot in PARTS[part].slots(model):
             setattr(block, slot, converted[name])
     # the configuration must describe the weights, and nothing of them may be lost
-    rebuilt: Any = ASRTask.build_model(argparse.Namespace(**copy.deepcopy(new_config)))
+    args = argparse.Namespace(**copy.deepcopy(new_config))
+    rebuilt: Any = build_filled(
+        ASRTask.build_model, args, model.state_dict(), "the configuration of the converted model"
+    )
     rebuilt.load_state_dict(model.state_dict())
     rebuilt.eval()
     for part in parts:

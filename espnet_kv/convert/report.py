@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from espnet_kv.atomic import new_file, write_text
-from espnet_kv.errors import UserError
+from espnet_kv.errors import UserError, one_line
 
 SCHEMA = "espnet_kv.conversion/1"
 FILE, PAGE, FIGURE = "conversion.json", "conversion.md", "conversion.png"
@@ -34,8 +34,8 @@ def read_record(experiment: Path) -> dict[str, Any]:
         record = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{file} does not exist: {experiment} is no converted model") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is damaged ({error}): convert again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged ({one_line(error)}): convert again") from error
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         raise UserError(f"{file} is no record of a conversion of this version: convert again")
     return record
@@ -45,13 +45,19 @@ def read_wer(experiment: Path) -> dict[str, dict[str, float]]:
     """Decoding -> test set -> WER (%) of what stage 13 scored; empty where nothing is."""
     rates: dict[str, dict[str, float]] = {}
     for result in sorted(experiment.glob("decode_*/*/score_wer/result.txt")):
+        rates.setdefault(result.parents[2].name, {})[result.parents[1].name] = _rate(result)
+    return rates
+
+
+def _rate(result: Path) -> float:
+    try:
         for line in result.read_text(encoding="utf-8").splitlines():
             figures = line.replace("|", " ").split()
             if figures[:1] == ["Sum/Avg"]:
-                rates.setdefault(result.parents[2].name, {})[result.parents[1].name] = float(
-                    figures[-2]
-                )
-    return rates
+                return float(figures[-2])
+    except (ValueError, LookupError) as error:
+        raise UserError(f"{result} is damaged: remove it and score again (stage 13)") from error
+    raise UserError(f"{result} has no line Sum/Avg: remove it and score again (stage 13)")
 
 
 def update_report(experiment: Path, related: Mapping[str, Path]) -> None:
@@ -62,12 +68,15 @@ def update_report(experiment: Path, related: Mapping[str, Path]) -> None:
         related: keys of STAGES -> experiments.
 
     Raises:
-        UserError: `experiment` is no converted model.
+        UserError: `experiment` is no converted model, or its record or a score file is damaged.
     """
     record = read_record(experiment)
     record["wer"] = {stage: rates for stage, place in related.items() if (rates := read_wer(place))}
+    try:
+        write_pages(experiment, record, experiment.name)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{experiment / FILE} is damaged ({error!r}): convert again") from error
     write_text(experiment / FILE, json.dumps(record, indent=1) + "\n")
-    write_pages(experiment, record, experiment.name)
 
 
 def write_pages(directory: Path, record: Mapping[str, Any], name: str) -> None:

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 
 from espnet_kv.attention.mha import MultiHeadAttention
 from espnet_kv.errors import UserError
-from espnet_kv.streaming.load import load_model
-from espnet_kv.task import ASRTask
+from espnet_kv.task import ASRTask, find_files, read_config
 
 ENCODERS = ("conformer", "branchformer", "e_branchformer", "transformer")
 DECODER = "transformer"
@@ -84,35 +82,28 @@ def load_source(
         UserError: a file cannot be used, or a part of the model cannot be converted.
     """
     config = read_config(config_file)
-    changes = _kv_names(config_file, config, parts) | _reachable_paths(config_file, config)
+    names = _kv_names(config_file, config, parts)
+    changes = names | find_files(config_file, config)
+    if isinstance(bpe := config.get("bpemodel"), str) and "bpemodel" not in changes:
+        raise UserError(
+            f"{config_file}: bpemodel: {bpe} is neither here nor below any directory that holds "
+            "the config: put it beside config.yaml as bpe.model"
+        )
+    if isinstance(tokens := changes.get("token_list"), str):
+        changes["token_list"] = Path(tokens).read_text(encoding="utf-8").splitlines()
 
     class SourceTask(ASRTask):
         @classmethod
         def build_model(cls, args: argparse.Namespace):
-            vars(args).update(changes)
+            vars(args).update(names)
             return super().build_model(args)
 
     model: Any
-    model, _ = load_model(config_file, model_file, task=SourceTask)
+    model, _ = SourceTask.build_model_from_file(config_file, model_file)
     model.eval()
     for name in parts:
         _check_attention(config_file, config, name, model)
     return model, config | changes
-
-
-def read_config(file: Path) -> dict[str, Any]:
-    """The mapping in a config.yaml.
-
-    Raises:
-        UserError: it is missing or none.
-    """
-    try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("encoder"), str):
-        raise UserError(f"{file} is no config.yaml of a trained model: it names no encoder")
-    return config
 
 
 def _kv_names(file: Path, config: dict[str, Any], parts: tuple[str, ...]) -> dict[str, Any]:
@@ -135,31 +126,6 @@ def _kv_names(file: Path, config: dict[str, Any], parts: tuple[str, ...]) -> dic
             )
         changes[key] = f"kv_{stock}"
     return changes
-
-
-def _reachable_paths(file: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Paths that ESPnet wrote relative to the directory of the recipe, as seen from here."""
-    changes: dict[str, Any] = {}
-    if isinstance(config.get("token_list"), str):
-        tokens = Path(_reachable(file, "token_list", config["token_list"]))
-        changes["token_list"] = tokens.read_text(encoding="utf-8").splitlines()
-    if config.get("bpemodel"):
-        changes["bpemodel"] = _reachable(file, "bpemodel", config["bpemodel"])
-    normalize = config.get("normalize_conf") or {}
-    if config.get("normalize") and "stats_file" in normalize:
-        stats = _reachable(file, "normalize_conf.stats_file", normalize["stats_file"])
-        changes["normalize_conf"] = {**normalize, "stats_file": stats}
-    return changes
-
-
-def _reachable(file: Path, key: str, name: str) -> str:
-    for root in (Path(), *file.resolve().parents):
-        if (root / name).is_file():
-            return str(root / name)
-    raise UserError(
-        f"{file}: {key}: {name} is neither here nor below any directory that holds the config: "
-        "run in the directory where the model was trained"
-    )
 
 
 def _check_attention(file: Path, config: dict[str, Any], name: str, model: Any) -> None:

@@ -13,7 +13,29 @@ from espnet2.legacy.nets.scorers.ctc import CTCPrefixScorer
 from torch import Tensor
 
 
-class FastCTCPrefixScorer(CTCPrefixScorer):
+class WideCTCPrefixScorer(CTCPrefixScorer):
+    """ESPnet's CTCPrefixScorer with scores in float32 where the model has 16 bits.
+
+    The number that stands for log 0 there is out of the range of float16.
+    """
+
+    def __init__(self, ctc: Any, eos: int, window_margin: int = 0):
+        super().__init__(_Wide(ctc), eos, window_margin)  # type: ignore[arg-type]
+
+
+class _Wide:
+    """A CTC module whose log-probabilities are float32 or better."""
+
+    def __init__(self, ctc: Any):
+        self._ctc = ctc
+
+    def log_softmax(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, V)."""
+        log_probs = self._ctc.log_softmax(x)
+        return log_probs.to(torch.promote_types(log_probs.dtype, torch.float32))
+
+
+class FastCTCPrefixScorer(WideCTCPrefixScorer):
     """ESPnet's CTCPrefixScorer with the scores computed by `FastCTCPrefixScore`."""
 
     def batch_init_state(self, x: Tensor, xs_lengths: Tensor | None = None) -> None:

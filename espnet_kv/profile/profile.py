@@ -8,6 +8,7 @@ import torch
 
 from espnet_kv.codec import FLOATS
 from espnet_kv.decoder.transformer import KVTransformerDecoder
+from espnet_kv.errors import UserError
 from espnet_kv.profile import cache, counts, growth, machine
 from espnet_kv.profile.search import (
     TOKENS_PER_SECOND,
@@ -105,7 +106,13 @@ def profile(
 def model_dtype(subject: Subject) -> str:
     """The model's own type by the name that cache_dtype gives it."""
     dtype = next(subject.encoder.parameters()).dtype
-    return next(name for name, known in FLOATS.items() if known == dtype)
+    for name, known in FLOATS.items():
+        if known == dtype:
+            return name
+    raise UserError(
+        f"a model of {dtype} cannot be profiled (allowed: {', '.join(FLOATS)}): convert its "
+        "parameters, model.float()"
+    )
 
 
 def _summary(measured: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from espnet2.asr.decoder.transformer_decoder import TransformerDecoder
 from torch import Tensor
+from typeguard import TypeCheckError
 
 from espnet_kv.cache import FrameState
 from espnet_kv.decoder.search import Search
@@ -47,6 +48,7 @@ class Recognizer:
             defaults = inspect.signature(espnet.Speech2Text).parameters
             self.options = {key: options.get(key, defaults[key].default) for key in OPTIONS}
             tokens = len(subject.model.token_list)
+            _check(self.options)
             if self.options["beam_size"] > tokens:
                 raise UserError(
                     f"--inference_config: beam_size: {self.options['beam_size']} is more than the "
@@ -54,7 +56,7 @@ class Recognizer:
                 )
             try:
                 self.speech2text = espnet.Speech2Text(device=subject.device, **self.options)
-            except TypeError as error:  # of typeguard, too
+            except (TypeError, TypeCheckError) as error:
                 raise UserError(f"--inference_config: {' '.join(str(error).split())}") from error
         self._never_ends = False
         if not subject.source.trained:
@@ -75,6 +77,17 @@ class Recognizer:
             self.speech2text.maxlenratio = -float(math.ceil(TOKENS_PER_SECOND * seconds))
         with self.subject.offline():
             return self.speech2text(samples)
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    """Refuse numbers that no search can use; those of a YAML are of any type."""
+    for key, value in options.items():
+        least, most = (1, math.inf) if key == "beam_size" else (-math.inf, math.inf)
+        least, most = (0, 1) if key == "ctc_weight" else (least, most)
+        number = type(value) is int or (type(value) is float and key != "beam_size")
+        if not number or not least <= value <= most or not math.isfinite(value):
+            bounds = "from 0 to 1" if most == 1 else f"of {least} or more" if least == 1 else ""
+            raise UserError(f"--inference_config: {key}: {value!r} is no number {bounds}".rstrip())
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import nn
 from espnet_kv.encoder.streaming import StreamingEncoder, subsampling
 from espnet_kv.errors import UserError
 from espnet_kv.streaming.frontend import StreamingFrontend
-from espnet_kv.streaming.load import check_streams, load_model
+from espnet_kv.streaming.load import check_streams
 from espnet_kv.task import CachedDecodingTask
 
 
@@ -42,8 +42,8 @@ class Source:
         """
         if self.trained:
             assert self.asr_train_config is not None and self.asr_model_file is not None
-            model, args = load_model(
-                self.asr_train_config, self.asr_model_file, device, CachedDecodingTask
+            model, args = CachedDecodingTask.build_model_from_file(
+                self.asr_train_config, self.asr_model_file, device
             )
         else:
             model, args = self._build()

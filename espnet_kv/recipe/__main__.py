@@ -2,38 +2,19 @@
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from espnet_kv.errors import command
-from espnet_kv.recipe import (
-    convert_stage,
-    data_stages,
-    lm_stages,
-    model_stages,
-    profile_stage,
-    report_stage,
-    score_stage,
-)
+from espnet_kv.recipe.content import Content
+from espnet_kv.recipe.counts import count_sets, table
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.options import STAGES, parse
+from espnet_kv.recipe.plan import plan
+from espnet_kv.recipe.pool import terminate_on_signals
+from espnet_kv.recipe.runner import forecast, run_steps
+from espnet_kv.recipe.steps import Steps
 
-RUN: dict[int, Callable[[Layout], None]] = {
-    1: data_stages.prepare_data,
-    2: data_stages.perturb,
-    3: data_stages.format_sets,
-    4: data_stages.drop_lengths,
-    5: data_stages.list_tokens,
-    6: lm_stages.collect_lm_stats,
-    7: lm_stages.train_lm,
-    8: lm_stages.lm_perplexity,
-    9: lm_stages.train_ngram,
-    10: model_stages.collect_stats,
-    11: model_stages.train_models,
-    12: model_stages.decode,
-    13: score_stage.score_models,
-    14: profile_stage.profile_models,
-    15: report_stage.compare_models,
-}
+MEMORY = ".content.json"
 
 
 @command
@@ -48,11 +29,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     args = parse(arguments)
     layout = Layout(args)
-    run = RUN if args.convert_from is None else RUN | convert_stage.STAGES
+    steps = plan(layout)
+    judge = Steps(Content(args.dumpdir / MEMORY, args.nj, keep=not args.dry_run))
+    stages = range(args.stage, args.stop_stage + 1)
+    if args.dry_run:
+        for step, said in forecast(steps, judge, stages):
+            print(f"stage {step.stage}: {step.name}: {said}")
+        return
+    parallel = {11: args.train_nj, 12: args.inference_nj, 14: 1}
     start = time.monotonic()
-    for stage in range(args.stage, args.stop_stage + 1):
-        print(f"{time.strftime('%H:%M:%S')} stage {stage}: {STAGES[stage]}", flush=True)
-        run[stage](layout)
+    with terminate_on_signals():
+        for stage in stages:
+            print(f"{time.strftime('%H:%M:%S')} stage {stage}: {STAGES[stage]}", flush=True)
+            of_stage = [step for step in steps if step.stage == stage]
+            run_steps(of_stage, judge, parallel.get(stage, args.nj), args.command)
+    print(table(count_sets(layout)))
     print(f"{time.strftime('%H:%M:%S')} done in {time.monotonic() - start:.0f} s", flush=True)
 
 

@@ -1,19 +1,25 @@
-"""Reading audio: any file or ark entry of a wav.scp becomes mono float32 samples."""
+"""Reading audio: any file, ark entry or pipe of a wav.scp becomes mono float32 samples."""
 
-import contextlib
-import multiprocessing
+import hashlib
+import io
+import math
 import os
 import re
-import threading
-import wave
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import subprocess
 from dataclasses import dataclass
+from typing import BinaryIO
+from urllib.parse import quote
 
 import numpy as np
 
-from espnet_kv.errors import UserError
+from espnet_kv.recipe.containers import CHECKED, is_cut_short
+
+RATES = (1000, 768000)
+"""Sampling rates in Hz that speech may have; a header that says another is damaged."""
+CLIPPED_TO = 1.5
+"""Floats may exceed full scale by this factor (lossy codecs do); they are clipped."""
+OVERSHOOT = 0.5
+"""Seconds by which a segment may end behind its recording, as Kaldi allows."""
 
 
 class AudioError(Exception):
@@ -28,37 +34,92 @@ class Audio:
     notes: tuple[str, ...] = ()
 
 
-def read_audio(entry: str) -> tuple[np.ndarray, int]:
-    """Read one wav.scp entry: a flac or wav file, or `file.ark:offset`.
+@dataclass(frozen=True)
+class Recording:
+    """A decoded wav.scp entry: mono samples (T,) in float32 within [-1, 1], rate in Hz."""
 
-    Returns the samples (T,) in float32 within [-1, 1], channels averaged, and the rate in Hz.
+    samples: np.ndarray
+    rate: int
+    notes: tuple[str, ...] = ()
+
+    def cut(self, start: float, end: float | None) -> "Recording":
+        """The part from `start` to `end` in seconds (None: to the end of the recording).
+
+        Raises:
+            AudioError: the part is empty, or ends more than OVERSHOOT behind the recording.
+        """
+        seconds = len(self.samples) / self.rate
+        if start >= seconds or (end is not None and end > seconds + OVERSHOOT):
+            bad = f"starts at {start:g} s" if start >= seconds else f"ends at {end:g} s"
+            raise AudioError(f"the segment {bad}, but the recording lasts {seconds:.2f} s")
+        stop = None if end is None else round(end * self.rate)
+        samples = self.samples[round(start * self.rate) : stop]
+        if len(samples) == 0:
+            raise AudioError(f"the segment from {start:g} s holds no sample")
+        return Recording(samples, self.rate, self.notes)
+
+    def at(self, fs: int) -> Audio:
+        """The samples at `fs` Hz."""
+        if self.rate == fs:
+            return Audio(self.samples, self.notes)
+        note = f"resampled from {self.rate} Hz to {fs} Hz"
+        return Audio(resample(self.samples, self.rate, fs), (*self.notes, note))
+
+
+def read_recording(entry: str, *, allow_pipes: bool = False) -> Recording:
+    """Read one wav.scp entry: an audio file, `file.ark:offset`, or a command that ends in `|`.
+
+    Channels are averaged, unless they cancel each other: then the first loud one is used. Float
+    audio in the scale of 16-bit integers is divided by 32768. Both are noted.
+
+    Args:
+        allow_pipes: run commands; else they are an AudioError.
 
     Raises:
-        AudioError: the file is missing, corrupt, cut short or holds no samples.
+        AudioError: the audio is missing, in an unknown format, corrupt, cut short, empty or
+            out of scale, or its command fails.
     """
-    samples, rate = _decode(entry)
-    return samples.mean(axis=1), rate
+    samples, rate = _decode(entry, allow_pipes)
+    samples, notes = _in_scale(samples, entry)
+    if samples.shape[1] == 1:
+        return Recording(samples[:, 0], rate, notes)
+    mono = samples.mean(axis=1)
+    power = np.square(samples).mean(axis=0)
+    if np.square(mono).mean() < 0.01 * power.mean():
+        first = int((power > power.max() / 2).argmax())
+        note = f"channel {first} of {samples.shape[1]} taken, because the channels cancel out"
+        return Recording(samples[:, first].copy(), rate, (*notes, note))
+    note = f"{samples.shape[1]} channels averaged to mono"
+    return Recording(mono, rate, (*notes, note))
 
 
-def read_audio_at(entry: str, fs: int) -> Audio:
+def read_audio(entry: str, *, allow_pipes: bool = False) -> tuple[np.ndarray, int]:
+    """Samples (T,) of one wav.scp entry in float32 within [-1, 1], and the rate in Hz.
+
+    Raises:
+        AudioError: as `read_recording`.
+    """
+    recording = read_recording(entry, allow_pipes=allow_pipes)
+    return recording.samples, recording.rate
+
+
+def read_audio_at(entry: str, fs: int, *, allow_pipes: bool = False) -> Audio:
     """Read one wav.scp entry as mono audio at `fs` Hz, noting what had to be converted.
 
     Raises:
-        AudioError: as `read_audio`.
+        AudioError: as `read_recording`.
     """
-    samples, rate = _decode(entry)
-    notes = []
-    if samples.shape[1] > 1:
-        notes.append(f"{samples.shape[1]} channels averaged to mono")
-    mono = samples.mean(axis=1)
-    if rate != fs:
-        notes.append(f"resampled from {rate} Hz to {fs} Hz")
-        mono = resample(mono, rate, fs)
-    return Audio(mono, tuple(notes))
+    return read_recording(entry, allow_pipes=allow_pipes).at(fs)
 
 
 def resample(samples: np.ndarray, rate: int, fs: int) -> np.ndarray:
     """Samples (T,) at `rate` Hz -> samples (ceil(T fs / rate),) at `fs` Hz."""
+    common = math.gcd(rate, fs)
+    if (rate // common) * (fs // common) > 4_000_000:
+        # torchaudio tabulates a filter for every pair of phases: gigabytes for 44101 Hz.
+        from scipy.signal import resample_poly
+
+        return resample_poly(samples, fs // common, rate // common).astype(np.float32)
     import torch
     from torchaudio.functional import resample as sinc_resample
 
@@ -77,87 +138,178 @@ def to_int16(samples: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(samples * 32768.0), -32768, 32767).astype(np.int16)
 
 
-def parallel_map[Job, Result](
-    work: Callable[[Job], Result], jobs: Sequence[Job], nj: int
-) -> Iterator[Result]:
-    """Yield `work(job)` for every job, in order, computed by `nj` processes.
-
-    Raises:
-        UserError: a worker process was killed.
-    """
-    if nj <= 1 or len(jobs) < 2:
-        yield from map(work, jobs)
-        return
-    # A forked child of a process that has used torch can hang in its thread pool.
-    context = multiprocessing.get_context("spawn")
-    chunk = max(1, min(16, len(jobs) // (4 * nj)))
-    try:
-        with ProcessPoolExecutor(min(nj, len(jobs)), context, _end_with_parent) as pool:
-            yield from pool.map(work, jobs, chunksize=chunk)
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a worker process was killed, most likely for lack of memory: use a smaller --nj"
-        ) from error
+def audio_file(utt: str, suffix: str) -> str:
+    """A file name for an utterance: no id is too long or too strange for a file system."""
+    name = quote(utt, safe="")
+    if len(name) > 200:
+        name = f"{name[:100]}-{hashlib.sha256(utt.encode()).hexdigest()}"
+    return f"{name}.{suffix}"
 
 
-def _end_with_parent() -> None:
-    """Worker processes of a killed run would otherwise wait for work for ever."""
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _decode(entry: str) -> tuple[np.ndarray, int]:
-    """Samples (T, channels) in float32, and their rate."""
+def file_of(entry: str) -> str | None:
+    """The file of a wav.scp entry, which may be `file.ark:offset`; None: a command."""
     if entry.rstrip().endswith("|"):
-        raise AudioError("a piped command is not supported: write its audio to a file")
-    is_ark = re.search(r"\.ark:\d+$", entry) is not None
-    path = entry.rsplit(":", 1)[0] if is_ark else entry
-    if not os.path.isfile(path):
-        raise AudioError(f"missing file: {path}")
+        return None
+    path, _, offset = entry.rpartition(":")
+    return path if path and offset.isdigit() and not os.path.exists(entry) else entry
+
+
+def _in_scale(samples: np.ndarray, entry: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Samples (T, channels) within [-1, 1], and a note of what that took."""
+    peak = float(np.abs(samples).max())
+    if peak <= 1:
+        return samples, ()
+    if peak <= CLIPPED_TO:
+        note = f"clipped, its samples reach {peak:.2f} of full scale"
+    elif 64 <= peak <= CLIPPED_TO * 32768:
+        samples, note = samples / 32768, "scaled down by 32768, floats in the scale of integers"
+    else:
+        raise AudioError(
+            f"audio out of scale: {entry}: samples reach {peak:.6g}, where floats end at 1 and "
+            "16-bit integers at 32768; scale the audio to one of them"
+        )
+    return samples.clip(-1, 1), (note,)
+
+
+def _decode(entry: str, allow_pipes: bool) -> tuple[np.ndarray, int]:
+    """Samples (T, channels) in float32, and their rate."""
+    path = file_of(entry)
     try:
-        samples, rate = _decode_ark(entry) if is_ark else _decode_file(entry)
+        if path is None:
+            if not allow_pipes:
+                raise AudioError(f"{entry} is a command, and commands are not allowed to run here")
+            samples, rate = _decode_sound(io.BytesIO(_output(entry.rstrip().rstrip("|"))))
+        else:
+            _check_file(path)
+            if path != entry:
+                samples, rate = _decode_ark(path, int(entry.rpartition(":")[2]))
+            else:
+                with open(path, "rb") as file:
+                    samples, rate = _decode_sound(file)
     except AudioError:
         raise
+    except PermissionError:
+        raise AudioError(f"no permission to read {path}") from None
     except Exception as error:  # decoders raise whatever a damaged header leads them to
-        raise AudioError(f"corrupt audio: {entry}: {error}") from error
+        why = " ".join(str(error).split())
+        raise AudioError(f"corrupt audio: {entry}: {why or type(error).__name__}") from error
     if len(samples) == 0:
         raise AudioError(f"empty audio: {entry}")
     if not np.isfinite(samples).all():
         raise AudioError(f"corrupt audio: {entry}: samples are not finite")
+    if not RATES[0] <= rate <= RATES[1]:
+        raise AudioError(f"corrupt audio: {entry}: the header says {rate} samples a second")
     return samples, rate
 
 
-def _decode_ark(entry: str) -> tuple[np.ndarray, int]:
+def _check_file(path: str) -> None:
+    if os.path.islink(path) and not os.path.exists(path):
+        raise AudioError(f"missing file: {path} is a link to {os.readlink(path)}")
+    if not os.path.exists(path):
+        raise AudioError(f"missing file: {path}")
+    if not os.path.isfile(path):
+        kind = "a directory" if os.path.isdir(path) else "no regular file"
+        raise AudioError(f"no audio file: {path} is {kind}")
+    if os.path.getsize(path) == 0:
+        raise AudioError(f"corrupt audio: {path}: the file has no content")
+
+
+def _output(command: str) -> bytes:
+    """What a command of wav.scp writes; as in Kaldi a shell runs it, here the recipe's bash."""
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+    )
+    if done.returncode:
+        said = " ".join(done.stderr.decode(errors="replace").split())[-300:]
+        raise AudioError(
+            f"command failed with status {done.returncode}: {command.strip()}: "
+            f"{said or 'it wrote no message'}"
+        )
+    if not done.stdout:
+        raise AudioError(f"empty audio: the command wrote nothing: {command.strip()}")
+    return done.stdout
+
+
+def _decode_ark(path: str, offset: int) -> tuple[np.ndarray, int]:
     import kaldiio
 
-    rate, samples = kaldiio.load_mat(entry)
+    with open(path, "rb") as file:
+        if offset >= file.seek(0, os.SEEK_END):
+            raise AudioError(f"corrupt audio: {path}:{offset}: the file ends before this offset")
+        file.seek(offset)
+        magic = file.read(5)
+        if magic[:3] == b"PKL":  # kaldiio would run the code in it
+            raise AudioError(
+                f"corrupt audio: {path}:{offset} is a Python pickle, which is not read"
+            )
+        if magic == b"AUDIO":
+            length = int.from_bytes(file.read(file.read(1)[0]), "little")
+            return _decode_sound(io.BytesIO(file.read(length)))
+        if magic[:4] in (b"RIFF", b"fLaC"):
+            file.seek(offset)
+            # The size in a wav header; 0 or a huge one: everything up to the end.
+            size = int.from_bytes((head := file.read(8))[4:], "little") if magic[:1] == b"R" else 0
+            return _decode_sound(io.BytesIO(head + file.read(size or -1)))
+    rate, samples = kaldiio.load_mat(f"{path}:{offset}")
     if np.issubdtype(samples.dtype, np.integer):
         samples = samples / -float(np.iinfo(samples.dtype).min)
     return samples.astype(np.float32).reshape(len(samples), -1), rate
 
 
-def _decode_file(path: str) -> tuple[np.ndarray, int]:
+def _decode_sound(file: BinaryIO) -> tuple[np.ndarray, int]:
     import soundfile
 
-    samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    if _promised_frames(path) > len(samples):
-        raise AudioError(f"corrupt audio: {path}: the file is cut short")
-    return samples, rate
+    class Stream(soundfile.SoundFile):
+        """A sound that is read from its start to its end: flac of unknown length has no seek."""
+
+        def seekable(self) -> bool:
+            return False
+
+    if is_cut_short(file):
+        raise ValueError("the file is cut short")
+    file.seek(0)
+    start = file.read(512)
+    file.seek(0)
+    try:
+        sound = Stream(getattr(file, "name", file))  # a file is read faster by libsndfile itself
+    except soundfile.LibsndfileError as error:
+        unknown = f"{str(error).rpartition(': ')[2].rstrip('.')}; {_CONVERT}"
+        raise ValueError(_foreign(start) or unknown) from None
+    with sound:
+        if sound.format not in CHECKED:
+            raise ValueError(f"whether {sound.format} is complete cannot be told; {_CONVERT}")
+        blocks = []
+        while len(block := sound.read(1 << 20, dtype="float32", always_2d=True)):
+            blocks.append(block)
+        samples = np.concatenate(blocks) if blocks else np.zeros((0, 1), np.float32)
+        # The frames that mp3 announces may be wrong by the codec's delay.
+        slack = 2 * 1152 if sound.format == "MP3" else 0
+        if len(samples) + slack < sound.frames < 1 << 62:
+            raise ValueError("the file is cut short")
+        return samples, sound.samplerate
 
 
-def _promised_frames(path: str) -> int:
-    """Frames that a wav header announces; 0 where there is no such promise.
+_CONVERT = "if it is audio, convert it to wav: ffmpeg -i INPUT OUTPUT.wav"
+_FOREIGN = (
+    (r"....ftyp", f"MPEG-4 audio (m4a, mp4) cannot be read; {_CONVERT}"),
+    (r"\x1aE\xdf\xa3", f"WebM or Matroska cannot be read; {_CONVERT}"),
+    (r"\xff[\xf0\xf1\xf8\xf9]", f"AAC cannot be read; {_CONVERT}"),
+    (r"0&\xb2u", f"WMA cannot be read; {_CONVERT}"),
+    (r"#!AMR", f"AMR cannot be read; {_CONVERT}"),
+    (r"FLV", f"Flash video cannot be read; {_CONVERT}"),
+    (r"NIST.*shorten", "compressed SPHERE cannot be read; convert it: sph2pipe -f wav IN OUT.wav"),
+    (r"version https://git-lfs", "this is a pointer of Git LFS, not the audio: git lfs pull"),
+    (r"\s*<(!doctype )?html", "this is a web page, not audio: download it again"),
+)
 
-    libsndfile reads a truncated wav without a word, unlike a truncated flac.
-    """
-    with contextlib.suppress(wave.Error, EOFError), wave.open(path) as header:
-        size = header.getnframes() * header.getnchannels() * header.getsampwidth()
-        # A program writing wav into a pipe cannot know the size and leaves about 2 GiB.
-        return header.getnframes() if size < 0x7FFF0000 else 0
-    return 0
+
+def _foreign(start: bytes) -> str:
+    """What a file is that libsndfile cannot read, by its first bytes; empty: unknown."""
+    text = start.decode("latin-1")
+    for pattern, what in _FOREIGN:
+        if re.match(pattern, text, re.DOTALL | re.IGNORECASE):
+            return what
+    return ""

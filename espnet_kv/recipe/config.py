@@ -1,5 +1,8 @@
 """Training configurations: a YAML of conf/ and, laid over it, an overlay for another size."""
 
+import itertools
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,36 @@ def load_config(path: Path, overlay: Path | None = None) -> dict[str, Any]:
         raise UserError(f"{overlay}: per_encoder must map encoders to keys")
     config = _merged(config, extra)
     return _merged(config, per_encoder.get(config.get("encoder"), {}))
+
+
+# keys of a training configuration that change what statistics are made of
+FRONT_END = (
+    "frontend",
+    "frontend_conf",
+    "input_size",
+    "preprocessor",
+    "preprocessor_conf",
+    "speech_volume_normalize",
+    "rir_scp",
+    "rir_apply_prob",
+    "noise_scp",
+    "noise_apply_prob",
+    "noise_db_range",
+    "short_noise_thres",
+    "aux_ctc_tasks",
+)
+
+
+def front_end(config: Mapping[str, Any], more: str) -> dict[str, Any]:
+    """The part of a configuration, and of the options `more`, that statistics depend on."""
+    found = {key: config[key] for key in FRONT_END if config.get(key) is not None}
+    words = [part for word in shlex.split(more) for part in word.split("=", 1)]
+    for n, word in enumerate(words):
+        key = word.removeprefix("--")
+        if word.startswith("--") and key in FRONT_END:
+            values = itertools.takewhile(lambda value: not value.startswith("--"), words[n + 1 :])
+            found.setdefault("options", {}).setdefault(key, []).extend(values)
+    return found
 
 
 def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

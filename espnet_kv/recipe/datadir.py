@@ -1,55 +1,80 @@
-"""Kaldi data directories: wav.scp, text, utt2spk, spk2utt."""
+"""Kaldi data directories: wav.scp, segments, text, utt2spk, spk2utt."""
 
+import functools
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from espnet_kv.errors import UserError
+from espnet_kv.recipe.audio import file_of
+from espnet_kv.recipe.kaldi import Segment, entries, read_segments, read_speakers, split_words
 from espnet_kv.recipe.progress import warn_each
+
+__all__ = ["DataDir", "Segment", "dropped_lines", "entries", "require_conserved"]
 
 
 @dataclass
 class DataDir:
     """One Kaldi data directory in memory. Keys of every map are utterance ids.
 
-    wav_scp: utterance -> path of an audio file, or `file.ark:offset`.
+    wav_scp: utterance -> path of an audio file, `file.ark:offset`, or a command that ends
+        in `|`; of the whole recording where the utterance is a segment of it.
     text: utterance -> transcript (words split by single spaces).
     utt2spk: utterance -> speaker.
+    segments: utterance -> its part of a recording; without an entry it is the whole.
     """
 
     wav_scp: dict[str, str] = field(default_factory=dict)
     text: dict[str, str] = field(default_factory=dict)
     utt2spk: dict[str, str] = field(default_factory=dict)
+    segments: dict[str, Segment] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, path: Path) -> "DataDir":
+    def read(cls, path: Path, *, allow_pipes: bool = False) -> "DataDir":
         """Read `path`; a data directory without `text` gives an empty one.
 
+        Relative audio paths count from the working directory, or where they are not there
+        from the folder that holds `path`; the latter is printed, and makes them absolute.
+
+        Args:
+            allow_pipes: take commands in wav.scp, which reading the audio then runs.
+
         Raises:
-            UserError: wav.scp or utt2spk is missing, or a line is malformed, repeats an
-                utterance, or holds a pipe command; the message says file:line.
+            UserError: wav.scp or both utt2spk and spk2utt are missing, or a line is malformed,
+                repeats an utterance, or holds a command; the message says file:line.
         """
         path = Path(path)
+        if not path.is_dir():
+            raise UserError(
+                f"{path / 'wav.scp'} is missing, and so is its directory; check the path, or run "
+                "the stage that writes it"
+            )
         data = cls()
-        for file, line, utt, audio in entries(path / "wav.scp", into=data.wav_scp):
+        recordings: dict[str, str] = {}
+        for file, line, utt, audio in entries(path / "wav.scp", into=recordings):
             if not audio:
                 raise UserError(f"{file}:{line}: expected `utterance path`, found only {utt!r}")
-            if audio.endswith("|"):
+            if audio.endswith("|") and not allow_pipes:
                 raise UserError(
-                    f"{file}:{line}: {utt} is a pipe command, which is not run here; "
-                    "format the data first, so that wav.scp names audio files"
+                    f"{file}:{line}: {utt} is a pipe, a command that runs only with allow_pipes "
+                    "true; else format the data first, so that wav.scp names audio files"
                 )
-            data.wav_scp[utt] = audio
+            recordings[utt] = audio
+        _find_relative(recordings, path)
+        if (path / "segments").exists():
+            segments = read_segments(path / "segments", recordings)
+            data.wav_scp = {utt: recordings[part.recording] for utt, part in segments.items()}
+            whole = {utt: Segment(utt, 0.0, None) for utt in segments}
+            data.segments = {u: part for u, part in segments.items() if part != whole[u]}
+        else:
+            data.wav_scp = recordings
         if (path / "text").exists():
             for _, _, utt, words in entries(path / "text", into=data.text):
-                data.text[utt] = " ".join(words.split())
-        for file, line, utt, speaker in entries(path / "utt2spk", into=data.utt2spk):
-            if len(speaker.split()) != 1:
-                raise UserError(f"{file}:{line}: expected `utterance speaker`, got {speaker!r}")
-            data.utt2spk[utt] = speaker
+                data.text[utt] = split_words(words)
+        data.utt2spk = read_speakers(path)
         return data
 
     def write(self, path: Path) -> None:
@@ -78,25 +103,46 @@ class DataDir:
     def write_files(self, directory: Path) -> None:
         """Write the Kaldi files, sorted as Kaldi wants it (C locale), into a directory.
 
-        `text` is left out where there are no transcripts. Raises UserError as `write`.
+        `text` is left out where there are no transcripts, `segments` where there are none.
+        Raises UserError as `write`.
         """
         spk2utt: dict[str, list[str]] = {}
         for utt in sorted(self.utt2spk):
             spk2utt.setdefault(self.utt2spk[utt], []).append(utt)
+        recordings, segments = self._recordings()
         files = {
-            "wav.scp": self.wav_scp,
+            "wav.scp": recordings,
+            "segments": segments,
             "text": self.text,
             "utt2spk": self.utt2spk,
             "spk2utt": {speaker: " ".join(utts) for speaker, utts in spk2utt.items()},
         }
-        if not self.text:
-            del files["text"]
-        for name, entries in files.items():
+        for optional in ("segments", "text"):
+            if not files[optional]:
+                del files[optional]
+        for name, table in files.items():
             with open(directory / name, "w", encoding="utf-8", newline="\n") as out:
-                for key in sorted(entries):  # code points sort as UTF-8 bytes do
-                    if len(key.split()) != 1 or "\n" in entries[key]:
-                        raise UserError(f"{name}: cannot write {key!r}: {entries[key]!r}")
-                    out.write(f"{key} {entries[key]}".rstrip(" ") + "\n")
+                for key in sorted(table):  # code points sort as UTF-8 bytes do
+                    if len(key.split()) != 1 or "\n" in table[key]:
+                        raise UserError(f"{name}: cannot write {key!r}: {table[key]!r}")
+                    out.write(f"{key} {table[key]}".rstrip(" ") + "\n")
+
+    def _recordings(self) -> tuple[dict[str, str], dict[str, str]]:
+        """The lines of wav.scp and of segments."""
+        if not self.segments:
+            return self.wav_scp, {}
+        recordings: dict[str, str] = {}
+        segments: dict[str, str] = {}
+        for utt, audio in self.wav_scp.items():
+            part = self.segments.get(utt, Segment(utt, 0.0, None))
+            if recordings.setdefault(part.recording, audio) != audio:
+                raise UserError(
+                    f"wav.scp: recording {part.recording} would be {recordings[part.recording]} "
+                    f"and {audio}; give each recording its own id"
+                )
+            end = -1 if part.end is None else part.end
+            segments[utt] = f"{part.recording} {part.start!r} {end!r}"
+        return recordings, segments
 
     def subset(self, keys: Iterable[str]) -> "DataDir":
         """The utterances `keys` alone. Raises KeyError where one has no audio."""
@@ -105,7 +151,15 @@ class DataDir:
             wav_scp={utt: self.wav_scp[utt] for utt in keys},
             text={utt: self.text[utt] for utt in keys if utt in self.text},
             utt2spk={utt: self.utt2spk[utt] for utt in keys if utt in self.utt2spk},
+            segments={utt: self.segments[utt] for utt in keys if utt in self.segments},
         )
+
+    def by_recording(self) -> dict[str, list[str]]:
+        """wav.scp entry -> the utterances in it, so that each recording is decoded once."""
+        recordings: dict[str, list[str]] = {}
+        for utt, entry in self.wav_scp.items():
+            recordings.setdefault(entry, []).append(utt)
+        return recordings
 
     @classmethod
     def combine(cls, dirs: Iterable["DataDir"]) -> "DataDir":
@@ -121,19 +175,22 @@ class DataDir:
             result.wav_scp |= data.wav_scp
             result.text |= data.text
             result.utt2spk |= data.utt2spk
+            result.segments |= data.segments
         return result
 
-    def check(self, name: str) -> tuple["DataDir", dict[str, str]]:
-        """Drop utterances that cannot be trained on or scored, with a warning on stderr.
+    def check(self, name: str, *, keep_all: bool = False) -> tuple["DataDir", dict[str, str]]:
+        """Drop utterances that cannot be trained on, with a warning on stderr.
 
         Args:
             name: what the data is called in the warnings.
+            keep_all: for test sets, which lose nothing: an empty transcript is kept, and
+                whatever else cannot be scored is an error.
 
         Returns:
             The clean data, and utterance -> reason for what was dropped.
 
         Raises:
-            UserError: nothing is left.
+            UserError: nothing is left, or with `keep_all` not everything.
         """
         dropped: dict[str, str] = {}
         for utt in sorted(self.wav_scp.keys() | self.text.keys()):
@@ -141,7 +198,7 @@ class DataDir:
                 dropped[utt] = "no audio"
             elif utt not in self.text:
                 dropped[utt] = "no transcript"
-            elif not self.text[utt].strip():
+            elif not self.text[utt].strip() and not keep_all:
                 dropped[utt] = "empty transcript"
             elif not self.utt2spk.get(utt):
                 dropped[utt] = "no speaker"
@@ -150,29 +207,64 @@ class DataDir:
         if not clean.wav_scp:
             raise UserError(f"{name}: no usable utterance ({reasons or 'the directory is empty'})")
         total = len(dropped) + len(clean.wav_scp)
+        if keep_all:
+            refuse_dropped(name, dropped, total)
         warn_each(name, dropped, f"of {total} utterances dropped ({reasons})")
         return clean, dropped
 
 
-def entries(file: Path, into: dict[str, str]) -> Iterator[tuple[Path, int, str, str]]:
-    """Read `KEY VALUE` lines: yields (file, line number, key, value, which may be empty).
+def refuse_dropped(name: str, dropped: Mapping[str, str], total: int) -> None:
+    """Stop where a test set would lose utterances.
 
     Raises:
-        UserError: the file is missing, empty or not UTF-8, a line is empty, or its key is in
-            `into`, to which the caller adds what it is given.
+        UserError: it names up to three of them and their reasons.
     """
-    try:
-        content = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing; run the stage that writes {file.parent}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 at byte {error.start}; convert it first") from None
-    for line, entry in enumerate(content.removesuffix("\n").split("\n"), 1):
-        key, *rest = entry.split(maxsplit=1) or [""]
-        if not key:
-            if not content:
-                raise UserError(f"{file} is empty")
-            raise UserError(f"{file}:{line}: empty line; remove it")
-        if key in into:
-            raise UserError(f"{file}:{line}: utterance {key} occurs twice; keep one of the lines")
-        yield file, line, key, rest[0].strip() if rest else ""
+    if dropped:
+        first = "; ".join(f"{utt}: {dropped[utt]}" for utt in list(dropped)[:3])
+        more = f"; and {len(dropped) - 3} more" if len(dropped) > 3 else ""
+        raise UserError(
+            f"{name}: {len(dropped)} of {total} utterances of a test set cannot be used "
+            f"({first}{more}); mend them, or remove their lines from the data directory"
+        )
+
+
+def require_conserved(
+    name: str, before: Iterable[str], kept: Collection[str], dropped: Collection[str]
+) -> None:
+    """Check that each utterance was either kept or dropped.
+
+    Raises:
+        RuntimeError: some were lost, invented, or both kept and dropped.
+    """
+    before, after = set(before), Counter([*kept, *dropped])
+    wrong = sorted(before ^ after.keys()) + sorted(utt for utt, n in after.items() if n > 1)
+    if wrong:
+        raise RuntimeError(
+            f"{name}: {len(before)} utterances became {len(kept)} kept and {len(dropped)} "
+            f"dropped; the first that is lost or counted twice: {wrong[0]}"
+        )
+
+
+def dropped_lines(dropped: Mapping[str, str]) -> str:
+    """The content of a file `dropped`: utterance and reason, sorted."""
+    return "".join(f"{utt} {dropped[utt]}\n" for utt in sorted(dropped))
+
+
+def _find_relative(recordings: dict[str, str], directory: Path) -> None:
+    """Make paths absolute that lie below the folder of the data directory."""
+    parent = directory.absolute().parent
+    found = 0
+    for key, entry in recordings.items():
+        file = file_of(entry)
+        if file is None or os.path.isabs(file) or os.path.exists(file):
+            continue
+        if os.path.exists(parent / file):
+            recordings[key] = str(parent / entry)
+            found += 1
+    if found:
+        _say_once(f"  {directory / 'wav.scp'}: {found} relative paths count from {parent}")
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, flush=True)

@@ -1,32 +1,54 @@
 """Stage 3: one clean dump of the audio, as ESPnet's training reads it."""
 
 import io
-from collections.abc import Mapping
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
+
+import numpy as np
 
 from espnet_kv.errors import UserError
 from espnet_kv.recipe.atomic import add_data, new_directory, write_text
-from espnet_kv.recipe.audio import AudioError, parallel_map, read_audio_at, to_int16
-from espnet_kv.recipe.datadir import DataDir
+from espnet_kv.recipe.audio import AudioError, audio_file, read_recording, to_int16
+from espnet_kv.recipe.datadir import (
+    DataDir,
+    Segment,
+    dropped_lines,
+    refuse_dropped,
+    require_conserved,
+)
+from espnet_kv.recipe.pool import parallel_map
 from espnet_kv.recipe.progress import Progress, refuse_mostly_dropped, warn_each
 
 AUDIO_FORMATS = ("flac.ark", "wav.ark", "flac", "wav")
 
 
 def format_audio(
-    src: Path, dst: Path, fs: int = 16000, audio_format: str = "flac.ark", nj: int = 1
+    src: Path,
+    dst: Path,
+    fs: int = 16000,
+    audio_format: str = "flac.ark",
+    nj: int = 1,
+    *,
+    keep_all: bool = False,
+    allow_pipes: bool = False,
 ) -> None:
     """Write data directory `dst`: the audio of `src` as 16-bit mono at `fs` Hz.
 
     An ark format packs all audio into `dst/data_wav.ark` (ESPnet's type kaldi_ark), the
-    others make one file per utterance in `dst/wav` (type sound). Beside the Kaldi files
-    stand feats_type, audio_format, utt2num_samples and `dropped`: utterances left out
-    because audio or transcript is missing, corrupt or empty, each with its reason.
+    others make one file per utterance in `dst/wav` (type sound). Segments are cut out of
+    their recordings. Beside the Kaldi files stand feats_type, audio_format, utt2num_samples
+    and `dropped`: utterances left out because audio or transcript is missing, corrupt or
+    empty, each with its reason. The bytes do not depend on `nj`.
+
+    Args:
+        keep_all: for test sets: utterances with an empty transcript are kept, and any that
+            cannot be used is an error.
+        allow_pipes: run the commands that wav.scp may hold in the place of files.
 
     Raises:
-        UserError: an unknown format, or more than half of the utterances are unusable.
+        UserError: an unknown format, more than half of the utterances are unusable, or with
+            `keep_all` a single one.
     """
     if audio_format not in AUDIO_FORMATS:
         raise UserError(
@@ -35,20 +57,30 @@ def format_audio(
     if src.resolve() == dst.resolve():
         raise UserError(f"formatting cannot write over its own input {src}")
     label = f"format {src.name}"
-    data = DataDir.read(src)
-    total = len(data.wav_scp.keys() | data.text.keys())
-    data, dropped = data.check(label)
+    data = DataDir.read(src, allow_pipes=allow_pipes)
+    before = data.wav_scp.keys() | data.text.keys()
+    data, dropped = data.check(label, keep_all=keep_all)
     container, _, ark = audio_format.partition(".")
-    jobs = [_Job(utt, entry, fs, container, bool(ark)) for utt, entry in data.wav_scp.items()]
+    jobs = [
+        _Job(
+            entry,
+            tuple((utt, data.segments.get(utt)) for utt in utts),
+            fs,
+            container,
+            bool(ark),
+            allow_pipes,
+        )
+        for entry, utts in data.by_recording().items()
+    ]
 
     with new_directory(dst) as partial:
         wav_scp: dict[str, str] = {}
         num_samples: dict[str, int] = {}
         unreadable: dict[str, str] = {}
         notes: dict[str, str] = {}
-        progress = Progress(label, len(jobs))
+        progress = Progress(label, len(data.wav_scp))
         with _ArkStore(partial, dst) if ark else _FileStore(partial, dst, container) as store:
-            for done in parallel_map(_format, jobs, nj):
+            for done in itertools.chain.from_iterable(parallel_map(_format, jobs, nj)):
                 progress.step()
                 if done.unreadable:
                     unreadable[done.utt] = done.unreadable
@@ -58,25 +90,34 @@ def format_audio(
                 if done.notes:
                     notes[done.utt] = ", ".join(done.notes)
 
+        if keep_all:
+            refuse_dropped(label, unreadable, len(before))
         warn_each(label, notes, f"utterances were converted to mono at {fs} Hz")
         warn_each(label, unreadable, "utterances dropped for their audio")
         dropped |= unreadable
-        refuse_mostly_dropped(label, dropped, total)
+        refuse_mostly_dropped(label, dropped, len(before))
+        require_conserved(label, before, wav_scp, dropped)
         data = data.subset(wav_scp)
         add_data(DataDir(wav_scp, data.text, data.utt2spk), partial)
         write_text(partial / "feats_type", "raw\n")
         write_text(partial / "audio_format", f"{audio_format}\n")
-        write_text(partial / "utt2num_samples", _lines(num_samples))
-        write_text(partial / "dropped", _lines(dropped))
+        write_text(
+            partial / "utt2num_samples",
+            "".join(f"{utt} {num_samples[utt]}\n" for utt in sorted(num_samples)),
+        )
+        write_text(partial / "dropped", dropped_lines(dropped))
 
 
 @dataclass(frozen=True)
 class _Job:
-    utt: str
+    """One recording: `parts` are the utterances in it."""
+
     entry: str
+    parts: tuple[tuple[str, Segment | None], ...]
     fs: int
     container: str
     ark: bool
+    allow_pipes: bool
 
 
 @dataclass(frozen=True)
@@ -88,20 +129,33 @@ class _Formatted:
     unreadable: str = ""
 
 
-def _format(job: _Job) -> _Formatted:
-    """Decode, convert and encode one utterance; runs in a worker process."""
+def _format(job: _Job) -> list[_Formatted]:
+    """Decode a recording, cut, convert and encode its utterances; runs in a worker process."""
     try:
-        audio = read_audio_at(job.entry, job.fs)
+        recording = read_recording(job.entry, allow_pipes=job.allow_pipes)
     except AudioError as error:
-        return _Formatted(job.utt, unreadable=str(error))
-    samples = to_int16(audio.samples)
+        return [_Formatted(utt, unreadable=str(error)) for utt, _ in job.parts]
+    results = []
+    for utt, part in job.parts:
+        try:
+            audio = (recording.cut(part.start, part.end) if part else recording).at(job.fs)
+        except AudioError as error:
+            results.append(_Formatted(utt, unreadable=f"{part.where if part else utt}: {error}"))
+            continue
+        samples = to_int16(audio.samples)
+        encoded = _encode(job, utt, samples)
+        results.append(_Formatted(utt, encoded, len(samples), audio.notes))
+    return results
+
+
+def _encode(job: _Job, utt: str, samples: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     if job.ark:
         import kaldiio
 
         kaldiio.save_ark(
             buffer,
-            {job.utt: (job.fs, samples)},
+            {utt: (job.fs, samples)},
             write_function="soundfile",
             write_kwargs={"format": job.container, "subtype": "PCM_16"},
         )
@@ -109,7 +163,7 @@ def _format(job: _Job) -> _Formatted:
         import soundfile
 
         soundfile.write(buffer, samples, job.fs, format=job.container, subtype="PCM_16")
-    return _Formatted(job.utt, buffer.getvalue(), len(samples), audio.notes)
+    return buffer.getvalue()
 
 
 class _ArkStore:
@@ -146,10 +200,6 @@ class _FileStore:
         pass
 
     def add(self, utt: str, encoded: bytes) -> str:
-        file = f"wav/{quote(utt, safe='')}.{self._suffix}"
+        file = f"wav/{audio_file(utt, self._suffix)}"
         (self._partial / file).write_bytes(encoded)
         return str(self._dst / file)
-
-
-def _lines(table: Mapping[str, object]) -> str:
-    return "".join(f"{utt} {table[utt]}\n" for utt in sorted(table))

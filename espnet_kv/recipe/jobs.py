@@ -1,120 +1,75 @@
-"""Running ESPnet's commands side by side, each in a forked process with a log of its own.
+"""Running commands side by side, and handing the GPUs of this machine out to them."""
 
-Loading ESPnet takes longer than many a job, so the parent loads it once and every job is a fork.
-"""
-
-import logging
-import multiprocessing
+import functools
+import glob
 import os
-import re
+import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 from espnet_kv.errors import UserError
+from espnet_kv.recipe.job import CUDA_DEVICES, Job, Running
+from espnet_kv.recipe.pool import end_groups, terminate_on_signals
 
-# the line of ESPnet's trainer that closes an epoch
-EPOCH = re.compile(
-    r"(?P<epoch>\d+)epoch results: \[train\].*?[ ,]loss=(?P<train>[\d.]+)"
-    r".*?\[valid\](?:.*?[ ,]acc=(?P<acc>[\d.]+))?.*?[ ,]loss=(?P<valid>[\d.]+)"
-)
+__all__ = ["Job", "check_gpus", "cores", "run_jobs", "terminate_on_signals", "visible_gpus"]
 
-
-@dataclass
-class Job:
-    """One command.
-
-    name: what progress lines call it.
-    run: the work; it may return an exit status.
-    log: file that gets its standard output and error.
-    epochs: number of training epochs; 0 where there are none to show.
-    after: called when the job has ended well.
-    """
-
-    name: str
-    run: Callable[[], int | None]
-    log: Path
-    epochs: int = 0
-    after: Callable[[], None] = lambda: None
-    _position: int = field(default=0, repr=False)
-
-    def new_epochs(self) -> list[str]:
-        """Progress lines for the epochs that ended since the last call."""
-        if not self.epochs or not self.log.exists():
-            return []
-        with self.log.open(encoding="utf-8", errors="replace") as log:
-            log.seek(self._position)
-            text = log.read()
-        complete = text.rfind("\n") + 1
-        self._position += len(text[:complete].encode("utf-8", errors="replace"))
-        lines = []
-        for found in EPOCH.finditer(text[:complete]):
-            accuracy = f", accuracy {found['acc']}" if found["acc"] else ""
-            lines.append(
-                f"  {self.name}: epoch {found['epoch']}/{self.epochs}, train loss "
-                f"{found['train']}, valid loss {found['valid']}{accuracy}"
-            )
-        return lines
+# one of these exists wherever a driver is loaded: NVIDIA, Jetson, AMD, WSL
+_DEVICE_FILES = ("/dev/nvidia*", "/dev/nvhost*", "/dev/nvmap", "/dev/kfd", "/dev/dxg")
 
 
 def run_jobs(jobs: Sequence[Job], parallel: int, threads: int | None = None) -> None:
     """Run `jobs`, at most `parallel` at a time, showing progress.
 
-    When one fails the others still finish, so that a rerun has only the failed one to do.
+    When one fails the others still finish, so that a rerun has only the failed one to do. Jobs
+    end with the run, whatever ends it. Jobs on GPUs wait until enough GPUs are free.
 
     Args:
         threads: torch threads of each job; None shares the cores out evenly.
 
     Raises:
-        UserError: at least one job failed; names its log and the last line there.
+        UserError: at least one job failed; says why and names its log.
     """
     if not jobs:
         return
+    check_gpus(max(job.gpus for job in jobs), "ngpu")
+    free = _gpu_names() if any(job.gpus for job in jobs) else []
     parallel = max(1, min(parallel, len(jobs)))
     threads = threads or max(1, cores() // parallel)
-    import espnet2.bin.asr_inference  # noqa: F401  (the costly import, shared by the forks)
-
-    fork = multiprocessing.get_context("fork")
-    waiting, running, failed = list(jobs), list[tuple[Job, Any]](), list[Job]()
+    waiting, running, failures = list(jobs), list[Running](), list[str]()
     done = 0
     try:
         while waiting or running:
-            while waiting and len(running) < parallel:
-                job = waiting.pop(0)
-                job.log.parent.mkdir(parents=True, exist_ok=True)
-                process = fork.Process(target=_child, args=(job, threads), name=job.name)
-                process.start()
-                if job.epochs:
-                    print(f"  {job.name}: training, log in {job.log}", flush=True)
-                running.append((job, process))
-            time.sleep(0.2)
-            for job, process in list(running):
-                for line in job.new_epochs():
-                    print(line, flush=True)
-                if process.exitcode is not None:
-                    running.remove((job, process))
-                    done += 1
-                    if process.exitcode:
-                        failed.append(job)
-                    else:
-                        job.after()
-                    state = "failed" if process.exitcode else "done"
-                    print(f"  {job.name}: {state} ({done}/{len(jobs)})", flush=True)
+            while len(running) < parallel and (job := _first_that_fits(waiting, free)):
+                waiting.remove(job)
+                devices, free = free[: job.gpus], free[job.gpus :]
+                running.append(Running.start(job, devices, threads))
+            time.sleep(0.1)
+            for process in list(running):
+                status = process.poll()  # before its last lines are read
+                process.show_progress()
+                if status is None and not process.failure:
+                    continue
+                failure = process.finish(status)
+                running.remove(process)
+                free = [*process.devices, *free]
+                done += 1
+                if failure:
+                    failures.append(failure)
+                state = "failed" if failure else "done"
+                print(f"  {process.job.name}: {state} ({done}/{len(jobs)})", flush=True)
     finally:
-        for _, process in running:
-            process.terminate()
-        for _, process in running:
-            process.join()
-    if failed:
-        job = failed[0]
-        raise UserError(
-            f"{job.name} failed ({len(failed)} of {len(jobs)} jobs did): "
-            f"{last_line(job.log)} (whole log: {job.log})"
+        end_groups(
+            [process.pid for process in running],
+            lambda: [process.poll() for process in running],
         )
+    if failures:
+        count = f" ({len(failures)} of {len(jobs)} jobs failed)" if len(jobs) > 1 else ""
+        raise UserError(failures[0] + count)
+
+
+def _first_that_fits(waiting: Sequence[Job], free: Sequence[str]) -> Job | None:
+    return next((job for job in waiting if job.gpus <= len(free)), None)
 
 
 def cores() -> int:
@@ -124,31 +79,54 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def _child(job: Job, threads: int) -> None:
-    with job.log.open("w", encoding="utf-8") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    import torch
+def visible_gpus() -> int:
+    """How many GPUs torch can use here, those that CUDA_VISIBLE_DEVICES names where it is set.
 
-    torch.set_num_threads(threads)
-    # what the parent's imports set up would keep ESPnet's own logging from being set up
-    logging.root.handlers.clear()
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    A child process is asked: one that has woken CUDA holds GPU memory and must not fork.
+    """
+    return _count_gpus(os.environ.get(CUDA_DEVICES))
+
+
+def check_gpus(ngpu: int, option: str) -> None:
+    """Refuse a number of GPUs that this machine does not have.
+
+    Args:
+        option: what the caller calls `ngpu`.
+
+    Raises:
+        UserError: there are fewer GPUs, or `ngpu` is negative.
+    """
+    if ngpu < 0:
+        raise UserError(f"{option} {ngpu}: a number of GPUs is 0 or more")
+    if ngpu and (count := visible_gpus()) < ngpu:
+        given = os.environ.get(CUDA_DEVICES)
+        hidden = "" if given is None else f" ({CUDA_DEVICES} is {given!r})"
+        there = f"{count} GPU{'s' * (count != 1)}" if count else "no GPU"
+        way_out = f"{option} {count}" if count else f"{option} 0 to compute on the CPU"
+        raise UserError(f"{option} {ngpu}: torch finds {there} here{hidden}: give {way_out}")
+
+
+def _gpu_names() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls each GPU that can be used."""
+    count, given = visible_gpus(), os.environ.get(CUDA_DEVICES)
+    if given is None:
+        return [str(n) for n in range(count)]
+    # CUDA ends the list at the first name that it does not know
+    return [name.strip() for name in given.split(",")][:count]
+
+
+@functools.cache
+def _count_gpus(devices: str | None) -> int:
+    if devices is not None and devices.strip() in ("", "-1"):
+        return 0
+    if sys.platform.startswith("linux") and not any(map(glob.glob, _DEVICE_FILES)):
+        return 0  # no need to ask: loading torch takes seconds
+    code = "import torch; print('gpus', torch.cuda.device_count())"
     try:
-        status = job.run() or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 1
-    except Exception:
-        traceback.print_exc()
-        status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    sys.exit(status)
-
-
-def last_line(log: Path) -> str:
-    """What a log ends with; of an error, what it says."""
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
-    lines = [line.strip() for line in lines if line.strip()]
-    return lines[-1].removeprefix("error: ") if lines else "it printed nothing"
+        asked = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    last = asked.stdout.split()[-2:]
+    return int(last[1]) if len(last) == 2 and last[0] == "gpus" else 0

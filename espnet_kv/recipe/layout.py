@@ -1,11 +1,19 @@
 """Names and places: what the recipe's options make of dump, token list and experiments."""
 
 import argparse
+import hashlib
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from espnet_kv.errors import UserError
 from espnet_kv.recipe.atomic import write_text
+from espnet_kv.recipe.config import front_end, load_config, load_yaml
+from espnet_kv.recipe.lengths import shortest_seconds
+
+DEFAULT_CONFIG = Path("conf/train_asr_conformer_mha.yaml")
 
 
 @dataclass(frozen=True)
@@ -30,12 +38,49 @@ class Layout:
         return self.args.datadir / name
 
     def formatted(self, name: str) -> Path:
-        """Stage 3: training and validation sets wait for stage 4 below org/."""
-        kept = name in (self.train_set, self.args.valid_set)
-        return self.args.dumpdir / "raw" / "org" / name if kept else self.dump(name)
+        """Stage 3, whole: training and validation sets wait for stage 4 below org/.
+
+        A test set is decoded from here, so that one that serves as validation set as well keeps
+        its long and short utterances.
+        """
+        filtered = name in (self.train_set, self.args.valid_set)
+        return self.args.dumpdir / "raw" / "org" / name if filtered else self.dump(name)
 
     def dump(self, name: str) -> Path:
+        """What training reads: for training and validation sets the result of stage 4."""
         return self.args.dumpdir / "raw" / name
+
+    def set_of(self, mode: str) -> Path:
+        """The dump of "train" or "valid"."""
+        return self.dump(self.train_set if mode == "train" else self.args.valid_set)
+
+    @property
+    def source_configs(self) -> list[Path]:
+        """Configurations that are there before anything is trained or converted."""
+        if self.args.convert_from is not None:
+            return [self.args.convert_from / "config.yaml"]
+        return self.args.asr_config
+
+    def model_config(self, config_file: Path) -> dict[str, Any]:
+        """A training configuration with the overlay laid over it.
+
+        Raises:
+            UserError: the file is no configuration of an ASR model.
+        """
+        overlay = None if self.args.convert_from else self.args.overlay
+        config = load_config(config_file, overlay)
+        if not isinstance(config.get("encoder"), str):
+            raise UserError(f"{config_file}: no encoder is named; this is no ASR training config")
+        return config
+
+    @property
+    def shortest_seconds(self) -> float:
+        """Length of the shortest utterance that every configured encoder can take."""
+        return max(
+            shortest_seconds(self.model_config(file), self.args.fs)
+            for file in self.source_configs
+            if file.is_file()
+        )
 
     @property
     def audio_type(self) -> str:
@@ -61,17 +106,33 @@ class Layout:
         return self.token_dir / "bpe.model" if self.args.token_type == "bpe" else None
 
     @property
-    def token_options(self) -> list[str]:
+    def token_options(self) -> dict[str, Any]:
         """ESPnet's options for this token list, the same for recognizer and language model."""
-        options = [
-            *("--use_preprocessor", "true"),
-            *("--token_type", self.args.token_type),
-            *("--token_list", str(self.token_list)),
-            *("--non_linguistic_symbols", "none", "--cleaner", "none", "--g2p", "none"),
-        ]
-        if self.bpe_model is not None:
-            options += ["--bpemodel", str(self.bpe_model)]
+        return {
+            "use_preprocessor": True,
+            "token_type": self.args.token_type,
+            "token_list": str(self.token_list),
+            "bpemodel": None if self.bpe_model is None else str(self.bpe_model),
+            "non_linguistic_symbols": None,
+            "cleaner": None,
+            "g2p": None,
+        }
+
+    @property
+    def data_options(self) -> dict[str, Any]:
+        """ESPnet's options for tokens and data, the same for statistics and training."""
+        options = self.token_options
+        for mode in ("train", "valid"):
+            dump = self.set_of(mode)
+            options[f"{mode}_data_path_and_name_and_type"] = [
+                [str(dump / "wav.scp"), "speech", self.audio_type],
+                [str(dump / "text"), "text", "text"],
+            ]
         return options
+
+    def shape_files(self, stats: Path, mode: str) -> list[Path]:
+        """What batches of "train" or "valid" are made of."""
+        return [stats / mode / "speech_shape", self.text_shape(stats, mode)]
 
     def text_shape(self, stats: Path, mode: str) -> Path:
         """Lengths of the transcripts with the vocabulary size, as batches are sized by."""
@@ -89,9 +150,13 @@ class Layout:
     def _suffix(self) -> str:
         return f"raw_{self.args.lang}_{self.tokens_name}" + ("_sp" if self.perturbed else "")
 
-    @property
-    def stats(self) -> Path:
-        return self.args.expdir / f"asr_stats_{self._suffix}"
+    def stats(self, config_file: Path) -> Path:
+        """asr.sh's name; models of another front end than the recipe's have their own."""
+        name = f"asr_stats_{self._suffix}"
+        wanted = front_end(self.model_config(config_file), self.args.asr_args)
+        if wanted != front_end(load_yaml(DEFAULT_CONFIG), ""):
+            name += f"_{hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:8]}"
+        return self.args.expdir / name
 
     def asr_exp(self, config: Path) -> Path:
         """The experiment of one training configuration, which a converted model holds itself."""

@@ -2,24 +2,68 @@
 
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from espnet_kv.errors import UserError
 from espnet_kv.recipe.atomic import add_data, new_directory, write_text
 from espnet_kv.recipe.audio import AudioError, read_audio
-from espnet_kv.recipe.datadir import DataDir
+from espnet_kv.recipe.datadir import DataDir, dropped_lines, entries, require_conserved
 from espnet_kv.recipe.progress import warn_each
 
 SHORTEST = 0.1
-"""Seconds below which convolutional subsampling has too few frames for a single output."""
+"""Seconds below which the usual subsampling (conv2d) has too few frames for a single output."""
+
+# Frames that an input layer needs for one output, as ESPnet's check_short_utt has it.
+FRAMES = {
+    "conv1d1": 5,
+    "conv1d2": 5,
+    "conv1d3": 7,
+    "conv2d": 7,
+    "conv2d1": 5,
+    "conv2d2": 7,
+    "conv2d6": 11,
+    "conv2d8": 15,
+    "linear": 1,
+}
 
 
-def filter_lengths(src: Path, dst: Path, min_seconds: float, max_seconds: float) -> None:
+def shortest_seconds(config: Mapping[str, Any], fs: int = 16000) -> float:
+    """Seconds of audio that a model needs for one encoder output.
+
+    Args:
+        config: a training configuration: frontend, frontend_conf, encoder_conf.
+        fs: sampling rate of the audio in Hz.
+    """
+    layer = (config.get("encoder_conf") or {}).get("input_layer", "conv2d")
+    frames = FRAMES.get(layer, FRAMES["conv2d"])
+    conf = config.get("frontend_conf") or {}
+    if (config.get("frontend") or "default") != "default":
+        return frames * 0.02  # frames of pretrained front ends are 20 ms or shorter
+    hop, n_fft = int(conf.get("hop_length", 128)), int(conf.get("n_fft", 512))
+    if conf.get("center", True):
+        # Frames are centred on multiples of hop; reflection at the ends takes half a window.
+        samples = max((frames - 1) * hop, n_fft // 2 + 1)
+    else:
+        samples = (frames - 1) * hop + n_fft
+    return samples / fs
+
+
+def filter_lengths(
+    src: Path,
+    dst: Path,
+    min_seconds: float,
+    max_seconds: float,
+    *,
+    shortest_seconds: float = SHORTEST,
+) -> None:
     """Write data directory `dst`: the utterances of the dump `src` that last long enough.
 
-    Kept are min_seconds <= length <= max_seconds (and never below SHORTEST) with a
-    transcript. The audio stays where it is, in `src`. `dst/dropped` holds each utterance
-    left out and its reason, which are also warned of and counted by reason.
+    Kept are min_seconds <= length <= max_seconds with a transcript, and never shorter than
+    shortest_seconds, the least that the model's subsampling takes (see the function of that
+    name). The audio stays where it is, in `src`. `dst/dropped` holds each utterance left out
+    and its reason, which are also warned of and counted by reason.
 
     Raises:
         UserError: `src` is no dump of stage 3, or no utterance is left.
@@ -34,7 +78,7 @@ def filter_lengths(src: Path, dst: Path, min_seconds: float, max_seconds: float)
     data = DataDir.read(src)
     num_samples = _num_samples(src, data)
     rate = _rate(src, data)
-    shortest = max(min_seconds, SHORTEST)
+    shortest = max(min_seconds, shortest_seconds)
 
     dropped: dict[str, str] = {}
     reasons: Counter[str] = Counter()
@@ -57,6 +101,7 @@ def filter_lengths(src: Path, dst: Path, min_seconds: float, max_seconds: float)
         raise UserError(
             f"{src}: no utterance lasts from {shortest:g} s to {max_seconds:g} s ({counts})"
         )
+    require_conserved(f"lengths {src.name}", data.wav_scp, kept, dropped)
     with new_directory(dst) as partial:
         add_data(data.subset(kept), partial)
         for name in ("feats_type", "audio_format"):
@@ -65,9 +110,7 @@ def filter_lengths(src: Path, dst: Path, min_seconds: float, max_seconds: float)
             partial / "utt2num_samples",
             "".join(f"{utt} {num_samples[utt]}\n" for utt in sorted(kept)),
         )
-        write_text(
-            partial / "dropped", "".join(f"{utt} {reason}\n" for utt, reason in dropped.items())
-        )
+        write_text(partial / "dropped", dropped_lines(dropped))
     label = f"lengths {src.name}"
     warn_each(label, dropped, f"utterances dropped: {counts}")
     print(f"  {label}: kept {len(kept)} of {len(data.wav_scp)}", flush=True)
@@ -77,8 +120,13 @@ def _num_samples(src: Path, data: DataDir) -> dict[str, int]:
     for name in ("utt2num_samples", "feats_type", "audio_format"):
         if not (src / name).is_file():
             raise UserError(f"{src / name} is missing: format the audio first (stage 3)")
-    lines = (src / "utt2num_samples").read_text(encoding="utf-8").splitlines()
-    num_samples = {utt: int(number) for utt, number in map(str.split, lines)}
+    num_samples: dict[str, int] = {}
+    for file, line, utt, number in entries(src / "utt2num_samples", into=num_samples):
+        if not number.isdecimal():
+            raise UserError(
+                f"{file}:{line}: no number of samples: format the audio again (stage 3)"
+            )
+        num_samples[utt] = int(number)
     missing = data.wav_scp.keys() - num_samples.keys()
     if missing:
         raise UserError(

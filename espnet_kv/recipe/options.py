@@ -1,16 +1,20 @@
 """The options of the recipe: names and meanings of ESPnet's asr.sh, and a few of our own."""
 
 import argparse
+import math
 import os
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import humanfriendly
+
 from espnet_kv.errors import Parser, UserError, true_or_false, whole
-from espnet_kv.recipe import convert_stage
-from espnet_kv.recipe.corpora import CORPORA
-from espnet_kv.recipe.jobs import cores
+from espnet_kv.recipe import convert
+from espnet_kv.recipe.corpora import CORPORA, name_sources
+from espnet_kv.recipe.jobs import check_gpus, cores
 
 STAGES = {
     1: "data preparation",
@@ -30,11 +34,74 @@ STAGES = {
     15: "comparison of the profiled models",
 }
 LAST_STAGE = max(STAGES)
+COPIES = {
+    "librispeech_100": "LIBRISPEECH",
+    "mini_librispeech": "LIBRISPEECH",
+    "speechocean762": "SPEECHOCEAN762",
+    "digits": "FSDD",
+}
+"""Corpus -> the environment variable that names an existing copy."""
 DECODE, DECODE_STREAMING = Path("conf/decode_asr.yaml"), Path("conf/decode_asr_streaming.yaml")
+
+
+NEUTRAL = {
+    "stage": "which stages run",
+    "stop_stage": "which stages run",
+    "dry_run": "whether anything runs",
+    "nj": "how much runs at once",
+    "inference_nj": "how much runs at once",
+    "train_nj": "how much runs at once",
+    "gpu_inference": "where decoding runs",
+    "allow_pipes": "whether commands in wav.scp are refused",
+    "download_dir": "where downloads are kept",
+    "results": "where the tables go",
+}
+"""Options on which no result depends, and what they are for instead."""
+PLACES = ("datadir", "dumpdir", "expdir", "lang", "asr_tag", "lm_tag", "inference_tag")
+"""Options that name outputs: another value makes other ones and leaves those that are there."""
 
 
 def _path_or_none(text: str) -> Path | None:
     return Path(text) if text else None
+
+
+def _hertz(text: str) -> int:
+    """16000, or as ESPnet's asr.sh writes it, 16k."""
+    try:
+        rate = humanfriendly.parse_size(text)
+    except humanfriendly.InvalidSize:
+        rate = 0
+    if rate < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no sampling rate, such as 16000 or 16k")
+    return rate
+
+
+def _tag(text: str) -> str:
+    if text in (".", "..") or "/" in text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be part of a directory's name")
+    return text
+
+
+def _more_options(text: str) -> str:
+    try:
+        shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {str(error).lower()}") from error
+    return text
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return seconds
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1")
+    return share
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,45 +129,53 @@ def parser() -> argparse.ArgumentParser:
     add(g, "nj", min(32, cores()), "parallel jobs of data stages", type=whole(1))
     add(g, "inference_nj", min(32, cores()), "parallel jobs of decoding", type=whole(1))
     add(g, "train_nj", 1, "models trained at the same time", type=whole(1))
-    add(g, "ngpu", None, "GPUs of one training; 0 = CPU (default: 1 if there is one)", type=int)
+    ngpu = "GPUs of one training; 0 = CPU (default: 1 if there is one)"
+    add(g, "ngpu", None, ngpu, type=whole(0))
     add(g, "gpu_inference", False, "decode on the GPU")
     add(g, "dumpdir", Path("dump"), "formatted audio", type=Path)
     add(g, "expdir", Path("exp"), "experiments", type=Path)
     add(g, "datadir", Path("data"), "Kaldi data directories", type=Path)
 
+    add(g, "dry_run", False, "print which steps would run and why, and stop")
+
     g = p.add_argument_group("data")
     add(g, "corpus", "librispeech_100", f"one of {', '.join(CORPORA)}")
     add(
         g,
-        "librispeech",
-        os.environ.get("LIBRISPEECH") or None,
-        "existing tree in LibriSpeech layout, instead of a download (or set LIBRISPEECH)",
+        "corpus_dir",
+        None,
+        "existing copy of the corpus, instead of a download (or set LIBRISPEECH, SPEECHOCEAN762 "
+        "or FSDD, see db.sh)",
         type=_path_or_none,
     )
+    add(g, "librispeech", None, "the same as corpus_dir, for LibriSpeech", type=_path_or_none)
     add(g, "download_dir", Path("downloads"), "where downloads go", type=Path)
-    add(g, "train_set", "", "data directory for training (default: the corpus's)")
-    add(g, "valid_set", "", "data directory for validation (default: the corpus's)")
-    add(g, "test_sets", "", "data directories to decode (default: the corpus's)")
-    add(g, "synth_train", None, "sentences in synth's training set", type=whole(1))
-    add(g, "synth_dev", None, "sentences in each of synth's dev sets", type=whole(1))
-    add(g, "synth_test", None, "sentences in each of synth's test sets", type=whole(1))
-    add(g, "synth_seed", None, "seed of synth", type=int)
+    own = " (default: the corpus's; kaldi: paths of your own)"
+    add(g, "train_set", "", f"data directory for training{own}")
+    add(g, "valid_set", "", f"data directory for validation{own}")
+    add(g, "test_sets", "", f"data directories to decode, split by spaces{own}")
+    for corpus, unit in (("synth", "sentences"), ("digits", "strings of each speaker")):
+        for part in ("train", "dev", "test"):
+            sets = "the training set" if part == "train" else f"each of the {part} sets"
+            add(g, f"{corpus}_{part}", None, f"{corpus}: {unit} in {sets}", type=whole(1))
+        add(g, f"{corpus}_seed", None, f"{corpus}: seed", type=whole(0))
     add(g, "speed_perturb_factors", "0.9 1.0 1.1", "stage 2; empty: none")
     add(g, "audio_format", "flac.ark", "flac.ark, flac, wav.ark or wav")
-    add(g, "fs", 16000, "sampling rate of the dump in Hz", type=whole(1))
-    add(g, "min_wav_duration", 0.1, "seconds; shorter training utterances go", type=float)
-    add(g, "max_wav_duration", 20.0, "seconds; longer training utterances go", type=float)
-    add(g, "lang", "en", "language, part of names")
+    add(g, "fs", 16000, "sampling rate of the dump in Hz, 16000 or 16k", type=_hertz)
+    add(g, "min_wav_duration", 0.1, "seconds; shorter training utterances go", type=_seconds)
+    add(g, "max_wav_duration", 30.0, "seconds; longer training utterances go", type=_seconds)
+    add(g, "allow_pipes", False, "run the commands that a wav.scp names, as Kaldi does")
+    add(g, "lang", "en", "language, part of names", type=_tag)
     add(g, "token_type", "bpe", "bpe or char", choices=("bpe", "char"))
     add(g, "nbpe", 5000, "BPE pieces", type=whole(1))
     add(g, "bpemode", "unigram", "unigram or bpe", choices=("unigram", "bpe"))
-    add(g, "bpe_char_cover", 1.0, "character coverage of the BPE", type=float)
+    add(g, "bpe_char_cover", 1.0, "character coverage of the BPE", type=_share)
 
     g = p.add_argument_group("language model")
     add(g, "use_lm", False, "train a language model and decode with it")
     add(g, "lm_config", Path("conf/train_lm_transformer.yaml"), "its configuration", type=Path)
-    add(g, "lm_args", "", "more options for espnet2.bin.lm_train")
-    add(g, "lm_tag", "", "name of its experiment (default: made of config and tokens)")
+    add(g, "lm_args", "", "more options for espnet2.bin.lm_train", type=_more_options)
+    add(g, "lm_tag", "", "name of its experiment (default: made of config and tokens)", type=_tag)
     add(g, "inference_lm", "valid.loss.ave.pth", "its model file")
     add(g, "use_ngram", False, "train an n-gram and decode with it (needs KenLM)")
     add(g, "ngram_num", 4, "order of the n-gram", type=whole(1))
@@ -113,8 +188,8 @@ def parser() -> argparse.ArgumentParser:
         "training configuration, or several, split by spaces",
     )
     add(g, "overlay", None, "YAML laid over asr_config, e.g. a smaller size", type=_path_or_none)
-    add(g, "asr_tag", "", "name of the experiment (default: made of config and tokens)")
-    add(g, "asr_args", "", "more options for espnet2.bin.asr_train")
+    add(g, "asr_tag", "", "name of the experiment (default: made of config and tokens)", type=_tag)
+    add(g, "asr_args", "", "more options for espnet2.bin.asr_train", type=_more_options)
     add(g, "feats_normalize", "global_mvn", "normalisation of features")
     add(g, "use_streaming", False, "decode piece by piece, with a cache")
     add(
@@ -124,8 +199,20 @@ def parser() -> argparse.ArgumentParser:
         f"decoding options (default: {DECODE}, or {DECODE_STREAMING} with --use_streaming)",
         type=_path_or_none,
     )
-    add(g, "inference_tag", "", "name of the decoding (default: made of config and model)")
-    add(g, "inference_args", "", "more options for asr_inference, or asr_inference_streaming")
+    add(
+        g,
+        "inference_tag",
+        "",
+        "name of the decoding (default: made of config and model)",
+        type=_tag,
+    )
+    add(
+        g,
+        "inference_args",
+        "",
+        "more options for asr_inference, or asr_inference_streaming",
+        type=_more_options,
+    )
     add(g, "inference_asr_model", "valid.acc.ave.pth", "model file to decode with")
     g = p.add_argument_group("conversion of a trained model, in the place of training")
     add(g, "convert_from", None, "experiment of the trained model", type=_path_or_none)
@@ -145,7 +232,13 @@ def parser() -> argparse.ArgumentParser:
     add(g, "finetune_control", False, "fine-tune the source as well, unconverted")
 
     g = p.add_argument_group("profiling")
-    add(g, "profile_args", "", "more options for espnet_kv.bin.profile (stage 14)")
+    add(
+        g,
+        "profile_args",
+        "",
+        "more options for espnet_kv.bin.profile (stage 14)",
+        type=_more_options,
+    )
 
     g = p.add_argument_group("results")
     add(
@@ -168,30 +261,29 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         UserError: an unknown option, corpus, configuration or stage.
     """
-    args = parser().parse_args(arguments)
-    if args.corpus not in CORPORA:
-        raise UserError(f"--corpus {args.corpus}: unknown (allowed: {', '.join(CORPORA)})")
+    args = _parse_with_defaults(arguments)
     for name in ("stage", "stop_stage"):
         if getattr(args, name) not in STAGES:
             raise UserError(
                 f"--{name} {getattr(args, name)}: there are stages 1 to {LAST_STAGE} (see --help)"
             )
-    corpus = CORPORA[args.corpus]
-    args.train_set = args.train_set or corpus.train_set
-    args.valid_set = args.valid_set or corpus.valid_set
-    args.test_sets = args.test_sets.split() or list(corpus.test_sets)
+    if args.stage > args.stop_stage:
+        raise UserError(f"--stage {args.stage} is above --stop_stage {args.stop_stage}")
+    _name_sets(args)
     try:
         args.speed_perturb_factors = [float(x) for x in args.speed_perturb_factors.split()]
     except ValueError as error:
         raise UserError(f"--speed_perturb_factors: {error}") from error
     _check_conversion(args)
-    args.asr_config = [Path(name) for name in args.asr_config.split()]
+    args.asr_config = [Path(name) for name in dict.fromkeys(shlex.split(args.asr_config))]
+    if not args.asr_config:
+        raise UserError("--asr_config is empty: name a configuration, such as those in conf/")
     args.inference_config = args.inference_config or (
         DECODE_STREAMING if args.use_streaming else DECODE
     )
     if args.convert_from is not None:
         # stages go by configurations: those of the experiments that the conversion makes
-        args.asr_config = [exp / "config.yaml" for exp in convert_stage.experiments(args)]
+        args.asr_config = [exp / "config.yaml" for exp in convert.experiments(args)]
     configs = () if args.convert_from else args.asr_config
     for path in (*configs, args.inference_config, args.overlay):
         if path is not None and not path.is_file():
@@ -204,15 +296,68 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             )
     if args.asr_tag and len(args.asr_config) > 1:
         raise UserError("--asr_tag names one experiment, but --asr_config lists several")
+    stems = Counter(path.stem for path in args.asr_config)
+    if args.convert_from is None and (same := [stem for stem, n in stems.items() if n > 1]):
+        raise UserError(
+            f"--asr_config lists two files named {same[0]}, whose experiments would have one name: "
+            "train them one by one with --asr_tag"
+        )
+    if args.stage <= 11 <= args.stop_stage and args.ngpu:
+        check_gpus(args.ngpu, "--ngpu")
+    if args.stage <= 12 <= args.stop_stage and args.gpu_inference:
+        check_gpus(1, "--gpu_inference")
     args.results = args.results or args.expdir / "RESULTS.md"
     args.command = shlex.join(["./run.sh", *(sys.argv[1:] if arguments is None else arguments)])
     return args
 
 
+def _parse_with_defaults(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse, with what suits the corpus in the place of the parser's own defaults."""
+    chosen = parser()
+    args = chosen.parse_args(arguments)
+    if args.corpus not in CORPORA:
+        raise UserError(f"--corpus {args.corpus}: unknown (allowed: {', '.join(CORPORA)})")
+    defaults = dict(CORPORA[args.corpus].defaults)
+    if args.use_streaming:
+        defaults.pop("inference_config", None)  # it is one of whole utterances
+    chosen.set_defaults(**defaults)
+    return chosen.parse_args(arguments)
+
+
+def _name_sets(args: argparse.Namespace) -> None:
+    """Resolve the names of the data sets, and the user's own directories behind them."""
+    corpus = CORPORA[args.corpus]
+    given = [args.train_set, args.valid_set, *shlex.split(args.test_sets)]
+    args.sources = {}
+    if args.corpus == "kaldi":
+        for option in ("train_set", "valid_set", "test_sets"):
+            if not getattr(args, option).strip():
+                raise UserError(
+                    f"--{option}: --corpus kaldi needs it, the path of a Kaldi data directory"
+                )
+        args.sources = name_sources(map(Path, given), args.datadir)
+        names = {path: name for name, path in args.sources.items()}
+        given = [names[Path(path).resolve()] for path in given]
+    elif bad := [name for name in given if "/" in name or name in (".", "..")]:
+        raise UserError(
+            f"{bad[0]}: a set is named as its directory below --datadir is; for directories "
+            "elsewhere give --corpus kaldi"
+        )
+    variable = COPIES.get(args.corpus, "")
+    args.corpus_dir = (
+        args.corpus_dir
+        or (args.librispeech if variable == "LIBRISPEECH" else None)
+        or _path_or_none(os.environ.get(variable, ""))
+    )
+    args.train_set = given[0] or corpus.train_set
+    args.valid_set = given[1] or corpus.valid_set
+    args.test_sets = list(dict.fromkeys(given[2:])) or list(corpus.test_sets)
+
+
 def _check_conversion(args: argparse.Namespace) -> None:
     """Refuse what a conversion, or its absence, would leave unused."""
     if args.convert_from is None:
-        names = ["attention_type", *(name for name, _ in convert_stage.SIZES.values())]
+        names = ["attention_type", *(name for name, _ in convert.SIZES.values())]
         for name in (*names, "target_compression", "finetune_epochs", "finetune_control"):
             if getattr(args, name):
                 raise UserError(f"--{name}: goes with --convert_from")

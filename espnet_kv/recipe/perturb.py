@@ -1,61 +1,109 @@
 """Stage 2: speed perturbation, which makes slower and faster copies of every utterance."""
 
+import itertools
+from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
 
 from espnet_kv.errors import UserError
-from espnet_kv.recipe.atomic import add_data, new_directory
-from espnet_kv.recipe.audio import AudioError, parallel_map, read_audio, resample, to_int16
-from espnet_kv.recipe.datadir import DataDir
+from espnet_kv.recipe.atomic import add_data, new_directory, write_text
+from espnet_kv.recipe.audio import (
+    AudioError,
+    audio_file,
+    read_recording,
+    resample,
+    to_int16,
+)
+from espnet_kv.recipe.datadir import DataDir, Segment, dropped_lines, require_conserved
+from espnet_kv.recipe.pool import parallel_map
 from espnet_kv.recipe.progress import Progress, refuse_mostly_dropped, warn_each
 
-_Job = tuple[str, float, Path]  # wav.scp entry, speed factor, file to write
 
-
-def perturb_speed(src: Path, dst: Path, factors: list[float], nj: int = 1) -> None:
+def perturb_speed(
+    src: Path, dst: Path, factors: list[float], nj: int = 1, *, allow_pipes: bool = False
+) -> None:
     """Write data directory `dst`: `src` once for every speed factor.
 
     A copy at 0.9 lasts 1/0.9 times as long and sounds lower (as `sox speed` does); its ids
     are `sp0.9-UTT` and `sp0.9-SPK`, its audio is 16-bit flac in `dst/wav`. Factor 1.0 keeps
-    ids and original files. Audio that cannot be read has no copies, with a warning.
+    ids, original files and segments. Audio that cannot be read has no copies, with a
+    warning; `dst/dropped` names them. The bytes do not depend on `nj`.
+
+    Args:
+        allow_pipes: run the commands that wav.scp may hold in the place of files.
 
     Raises:
         UserError: a factor is repeated or outside 0.1..10, or most audio cannot be read.
     """
     _check(src, dst, factors)
-    data = DataDir.read(src)
+    data = DataDir.read(src, allow_pipes=allow_pipes)
     label = f"perturb {src.name}"
-    perturbed = DataDir()
-    jobs: dict[str, _Job] = {}
+    prefixes = {factor: f"sp{factor}-" for factor in factors if factor != 1}
     with new_directory(dst) as partial:
         (partial / "wav").mkdir()
-        for factor in factors:
-            prefix = "" if factor == 1 else f"sp{factor}-"
-            copy = _renamed(data, prefix)
-            if prefix:
-                for utt, entry in copy.wav_scp.items():
-                    file = f"wav/{quote(utt, safe='')}.flac"
-                    copy.wav_scp[utt] = str(dst / file)
-                    jobs[utt] = (entry, factor, partial / file)
-            perturbed = DataDir.combine([perturbed, copy])
+        perturbed = data if 1 in factors else DataDir()
+        for prefix in prefixes.values():
+            perturbed = DataDir.combine([perturbed, _renamed(data, prefix, dst)])
+        before = set(perturbed.wav_scp)
+        jobs = [
+            _Job(
+                entry,
+                tuple(
+                    _Copy(
+                        name := prefix + utt, factor, data.segments.get(utt), _file(partial, name)
+                    )
+                    for utt in utts
+                    for factor, prefix in prefixes.items()
+                ),
+                allow_pipes,
+            )
+            for entry, utts in data.by_recording().items()
+        ]
 
-        dropped = {}
-        progress = Progress(label, len(jobs))
-        outcomes = parallel_map(_perturb, list(jobs.values()), nj)
-        for utt, reason in zip(jobs, outcomes, strict=True):
+        dropped: dict[str, str] = {}
+        notes: dict[str, str] = {}
+        copies = [copy.utt for job in jobs for copy in job.copies]
+        progress = Progress(label, len(copies))
+        outcomes = itertools.chain.from_iterable(parallel_map(_perturb, jobs, nj))
+        for utt, (reason, note) in zip(copies, outcomes, strict=True):
             progress.step()
+            if note:
+                notes[utt] = note
             if reason:
                 dropped[utt] = reason
                 for table in (perturbed.wav_scp, perturbed.text, perturbed.utt2spk):
                     table.pop(utt, None)
-        warn_each(label, dropped, f"of {len(jobs)} copies cannot be made")
-        refuse_mostly_dropped(label, dropped, len(jobs))
+        warn_each(label, notes, "copies were made of audio that had to be converted")
+        warn_each(label, dropped, f"of {len(copies)} copies cannot be made")
+        refuse_mostly_dropped(label, dropped, len(copies))
+        require_conserved(label, before, perturbed.wav_scp, dropped)
         add_data(perturbed, partial)
+        write_text(partial / "dropped", dropped_lines(dropped))
 
 
-def _renamed(data: DataDir, prefix: str) -> DataDir:
+@dataclass(frozen=True)
+class _Copy:
+    utt: str
+    factor: float
+    segment: Segment | None
+    path: Path
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One recording and the copies to make of the utterances in it."""
+
+    entry: str
+    copies: tuple[_Copy, ...]
+    allow_pipes: bool
+
+
+def _file(directory: Path, utt: str) -> Path:
+    return directory / "wav" / audio_file(utt, "flac")
+
+
+def _renamed(data: DataDir, prefix: str, dst: Path) -> DataDir:
     return DataDir(
-        {prefix + utt: entry for utt, entry in data.wav_scp.items()},
+        {prefix + utt: str(_file(dst, prefix + utt)) for utt in data.wav_scp},
         {prefix + utt: words for utt, words in data.text.items()},
         {prefix + utt: prefix + speaker for utt, speaker in data.utt2spk.items()},
     )
@@ -71,16 +119,26 @@ def _check(src: Path, dst: Path, factors: list[float]) -> None:
             raise UserError(f"speed factor {factor} is outside 0.1 to 10")
 
 
-def _perturb(job: _Job) -> str | None:
-    """Write one perturbed file; returns why it could not be done."""
+def _perturb(job: _Job) -> list[tuple[str, str]]:
+    """Write the copies of one recording; returns for each why it could not be made, and notes."""
     import soundfile
 
-    entry, factor, path = job
     try:
-        samples, rate = read_audio(entry)
+        whole = read_recording(job.entry, allow_pipes=job.allow_pipes)
     except AudioError as error:
-        return str(error)
-    # Only the ratio matters: resampling as if the input had been recorded faster.
-    samples = resample(samples, round(1000 * factor), 1000)
-    soundfile.write(path, to_int16(samples), rate, format="FLAC", subtype="PCM_16")
-    return None
+        return [(str(error), "")] * len(job.copies)
+    outcomes = []
+    for copy in job.copies:
+        part = copy.segment
+        try:
+            recording = whole.cut(part.start, part.end) if part else whole
+        except AudioError as error:
+            outcomes.append((f"{part.where if part else copy.utt}: {error}", ""))
+            continue
+        # Only the ratio matters: resampling as if the input had been recorded faster.
+        samples = resample(recording.samples, round(1000 * copy.factor), 1000)
+        soundfile.write(
+            copy.path, to_int16(samples), recording.rate, format="FLAC", subtype="PCM_16"
+        )
+        outcomes.append(("", ", ".join(recording.notes)))
+    return outcomes

@@ -101,6 +101,15 @@ def _experiment(exp: Path, title: str) -> str:
     return "\n\n".join(part for part in (f"## {title}", _provenance(exp), *tables) if part)
 
 
+def read_rate(scored: Path) -> float:
+    """The error rate in per cent of a directory that `write_score` wrote.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    return float(figures(scored / "result.txt")[COLUMNS.index("Err")])
+
+
 def figures(result: Path) -> list[str]:
     """The figures of the Sum/Avg line, COLUMNS, which sclite writes in the same form.
 

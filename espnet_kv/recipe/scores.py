@@ -1,12 +1,16 @@
 """Error rates of a model, read back from what stage 13 wrote."""
 
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from espnet_kv.recipe.results import COLUMNS, figures
+from espnet_kv.errors import UserError
+from espnet_kv.recipe.results import read_rate
 
-ERRORS = COLUMNS.index("Err")
+RECORD = "decoding.json"
+"""What a decoding says of itself, beside its results."""
 
 
 def read_scores(experiment: Path, preferred: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
@@ -25,15 +29,28 @@ def read_scores(experiment: Path, preferred: Sequence[str] = ()) -> dict[str, di
         key=lambda path: (order.get(path.name, len(order)), len(path.name), path.name),
     )
     for decoding in ranked:
-        kind = scores["streaming" if "streaming" in decoding.name else "offline"]
+        kind = scores["streaming" if is_streaming(decoding) else "offline"]
         for result in sorted(decoding.glob("*/score_wer/result.txt")):
-            row: dict[str, Any] = {"wer": _errors(result), "decoding": decoding.name}
-            characters = result.parents[1] / "score_cer" / "result.txt"
-            if characters.exists():
-                row["cer"] = _errors(characters)
+            row: dict[str, Any] = {"wer": read_rate(result.parent), "decoding": decoding.name}
+            characters = result.parents[1] / "score_cer"
+            if (characters / "result.txt").exists():
+                row["cer"] = read_rate(characters)
             kind.setdefault(result.parents[1].name, row)
     return scores
 
 
-def _errors(result: Path) -> float:
-    return float(figures(result)[ERRORS])
+def is_streaming(decoding: Path) -> bool:
+    """Whether the test sets below a decoding's directory were decoded as streams.
+
+    That is read off its record or, where ESPnet's asr.sh decoded, off the command in its log.
+    """
+    for record in decoding.glob(f"*/{RECORD}"):
+        try:
+            return bool(json.loads(record.read_text(encoding="utf-8"))["streaming"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{record} is damaged: run stage 12 again") from error
+    for log in decoding.glob("*/logdir/asr_inference.1.log"):
+        with log.open(encoding="utf-8", errors="replace") as lines:
+            head = "".join(line for line, _ in zip(lines, range(20), strict=False))
+        return re.search(r"asr_inference_streaming\b", head) is not None
+    return False

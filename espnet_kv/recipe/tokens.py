@@ -2,6 +2,7 @@
 
 import io
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,7 +11,10 @@ import sentencepiece
 
 from espnet_kv.errors import UserError
 from espnet_kv.recipe.atomic import new_directory, write_text
+from espnet_kv.recipe.kaldi import split_words
 
+RESERVED = "\u2585"
+"""Sentencepiece marks unknown text by it and leaves out lines that hold it."""
 BLANK, UNKNOWN, SPACE, SOS_EOS = "<blank>", "<unk>", "<space>", "<sos/eos>"
 
 
@@ -24,7 +28,9 @@ def train_bpe(
     """Train sentencepiece on transcripts; write bpe.model, bpe.vocab, tokens.txt, train.txt.
 
     tokens.txt is <blank>, <unk>, the pieces and <sos/eos>, `nbpe` tokens in all. The same
-    lines give the same bytes.
+    lines give the same bytes. Every line is trained on, however long it is. Lines that
+    sentencepiece normalises (full-width letters, ligatures, ...) are warned of: a model can
+    produce only their normalised form.
 
     Args:
         lines: transcripts, without utterance ids.
@@ -32,12 +38,19 @@ def train_bpe(
         bpemode: unigram or bpe.
 
     Raises:
-        UserError: no text, an unknown mode, or `nbpe` too large or small for the text; the
-            message says what is possible.
+        UserError: no text, an unknown mode, or `nbpe` too large or small for the text (the
+            message says what is possible); a line holds RESERVED, or a piece would have the
+            name of one of ESPnet's own tokens.
     """
     if bpemode not in ("unigram", "bpe"):
         raise UserError(f"bpemode {bpemode} is unknown: use unigram or bpe")
     text = _clean(lines)
+    for line in text:
+        if RESERVED in line:
+            raise UserError(
+                f"the character U+{ord(RESERVED):04X} ({RESERVED}) is reserved by sentencepiece; "
+                f"remove it from the transcript {line[:60]!r}"
+            )
     model = io.BytesIO()
     try:
         # A model written by way of a file would hold that file's name, and so differ
@@ -48,6 +61,8 @@ def train_bpe(
             vocab_size=nbpe,
             model_type=bpemode,
             character_coverage=character_coverage,
+            # In bytes; longer lines would be dropped silently, by default above 4192.
+            max_sentence_length=max(4192, 1 + max(len(line.encode()) for line in text)),
             minloglevel=2,
         )
     except RuntimeError as error:
@@ -57,6 +72,21 @@ def train_bpe(
     ids = range(processor.get_piece_size())
     pieces = [processor.id_to_piece(i) for i in ids]
     spoken = [p for i, p in zip(ids, pieces, strict=True) if not _is_special(processor, i)]
+    for name in (BLANK, UNKNOWN, SPACE, SOS_EOS):
+        if name in spoken:
+            raise UserError(
+                f"the text holds {name} so often that it became a piece, but ESPnet has a token "
+                "of that name; write it differently in the transcripts"
+            )
+    changed = [line for line in text if split_words(processor.normalize(line)) != line]
+    if changed:
+        print(
+            f"warning: {out_dir.name}: sentencepiece normalises {len(changed)} of {len(text)} "
+            f"lines, so hypotheses will differ from these references (the first: "
+            f"{changed[0][:60]!r} becomes {split_words(processor.normalize(changed[0]))[:60]!r})",
+            file=sys.stderr,
+            flush=True,
+        )
     with new_directory(out_dir) as partial:
         (partial / "bpe.model").write_bytes(model.getvalue())
         write_text(
@@ -100,7 +130,7 @@ def piece_tokenizer(model: Path) -> Callable[[str], list[str]]:
 
 
 def _clean(lines: Iterable[str]) -> list[str]:
-    text = [" ".join(line.split()) for line in lines]
+    text = [split_words(line) for line in lines]
     text = [line for line in text if line]
     if not text:
         raise UserError("there is no text to make tokens from: every transcript is empty")

@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from espnet_kv.errors import UserError
+from espnet_kv.errors import UserError, one_line
 
 SCHEMA = "espnet_kv.profile/1"
 
@@ -274,8 +274,8 @@ def read_profile(path: Path) -> Profile:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: profile the model first (stage 14)") from error
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+    except (OSError, ValueError, RecursionError) as error:
+        reason = one_line(error)
         raise UserError(f"{path} is no JSON file ({reason}): profile again (stage 14)") from error
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:

@@ -1,6 +1,7 @@
-"""Audio as it arrives: from a file, or raw from a pipe."""
+"""Audio as it arrives, from a file or raw from a pipe."""
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -11,12 +12,20 @@ import numpy as np
 import soundfile
 import soxr
 
-from espnet_kv.errors import UserError
+from espnet_kv.errors import UserError, one_line
 
 FILE_PIECE_SECONDS = 0.2
 # at most this much is taken from a pipe at once; what is there is taken, without waiting for more
 PIPE_BYTES = 1 << 16
 HEADERS = {b"RIFF": "WAV", b"fLaC": "FLAC", b"OggS": "Ogg"}
+# in libsndfile's log of a header: bytes of audio that it promises, and those that are there
+PROMISED = re.compile(
+    r"^ *(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)", re.M
+)
+# a program that writes into a pipe does not know the size and leaves about 2 or 4 GiB
+UNKNOWN_BYTES = 0x7FFF0000
+# channels whose mean is so much quieter than each of them cancel each other
+ANTIPHASE, AUDIBLE = 1e-3, 1e-2
 
 
 class FileSource:
@@ -28,12 +37,8 @@ class FileSource:
 
     def __init__(self, path: Path | str):
         self._path = path
-        if not Path(path).is_file():
-            raise UserError(f"{path} does not exist")
-        try:
-            self._file = soundfile.SoundFile(path)
-        except soundfile.LibsndfileError as error:
-            raise UserError(f"{path} cannot be read as audio: {error}") from error
+        self._file = open_audio(path)
+        self._frames = 0
         self.rate = self._file.samplerate
 
     def read(self) -> np.ndarray:
@@ -43,8 +48,11 @@ class FileSource:
                 int(FILE_PIECE_SECONDS * self.rate) or 1, dtype="float32", always_2d=True
             )
         except soundfile.LibsndfileError as error:
-            raise UserError(f"{self._path} cannot be read to its end: {error}") from error
-        return piece.mean(axis=1)
+            raise UserError(f"{self._path} cannot be read to its end: {reason(error)}") from error
+        self._frames += len(piece)
+        if not len(piece) and self._frames < self._file.frames:
+            raise cut_short(self._path)
+        return mono(piece, self._path)
 
 
 class PipeSource:
@@ -128,3 +136,64 @@ class Stream:
         self.interrupted = True
         if self._waiting:
             raise KeyboardInterrupt
+
+
+def mono(samples: np.ndarray, path: Path | str) -> np.ndarray:
+    """The mean over channels: (N, channels) -> (N,).
+
+    Raises:
+        UserError: the channels cancel each other, as those of a microphone with swapped wires.
+    """
+    if samples.shape[1] == 1:
+        return samples[:, 0]
+    mean = samples.mean(axis=1)
+    loudest = np.abs(samples).max(initial=0)
+    if loudest > AUDIBLE and np.abs(mean).max(initial=0) < ANTIPHASE * loudest:
+        raise UserError(
+            f"{path}: its {samples.shape[1]} channels cancel each other when they are averaged; "
+            "write one of them to a file"
+        )
+    return mean
+
+
+def open_audio(path: Path | str) -> soundfile.SoundFile:
+    """Open an audio file that libsndfile reads.
+
+    Raises:
+        UserError: the file is missing, no audio, or ends before its header says.
+    """
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a directory; name an audio file")
+    if not Path(path).exists():
+        raise UserError(f"{path} does not exist")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{path} cannot be read: change its permissions")
+    try:
+        file = soundfile.SoundFile(path)
+    except soundfile.LibsndfileError as error:
+        raise UserError(f"{path} cannot be read as audio: {reason(error)}") from error
+    for promised, there in PROMISED.findall(file.extra_info):
+        if int(there) < int(promised) < UNKNOWN_BYTES:
+            raise cut_short(path)
+    if file.format == "OGG" and not _has_last_page(path):
+        raise cut_short(path)
+    return file
+
+
+def _has_last_page(path: Path | str) -> bool:
+    """Whether the last page of an Ogg file says that it is the last; a page has at most 64 KiB."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - (1 << 17)))
+        tail = file.read()
+    page = tail.rfind(b"OggS")
+    return page >= 0 and len(tail) > page + 5 and bool(tail[page + 5] & 4)
+
+
+def cut_short(path: Path | str) -> UserError:
+    """The error of a file that ends too early."""
+    return UserError(f"{path} is cut short: it ends before its header says; copy it again")
+
+
+def reason(error: Exception) -> str:
+    """What an error of a reader says, in one line."""
+    return one_line(error) or type(error).__name__

@@ -1,46 +1,14 @@
-"""Trained models for streaming: loaded strictly, and refused in one line where they cannot."""
+"""What of a trained model streams, and what turns its tokens into text."""
 
 import argparse
-import pickle
 from pathlib import Path
 
-import yaml
 from espnet2.text.abs_tokenizer import AbsTokenizer
 from espnet2.text.build_tokenizer import build_tokenizer
 from espnet2.train.abs_espnet_model import AbsESPnetModel
 
 from espnet_kv.encoder.base import KVEncoder
 from espnet_kv.errors import ConfigError, UserError
-from espnet_kv.task import ASRTask
-
-
-def load_model(
-    asr_train_config: Path | str,
-    asr_model_file: Path | str,
-    device: str = "cpu",
-    task: type[ASRTask] = ASRTask,
-) -> tuple[AbsESPnetModel, argparse.Namespace]:
-    """task.build_model_from_file, with one line for each way in which the files can be wrong.
-
-    Raises:
-        UserError: a file is missing, damaged or of another kind, or the two do not fit.
-    """
-    for path in (asr_train_config, asr_model_file):
-        if not Path(path).is_file():
-            raise UserError(f"{path} does not exist")
-    try:
-        return task.build_model_from_file(asr_train_config, asr_model_file, device)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{error.filename} does not exist, but {asr_train_config} names it: run in the "
-            "directory where the model was trained"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{asr_train_config} is no config.yaml of a trained model: {_line(error)}"
-        ) from error
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise UserError(f"{asr_model_file} is no model file: {_line(error)}") from error
 
 
 def check_streams(model: AbsESPnetModel, args: argparse.Namespace, ctc_weight: float) -> None:
@@ -78,7 +46,7 @@ def load_tokenizer(
         args: the training configuration, for what is None.
 
     Raises:
-        UserError: the sentencepiece model is missing.
+        UserError: the sentencepiece model is missing or damaged.
     """
     token_type = token_type or args.token_type
     if token_type != "bpe":
@@ -88,11 +56,12 @@ def load_tokenizer(
         return None
     if not Path(bpemodel).is_file():
         raise UserError(
-            f"bpemodel {bpemodel} does not exist: run in the directory where the model was "
-            "trained, or give --bpemodel"
+            f"bpemodel {bpemodel} does not exist: put it beside config.yaml as bpe.model, or give "
+            "--bpemodel"
         )
-    return build_tokenizer(token_type="bpe", bpemodel=bpemodel)
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    tokenizer = build_tokenizer(token_type="bpe", bpemodel=bpemodel)
+    try:
+        tokenizer.tokens2text([])  # it reads its model at the first use
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"bpemodel {bpemodel} is no sentencepiece model, or is damaged") from error
+    return tokenizer

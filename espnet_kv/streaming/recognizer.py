@@ -17,7 +17,8 @@ from espnet_kv.errors import UserError
 from espnet_kv.streaming.ctc import CTCHypothesis, build_search
 from espnet_kv.streaming.endpoint import Endpointer
 from espnet_kv.streaming.frontend import StreamingFrontend, TooShortError
-from espnet_kv.streaming.load import check_streams, load_model, load_tokenizer
+from espnet_kv.streaming.load import check_streams, load_tokenizer
+from espnet_kv.task import ASRTask
 
 type Result = tuple[str | None, list[str], list[int], Hypothesis]
 """(text, token, token_int, hypothesis), as ESPnet's Speech2Text gives them."""
@@ -25,6 +26,8 @@ type Result = tuple[str | None, list[str], list[int], Hypothesis]
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 # a longer piece is cut up, so that what is computed at once does not grow with it
 LONGEST_PIECE_SECONDS = 10
+# of a cache whose storage is taken at the start: some hours of audio
+MOST_FRAMES = 1_000_000
 
 
 class StreamingRecognizer:
@@ -100,7 +103,9 @@ class StreamingRecognizer:
         if asr_model is None:
             if asr_train_config is None or asr_model_file is None:
                 raise UserError("give --asr_train_config and --asr_model_file")
-            asr_model, asr_train_args = load_model(asr_train_config, asr_model_file, device)
+            asr_model, asr_train_args = ASRTask.build_model_from_file(
+                asr_train_config, asr_model_file, device
+            )
         elif asr_train_args is None:
             raise UserError("asr_model needs its asr_train_args")
         check_streams(asr_model, asr_train_args, ctc_weight)
@@ -182,6 +187,7 @@ class StreamingRecognizer:
         Raises:
             UserError, TooShortError: as `__call__`.
         """
+        is_final = bool(is_final)  # of NumPy, too
         speech = torch.as_tensor(speech).to(self.device)
         pieces = speech.split(LONGEST_PIECE_SECONDS * self.sample_rate)
         ended = []
@@ -226,6 +232,13 @@ class StreamingRecognizer:
             raise UserError(f"--chunk_size {chunk_size}: allowed are 1 or more encoder frames")
         if left_chunks is not None and (type(left_chunks) is not int or left_chunks < -1):
             raise UserError(f"--left_chunks {left_chunks}: allowed are -1 (all) or more chunks")
+        size, left = chunk_size or encoder.chunk_size, left_chunks
+        left = encoder.left_chunks if left is None else left
+        if size * (max(left, 0) + 1) > MOST_FRAMES:
+            raise UserError(
+                f"--chunk_size {size}, --left_chunks {left}: at most {MOST_FRAMES} encoder frames "
+                "are held; give --left_chunks -1 for all"
+            )
         if encoder.chunk_size == 0 and not encoder.dynamic_chunk_training:
             logging.warning("the model was trained on whole utterances only; chunks are new to it")
         encoder.chunk_size = encoder.chunk_size if chunk_size is None else chunk_size

@@ -4,4 +4,5 @@ set -euo pipefail
 . ./path.sh
 . ./db.sh
 
-exec ${kv_cmd:-} ${python} -m espnet_kv.recipe "$@"
+# kv_cmd is a launcher and its options, split into words
+exec ${kv_cmd:-} "${python}" -m espnet_kv.recipe "$@"

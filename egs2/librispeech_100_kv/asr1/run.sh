@@ -6,30 +6,28 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 . ./cmd.sh
 . ./db.sh
 
-corpus=librispeech_100
-use_streaming=false
-convert_from=
-options=("$@")
-for ((i = 0; i + 1 < $#; i++)); do
-    case "${options[i]}" in
-        --corpus) corpus=${options[i + 1]} ;;
-        --use_streaming) use_streaming=${options[i + 1]} ;;
-        --convert_from) convert_from=${options[i + 1]} ;;
+# --name=value as two words, so that everything below reads options in one way
+words=()
+for word in "$@"; do
+    case "${word}" in
+        --*=*) words+=("${word%%=*}" "${word#*=}") ;;
+        *) words+=("${word}") ;;
     esac
 done
+set -- ${words[@]+"${words[@]}"}
 
-if [ -f ../../TEMPLATE/asr1/asr.sh ] && [ "${corpus}" = librispeech_100 ] && [ -z "${convert_from}" ]; then
+# value_of OPTION DEFAULT: what the command line gives an option
+value_of() {
+    local n value=$2
+    for ((n = 0; n + 1 < ${#words[@]}; n++)); do
+        [ "${words[n]}" != "$1" ] || value=${words[n + 1]}
+    done
+    echo "${value}"
+}
+
+if [ -f ../../TEMPLATE/asr1/asr.sh ] && [ -z "$(value_of --convert_from "")" ] &&
+    [ "$(value_of --corpus librispeech_100)" = librispeech_100 ]; then
+    use_streaming=$(value_of --use_streaming false)
     . ./local/espnet_checkout.sh
 fi
-
-# What suits a corpus; options on the command line come later and win.
-defaults=()
-case "${corpus}" in
-    synth)
-        defaults=(--nbpe 64 --speed_perturb_factors "" --overlay conf/overlays/small.yaml
-            --lm_config conf/train_lm_small.yaml)
-        [ "${use_streaming}" = true ] || defaults+=(--inference_config conf/decode_asr_fast.yaml) ;;
-    mini_librispeech)
-        defaults=(--nbpe 1000) ;;
-esac
-exec ./kv_asr.sh "${defaults[@]}" "$@"
+exec ./kv_asr.sh "$@"

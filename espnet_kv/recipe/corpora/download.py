@@ -1,10 +1,12 @@
 """Downloads that resume and verify, and the archives of OpenSLR that the recipe needs."""
 
-import errno
 import hashlib
 import http.client
+import io
 import os
 import re
+import socket
+import ssl
 import tarfile
 import time
 import urllib.error
@@ -28,6 +30,9 @@ ARCHIVES = {
 OPENSLR_URL = "https://www.openslr.org/resources"
 _MIB = 1 << 20
 _INSTEAD = "set OPENSLR_URL to a mirror, or LIBRISPEECH to a copy that you have"
+# What no second attempt mends: an unknown name or scheme, a certificate, a proxy's refusal.
+_PERMANENT = (str, socket.gaierror, ssl.SSLCertVerificationError)
+_REFUSED = re.compile(r"Tunnel connection failed: 4(?!08|29)")
 
 
 def download_subset(subset: str, into: Path, base_url: str | None = None) -> Path:
@@ -50,7 +55,9 @@ def download_subset(subset: str, into: Path, base_url: str | None = None) -> Pat
     return tree
 
 
-def fetch_and_extract(url: str, into: Path, marker: Path, md5: str | None = None) -> None:
+def fetch_and_extract(
+    url: str, into: Path, marker: Path, md5: str | None = None, *, instead: str = _INSTEAD
+) -> None:
     """Download a .tar.gz and extract it into the folder `into`, unless `marker` exists.
 
     The marker is written last, so it says that the extraction is complete. The archive stays.
@@ -62,7 +69,7 @@ def fetch_and_extract(url: str, into: Path, marker: Path, md5: str | None = None
     if marker.exists():
         return
     archive = into / url.rsplit("/", 1)[-1]
-    fetch(url, archive, md5)
+    fetch(url, archive, md5, instead=instead)
     progress = Progress(f"extract {archive.name} (MiB)", archive.stat().st_size // _MIB)
     try:
         with (
@@ -87,32 +94,57 @@ def fetch_and_extract(url: str, into: Path, marker: Path, md5: str | None = None
 
 
 def fetch(
-    url: str, path: Path, md5: str | None = None, *, attempts: int = 5, wait: float = 2.0
+    url: str,
+    path: Path,
+    md5: str | None = None,
+    *,
+    attempts: int = 5,
+    wait: float = 2.0,
+    instead: str = _INSTEAD,
 ) -> None:
     """Download `url` to `path`, going on from `path`.part where an earlier run stopped.
+
+    A file whose checksum is wrong is downloaded once more.
 
     Args:
         md5: checksum to verify, also that of a file which is there already.
         attempts: how often in a row to fail without a new byte before giving up.
         wait: seconds before the second attempt, doubled for each further one.
+        instead: the way out where the download is impossible, for the message.
 
     Raises:
-        UserError: the server refuses or stays unreachable, or the checksum is wrong
-            (the file is removed).
+        UserError: the server is unknown, refuses or stays unreachable, `path` cannot be
+            written, or the checksum is wrong twice (the file is removed).
     """
-    if not path.exists():
+    if path.exists() and (md5 is None or _md5(path) == md5):
+        return
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            print(f"  {path} has another checksum than {url} and is downloaded again", flush=True)
+            path.unlink()
         part = path.with_name(f"{path.name}.part")
-        _download(url, part, attempts, wait)
-        _verify(part, url, md5)
+        for again in (True, False):
+            _download(url, part, attempts, wait, instead)
+            found = _md5(part) if md5 else None
+            if found == md5:
+                break
+            part.unlink()
+            if again:
+                print(f"  {url}: MD5 is {found}, expected {md5}; downloading it again", flush=True)
+        else:
+            raise UserError(
+                f"{url}: MD5 is {found}, expected {md5}, twice in a row; what came was removed: "
+                f"check for a proxy that changes downloads, or {instead}"
+            )
         os.replace(part, path)
-    else:
-        _verify(path, url, md5)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def _download(url: str, part: Path, attempts: int, wait: float) -> None:
+def _download(url: str, part: Path, attempts: int, wait: float, instead: str) -> None:
     print(f"  download {url}", flush=True)
-    failures = 0
+    failures, begun = 0, False
     while True:
         size = part.stat().st_size if part.exists() else 0
         try:
@@ -121,16 +153,25 @@ def _download(url: str, part: Path, attempts: int, wait: float) -> None:
             problem = "the connection was cut"
         except urllib.error.HTTPError as error:
             if error.code < 500 and error.code not in (408, 429):
-                raise UserError(f"{url}: {error.code} {error.reason}; {_INSTEAD}") from None
+                raise UserError(f"{url}: {error.code} {error.reason}; {instead}") from None
             problem = f"{error.code} {error.reason}"
+        except (http.client.InvalidURL, ValueError) as error:
+            raise UserError(f"{url} is no address to download from: {error}; {instead}") from None
         except (OSError, http.client.HTTPException) as error:
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
-                raise UserError(f"cannot write {part}: {error}") from None
-            problem = str(error)
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
+            # A name that was found a moment ago may be lost for a moment.
+            if not begun and (isinstance(reason, _PERMANENT) or _REFUSED.match(str(reason))):
+                raise UserError(
+                    f"{url}: {reason}; check the address and the network, or {instead}"
+                ) from None
+            problem = str(reason) or type(error).__name__
         progressed = part.exists() and part.stat().st_size > size
+        begun = begun or progressed
         failures = 0 if progressed else failures + 1
         if failures >= attempts:
-            raise UserError(f"{url}: {problem}, {attempts} times; run again to resume, {_INSTEAD}")
+            raise UserError(
+                f"{url}: {problem}, {attempts} times; run again to resume, or {instead}"
+            )
         print(f"  {problem}; trying again", flush=True)
         time.sleep(wait * 2**failures)
 
@@ -157,21 +198,32 @@ def _continue(url: str, part: Path) -> bool:
         total = done + int(length) if length else 0
         progress = Progress(f"download {part.stem} (MiB)", -(-total // _MIB))
         progress.done = done // _MIB
-        with open(part, "ab" if done else "wb") as out:
+        with _opened(part, "a" if done else "w") as out:
             while block := response.read(_MIB):
-                out.write(block)
+                left = memoryview(block)
+                try:
+                    while left:  # a full disk takes the first part of a block
+                        left = left[out.write(left) :]
+                except OSError as error:
+                    raise _unwritable(part, error) from None
                 done += len(block)
                 progress.step()
     return done >= total
 
 
-def _verify(file: Path, url: str, md5: str | None) -> None:
-    if md5 is None:
-        return
+def _opened(part: Path, mode: str) -> io.FileIO:
+    try:
+        return io.FileIO(part, mode)
+    except OSError as error:
+        raise _unwritable(part, error) from None
+
+
+def _unwritable(part: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write {part}: {error.strerror}; what came is kept, and the next run resumes"
+    )
+
+
+def _md5(file: Path) -> str:
     with open(file, "rb") as content:
-        found = hashlib.file_digest(content, "md5").hexdigest()
-    if found != md5:
-        file.unlink()
-        raise UserError(
-            f"{url}: MD5 is {found}, expected {md5}; {file} was removed, run again to download it"
-        )
+        return hashlib.file_digest(content, "md5").hexdigest()

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import os
+import signal
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ SAMPLE_RATE = 22050  # of every formant voice of eSpeak NG
 # From espeak-ng's speak_lib.h.
 _SYNCHRONOUS, _DONT_EXIT, _UTF8 = 2, 0x8000, 1
 _RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4
+_REINSTALL = "pip install --force-reinstall espeakng-loader"
 _ON_SAMPLES = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
 )
@@ -40,30 +42,41 @@ def speak(text: str, voice: Voice) -> np.ndarray:
     it never speaks: each utterance is spoken by a fork of it.
 
     Raises:
-        UserError: espeakng-loader is not installed, or has no such voice.
+        UserError: espeakng-loader is not installed or cannot be loaded, has no such voice, or
+            the fork failed or was killed.
     """
     library = _library()
     reader, writer = os.pipe()
-    child = os.fork()
+    try:
+        child = os.fork()
+    except OSError as error:
+        os.close(reader)
+        os.close(writer)
+        raise UserError(f"eSpeak NG needs a process of its own: {error.strerror}") from None
     if child == 0:
-        status = 1
+        # The parent reads one byte, then samples or the reason why there are none.
         try:
             os.close(reader)
             with os.fdopen(writer, "wb") as pipe:
-                pipe.write(_speak_here(library, text, voice))
-            status = 0
+                try:
+                    pipe.write(b"+" + _speak_here(library, text, voice))
+                except Exception as error:
+                    pipe.write(b"-" + str(error).encode())
         finally:
-            os._exit(status)
+            os._exit(0)
     os.close(writer)
     with os.fdopen(reader, "rb") as pipe:
-        samples = pipe.read()
-    _, status = os.waitpid(child, 0)
-    if status != 0 or not samples:
+        answer = pipe.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status < 0:
         raise UserError(
-            f"eSpeak NG cannot say {text!r} with voice {voice.name!r}; "
-            "try: pip install --force-reinstall espeakng-loader"
+            f"eSpeak NG was killed by signal {-status} ({signal.strsignal(-status)}) while it "
+            f"spoke {text!r} with voice {voice.name!r}; check the memory, and try: {_REINSTALL}"
         )
-    return np.frombuffer(samples, dtype=np.int16)
+    if answer[:1] != b"+" or len(answer) == 1:
+        reason = answer[1:].decode(errors="replace") or "it gave no samples"
+        raise UserError(f"eSpeak NG cannot say {text!r} with voice {voice.name!r}: {reason}")
+    return np.frombuffer(answer, dtype=np.int16, offset=1)
 
 
 @functools.cache
@@ -74,13 +87,16 @@ def _library() -> ctypes.CDLL:
         raise UserError(
             "the synth corpus is spoken by eSpeak NG: pip install espeakng-loader"
         ) from None
-    library = ctypes.CDLL(espeakng_loader.get_library_path())
+    try:
+        library = ctypes.CDLL(espeakng_loader.get_library_path())
+    except OSError as error:
+        raise UserError(f"eSpeak NG cannot be loaded: {error}; try: {_REINSTALL}") from None
     data = espeakng_loader.get_data_path()
     rate = library.espeak_Initialize(_SYNCHRONOUS, 0, data.encode(), _DONT_EXIT)
     if rate != SAMPLE_RATE:
         raise UserError(
             f"eSpeak NG cannot read its data in {data} (it fails on very long paths); "
-            "try: pip install --force-reinstall espeakng-loader"
+            f"try: {_REINSTALL}"
         )
     return library
 
@@ -96,11 +112,13 @@ def _speak_here(library: ctypes.CDLL, text: str, voice: Voice) -> bytes:
 
     library.espeak_SetSynthCallback(on_samples)
     library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # else seeded by the clock
-    results = [library.espeak_SetVoiceByName(voice.name.encode())]
+    if library.espeak_SetVoiceByName(voice.name.encode()):
+        raise ValueError(f"it has no such voice; try: {_REINSTALL}")
+    results = []
     settings = {_RATE: voice.rate, _VOLUME: 100, _PITCH: voice.pitch, _RANGE: voice.pitch_range}
     results += [library.espeak_SetParameter(key, value, 0) for key, value in settings.items()]
     spoken = text.encode()
     results.append(library.espeak_Synth(spoken, len(spoken) + 1, 0, 1, 0, _UTF8, None, None))
     if any(results):
-        raise RuntimeError(f"eSpeak NG error codes {results}")
+        raise ValueError(f"error codes {results}; check the text and the voice's settings")
     return b"".join(chunks)

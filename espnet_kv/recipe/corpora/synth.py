@@ -5,11 +5,7 @@ It comes as a tree in LibriSpeech's layout, so that it is prepared as real data 
 
 import dataclasses
 import itertools
-import json
-import multiprocessing
-import os
 import random
-import shutil
 import zlib
 from dataclasses import dataclass
 from importlib import metadata
@@ -20,10 +16,8 @@ import numpy as np
 from espnet_kv.errors import UserError
 from espnet_kv.recipe.corpora import acoustics, espeak
 from espnet_kv.recipe.corpora.grammar import Grammar
-from espnet_kv.recipe.progress import Progress
+from espnet_kv.recipe.corpora.tree import SAMPLE_RATE, build_tree, is_built
 
-SAMPLE_RATE = 16000
-STAMP = "synth.json"
 _VERSION = 1  # raise it when the same options come to mean other samples
 
 
@@ -183,44 +177,5 @@ def generate(tree: Path, options: SynthOptions, nj: int = 1) -> None:
             "the synth corpus is spoken by eSpeak NG: pip install espeakng-loader"
         ) from None
     stamp = {"version": _VERSION, "espeakng-loader": spoken_by, **dataclasses.asdict(options)}
-    if tree.exists() and any(tree.iterdir()):
-        if not (tree / STAMP).is_file():
-            raise UserError(f"{tree} is no synth corpus: move it away, or name another folder")
-        if json.loads((tree / STAMP).read_text()) == stamp:
-            return
-
-    utterances = plan(options)
-    new = tree.with_name(f".{tree.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    transcripts: dict[Path, list[str]] = {}
-    for utterance in utterances:
-        chapter = new / utterance.path.parent
-        file = chapter / f"{'-'.join(chapter.parts[-2:])}.trans.txt"
-        transcripts.setdefault(file, []).append(f"{utterance.id} {utterance.words.upper()}\n")
-    for file, lines in transcripts.items():
-        file.parent.mkdir(parents=True)
-        file.write_text("".join(lines))
-
-    progress = Progress("synth", len(utterances))
-    jobs = [(utterance, new) for utterance in utterances]
-    if nj == 1:
-        for job in jobs:
-            _write(job)
-            progress.step()
-    else:
-        # Spawned, not forked: the caller may hold threads.
-        with multiprocessing.get_context("spawn").Pool(nj) as pool:
-            for _ in pool.imap_unordered(_write, jobs, chunksize=8):
-                progress.step()
-
-    (new / STAMP).write_text(json.dumps(stamp, indent=2) + "\n")
-    if tree.exists():
-        shutil.rmtree(tree)
-    os.replace(new, tree)
-
-
-def _write(job: tuple[Utterance, Path]) -> None:
-    import soundfile
-
-    utterance, tree = job
-    soundfile.write(tree / utterance.path, render(utterance), SAMPLE_RATE, subtype="PCM_16")
+    if not is_built(tree, "synth", stamp):
+        build_tree(tree, "synth", stamp, plan(options), render, nj)

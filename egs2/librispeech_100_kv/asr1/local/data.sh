@@ -3,4 +3,4 @@
 set -euo pipefail
 . ./path.sh
 . ./db.sh
-exec ${python} -m espnet_kv.recipe --stage 1 --stop_stage 1 "$@"
+exec "${python}" -m espnet_kv.recipe --stage 1 --stop_stage 1 "$@"

@@ -14,6 +14,10 @@ stop_stage=99
 passed=()
 ours=() # no options of asr.sh
 while [ $# -gt 0 ]; do
+    if [ $# -eq 1 ] && [[ "$1" == --* ]] && [ "$1" != --help ]; then
+        echo "error: $1 needs a value" >&2
+        exit 1
+    fi
     case "$1" in
         --stage) stage=$2; shift ;;
         --stop_stage) stop_stage=$2; shift ;;
@@ -45,9 +49,10 @@ fi
     --inference_config "${decode}" \
     --lm_train_text data/train_clean_100/text \
     --bpe_train_text data/train_clean_100/text \
-    "${passed[@]}"
+    ${passed[@]+"${passed[@]}"}
 
 [ "${stop_stage}" -gt "${last_of_asr_sh}" ] || exit 0
 [ "${stop_stage}" = 99 ] || ours+=(--stop_stage "${stop_stage}")
 exec ./kv_asr.sh \
-    --stage "$((stage > last_of_asr_sh ? stage : last_of_asr_sh + 1))" "${passed[@]}" "${ours[@]}"
+    --stage "$((stage > last_of_asr_sh ? stage : last_of_asr_sh + 1))" ${passed[@]+"${passed[@]}"} \
+    ${ours[@]+"${ours[@]}"}

@@ -2,22 +2,21 @@
 
 import argparse
 import json
-import shlex
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from espnet_kv.bin.convert import get_parser
 from espnet_kv.errors import UserError
 from espnet_kv.provenance import commit
-from espnet_kv.recipe import score_stage
 from espnet_kv.recipe.atomic import write_text
 from espnet_kv.recipe.config import load_yaml
-from espnet_kv.recipe.jobs import Job, run_jobs
+from espnet_kv.recipe.jobs import Job
 from espnet_kv.recipe.layout import Layout
-from espnet_kv.recipe.model_stages import training_job
-from espnet_kv.recipe.stamp import digest
+from espnet_kv.recipe.steps import Step
+from espnet_kv.recipe.train import MODES, training_step
 
 # a converted model has learnt already: it goes on at this part of the rate it began with
 FINETUNE_LR = 0.1
@@ -112,44 +111,95 @@ def experiments(args: argparse.Namespace) -> list[Path]:
     return [experiment for experiment in (*found, control(args)) if experiment is not None]
 
 
-def skip_stats(layout: Layout) -> None:
-    """Stage 10: statistics are the source's."""
-    print(f"  those of {layout.args.convert_from} are used")
+def convert_step(layout: Layout, converted: Converted, before: Sequence[Step]) -> Step:
+    """Stage 11: one conversion.
 
-
-def convert_models(layout: Layout) -> None:
-    """Stage 11: convert `train_nj` at a time, then fine-tune, the control too."""
+    Args:
+        before: what its calibration audio comes from.
+    """
     args = layout.args
-    source = args.convert_from / "config.yaml", args.convert_from / args.inference_asr_model
-    for file in source:
-        if not file.is_file():
-            raise UserError(f"{file} does not exist: --convert_from names a trained experiment")
-    jobs = []
-    for converted in plan(args):
-        command = _command(layout, converted, *source)
-        if not _is_converted(converted.experiment, command):
-            log = args.expdir / "convert_logs" / f"{converted.experiment.name}.log"
-            state = partial(_state_run, layout, converted.experiment)
-            name = converted.experiment.name
-            jobs.append(Job(name, partial(_convert, command), log, after=state))
-    run_jobs(jobs, args.train_nj)
+    out = converted.experiment
+    source = {
+        "config": args.convert_from / "config.yaml",
+        "model": args.convert_from / args.inference_asr_model,
+    }
 
-    trainings = []
-    for converted in plan(args):
-        if converted.fine_tuned is not None:
-            trainings.append(_fine_tuning(layout, converted.experiment, converted.fine_tuned))
-    if (directory := control(args)) is not None:
-        trainings.append(_fine_tuning(layout, args.convert_from, directory))
-    run_jobs([job for job in trainings if job is not None], args.train_nj)
+    def ready() -> None:
+        for file in source.values():
+            if not file.is_file():
+                raise UserError(f"{file} does not exist: --convert_from names a trained experiment")
+
+    command = _command(layout, converted, source)
+    get_parser().parse_args(command)  # what is wrong is told before anything is done
+
+    def jobs() -> list[Job]:
+        if (out / "conversion.json").exists():  # cut off between the work and its stamp
+            return []
+        log = args.expdir / "convert_logs" / f"{out.name}.log"
+        return [Job(out.name, "espnet_kv.bin.convert", command, log)]
+
+    reads = dict(source)
+    if args.calibration_minutes:
+        reads["calibration audio"] = _calibration_scp(layout)
+    return Step(
+        stage=11,
+        name=out.name,
+        output=out,
+        build=partial(_state_run, layout, out),
+        options={
+            "attention_type": args.attention_type,
+            converted.options[0].removeprefix("--"): converted.options[1],
+            "convert_parts": _parts(args),
+            "convert_seed": args.convert_seed,
+            "calibration_minutes": args.calibration_minutes,
+        },
+        reads=reads,
+        after=before if args.calibration_minutes else [],
+        ready=ready,
+        jobs=jobs,
+        products=lambda: [out / "config.yaml", out / args.inference_asr_model],
+        precious=True,
+        remedy="give another --expdir",
+    )
 
 
-def score_conversions(layout: Layout) -> None:
-    """Stage 13: the tables, and the word error rates of each conversion in its report."""
-    from espnet_kv.convert.report import update_report
+def fine_tuning_step(layout: Layout, start: Path, directory: Path, before: Sequence[Step]) -> Step:
+    """Stage 11: the model in `start` trained on as it was trained before, shortly, at a low rate.
 
-    score_stage.score_models(layout)
+    Args:
+        before: the conversion; nothing for the control.
+    """
     args = layout.args
-    for converted in plan(args):
+    names = ("finetune_epochs", "finetune_iters", "finetune_lr", "asr_args")
+    model = start / args.inference_asr_model
+    return training_step(
+        layout,
+        directory,
+        None,
+        make_config=partial(_fine_tuning_config, layout, start, directory),
+        stated={
+            "finetune": {
+                "start": str(model),
+                "epochs": args.finetune_epochs,
+                "iterations_per_epoch": args.finetune_iters,
+                "lr": args.finetune_lr or f"{FINETUNE_LR} of the source's",
+            }
+        },
+        options={name: getattr(args, name) for name in names},
+        reads={"model": model, "config": start / "config.yaml"},
+        after=before,
+        ready=lambda: _check_training_files(start / "config.yaml"),
+        remedy="give another --expdir",
+    )
+
+
+def report_step(layout: Layout, converted: Converted, scored: Sequence[Step]) -> Step:
+    """Stage 13: the word error rates of a conversion in its report."""
+    args = layout.args
+
+    def build() -> None:
+        from espnet_kv.convert.report import update_report
+
         related = {"before": args.convert_from, "after": converted.experiment}
         if converted.fine_tuned is not None:
             related["fine_tuned"] = converted.fine_tuned
@@ -160,64 +210,37 @@ def score_conversions(layout: Layout) -> None:
             update_report(converted.fine_tuned, related)
         print(f"  report: {converted.experiment / 'conversion.md'}")
 
+    return Step(
+        stage=13,
+        name=f"report of {converted.experiment.name}",
+        output=converted.experiment,
+        build=build,
+        after=scored,
+        stamp=converted.experiment / ".reported.done.json",
+        in_place=True,
+        always=True,
+    )
 
-STAGES: dict[int, Callable[[Layout], None]] = {
-    10: skip_stats,
-    11: convert_models,
-    13: score_conversions,
-}
-"""What takes the place of the usual stages."""
 
-
-def _command(layout: Layout, converted: Converted, config: Path, model: Path) -> list[str]:
+def _command(layout: Layout, converted: Converted, source: dict[str, Path]) -> list[str]:
     args = layout.args
     options = [
-        *("--asr_train_config", str(config), "--asr_model_file", str(model)),
+        f"--asr_train_config={source['config']}",
+        f"--asr_model_file={source['model']}",
         *("--attention_type", args.attention_type, *converted.options),
         *("--parts", ",".join(_parts(args))),
         *("--seed", str(args.convert_seed)),
-        *("--output_dir", str(converted.experiment)),
+        f"--output_dir={converted.experiment}",
     ]
     if args.calibration_minutes:
-        scp = layout.dump(layout.train_set) / "wav.scp"
-        options += ["--calibration_scp", str(scp), "--calibration_type", layout.audio_type]
+        options += [f"--calibration_scp={_calibration_scp(layout)}"]
+        options += ["--calibration_type", layout.audio_type]
         options += ["--calibration_minutes", f"{args.calibration_minutes:g}"]
     return options
 
 
-def _convert(command: list[str]) -> int:
-    from espnet_kv.bin.convert import main
-
-    return main(command)
-
-
-def _is_converted(experiment: Path, command: list[str]) -> bool:
-    """Whether `experiment` holds what `command` makes.
-
-    Raises:
-        UserError: it holds something else, or `command` is wrong.
-    """
-    from espnet_kv.bin.convert import get_parser, options_of
-    from espnet_kv.convert.report import FILE, read_record
-
-    wanted = get_parser().parse_args(command)
-    if not experiment.exists():
-        return False
-    same = False
-    if (experiment / FILE).exists():
-        record = read_record(experiment)
-        same = (
-            record["options"] == options_of(wanted)
-            and record["source"]["config_sha256"].startswith(digest(wanted.asr_train_config))
-            and record["source"]["model_sha256"].startswith(digest(wanted.asr_model_file))
-        )
-    if not same:
-        raise UserError(
-            f"{experiment} was made of another model or with other options: remove it, or give "
-            "another --expdir"
-        )
-    print(f"  {experiment} is up to date")
-    return True
+def _calibration_scp(layout: Layout) -> Path:
+    return layout.dump(layout.train_set) / "wav.scp"
 
 
 def _state_run(layout: Layout, experiment: Path) -> None:
@@ -225,13 +248,14 @@ def _state_run(layout: Layout, experiment: Path) -> None:
     write_text(experiment / "run.json", json.dumps(run, indent=1) + "\n")
 
 
-def _fine_tuning(layout: Layout, start: Path, directory: Path) -> Job | None:
-    """Training of the model in `start` as it was trained before, shortly and at a low rate."""
+def _fine_tuning_config(layout: Layout, start: Path, directory: Path) -> dict[str, Any]:
+    """train.yaml of the fine-tuning; a conversion's record goes beside it."""
+    from espnet_kv.convert.experiment import training_config
     from espnet_kv.convert.report import FILE
 
     args = layout.args
     model = start / args.inference_asr_model
-    config = _training_config(start, model)
+    config = training_config(load_yaml(start / "config.yaml"), model)
     optim = config.get("optim_conf") or {}
     if args.finetune_lr is None and "lr" not in optim:
         raise UserError(f"{start / 'config.yaml'} names no learning rate: give --finetune_lr")
@@ -247,33 +271,28 @@ def _fine_tuning(layout: Layout, start: Path, directory: Path) -> Job | None:
         "scheduler": None,
         "scheduler_conf": {},
     }
-    stated = {"start": str(model), "epochs": args.finetune_epochs}
-    stated |= {"iterations_per_epoch": args.finetune_iters, "lr": lr}
-    made_from = {"config": config, "asr_args": args.asr_args, "inputs": [digest(model)]}
-    options = ["--config", str(directory / "train.yaml"), *shlex.split(args.asr_args)]
-    job = training_job(args, directory, config, made_from, options, {"finetune": stated})
-    if job is not None and (start / FILE).exists():
+    if (start / FILE).exists():
         record = json.loads((start / FILE).read_text(encoding="utf-8"))
+        stated = {"start": str(model), "epochs": args.finetune_epochs}
+        stated |= {"iterations_per_epoch": args.finetune_iters, "lr": lr}
         write_text(directory / FILE, json.dumps(record | {"finetune": stated}, indent=1) + "\n")
-    return job
+    return config
 
 
 def _most_kept(kept: int | list[int]) -> int:
     return max(kept) if isinstance(kept, list) else kept
 
 
-def _training_config(start: Path, model: Path) -> dict[str, Any]:
-    """train.yaml of a conversion; of another experiment what its config.yaml says of training."""
-    from espnet_kv.convert.experiment import training_config
-
-    config = training_config(load_yaml(start / "config.yaml"), model)
-    files = [Path(path) for mode in ("train", "valid") for path in config[f"{mode}_shape_file"]]
-    for mode in ("train", "valid"):
-        files += [Path(path) for path, *_ in config[f"{mode}_data_path_and_name_and_type"]]
+def _check_training_files(config_file: Path) -> None:
+    """Raise UserError where a file is missing that the model of `config_file` was trained on."""
+    config = load_yaml(config_file)
+    files = [Path(file) for mode in MODES for file in config.get(f"{mode}_shape_file") or ()]
+    for mode in MODES:
+        listed = config.get(f"{mode}_data_path_and_name_and_type") or ()
+        files += [Path(path) for path, *_ in listed]
     for file in files:
         if not file.is_file():
             raise UserError(
-                f"{file} does not exist, but {start / 'config.yaml'} was trained on it: fine-tune "
-                "in the directory where it was trained"
+                f"{file} does not exist, but {config_file} was trained on it: fine-tune in the "
+                "directory where it was trained"
             )
-    return config

@@ -1,0 +1,22 @@
+"""espnet2.bin.lm_train: same options, same files, safely written."""
+
+import sys
+from collections.abc import Sequence
+
+from espnet_kv.errors import command
+
+
+@command
+def main(cmd: Sequence[str] | None = None) -> None:
+    """Train as espnet2.bin.lm_train does.
+
+    Args:
+        cmd: ESPnet's options; sys.argv when None.
+    """
+    from espnet_kv.training import LMTraining
+
+    LMTraining.main(cmd=cmd)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Content of files as short hashes, remembered between runs while a file stays the same."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from espnet_kv.recipe.atomic import write_text
+from espnet_kv.recipe.audio import file_of
+from espnet_kv.recipe.datadir import DataDir
+from espnet_kv.recipe.progress import Progress
+
+MISSING = "missing"
+TICK_NS = 100_000_000
+
+
+class Content:
+    """Hashes of files and of the audio behind data directories.
+
+    A hash is computed once and kept in `memory` with the file's size, times and inode, so that
+    judging a large corpus costs one `stat` a file. A file that is gone keeps the hash that it had:
+    audio may be deleted once it has been formatted.
+
+    Args:
+        memory: JSON file that keeps hashes between runs.
+        threads: files read side by side.
+        keep: whether to write `memory`.
+    """
+
+    def __init__(self, memory: Path, threads: int = 1, keep: bool = True) -> None:
+        self._memory, self._threads, self._keep = memory, threads, keep
+        try:
+            known = json.loads(memory.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            known = None
+        self._known: dict[str, list] = known if isinstance(known, dict) else {}
+        self._audio: dict[Path, list] = {}
+
+    def of_file(self, path: Path) -> str:
+        """Hash of one file; MISSING where there is none."""
+        return self._hashes([path], None)[0] if path.exists() else MISSING
+
+    def of_audio(self, data_dir: Path) -> str:
+        """Hash of all audio that a data directory names; MISSING without a wav.scp."""
+        wav_scp = _status(data_dir / "wav.scp")
+        if wav_scp is None:
+            return MISSING
+        # whoever changes the audio in the course of a run writes wav.scp anew as well
+        if self._audio.get(data_dir, [None])[0] != wav_scp:
+            hashes = self._hashes(audio_files(data_dir), f"reading audio of {data_dir.name}")
+            found = hashlib.sha256("\n".join(hashes).encode()).hexdigest()[:16]
+            self._audio[data_dir] = [wav_scp, found]
+        return self._audio[data_dir][1]
+
+    def _hashes(self, paths: Iterable[Path], label: str | None) -> list[str]:
+        names = {path: os.path.abspath(path) for path in paths}
+        status = {path: _status(path) for path in names}
+        new = {
+            path: seen
+            for path, seen in status.items()
+            if seen is not None and self._known.get(names[path], [None])[0] != seen
+        }
+        now = time.time_ns()
+        progress = Progress(label, len(new)) if label and len(new) > 1 else None
+        with ThreadPoolExecutor(self._threads) as pool:
+            for (path, seen), found in zip(new.items(), pool.map(_hash, new), strict=True):
+                # a file younger than the clock's tick may change once more and look the same
+                settled = now - max(seen[1:3]) > TICK_NS
+                self._known[names[path]] = [seen if settled else None, found]
+                if progress:
+                    progress.step()
+        # small files are hashed again faster than the memory is written
+        if new and label and self._keep:
+            self._memory.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self._memory, json.dumps(self._known))
+        return [self._known.get(name, [None, MISSING])[1] for name in names.values()]
+
+
+def audio_files(data_dir: Path) -> list[Path]:
+    """The files behind a data directory's wav.scp, sorted, each once; commands have none."""
+    data = DataDir.read(data_dir, allow_pipes=True)
+    return sorted({Path(file) for entry in data.wav_scp.values() if (file := file_of(entry))})
+
+
+def _status(path: Path) -> list[int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def _hash(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError:
+        return MISSING

@@ -1,0 +1,111 @@
+"""A user's own Kaldi data directories, brought into the recipe's."""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from espnet_kv.errors import UserError
+from espnet_kv.recipe.atomic import add_data, new_directory
+from espnet_kv.recipe.audio import file_of
+from espnet_kv.recipe.datadir import DataDir, entries, require_conserved
+
+MARK = "source"
+"""A file in each directory that `bring_in` wrote: the path of the directory it was made of."""
+
+
+def name_sources(paths: Iterable[Path], data_dir: Path) -> dict[str, Path]:
+    """Give every data directory the name that it gets below `data_dir`.
+
+    It is the last part of its path; where two directories share that, or `data_dir`/NAME is a
+    directory of the user itself, the folder's name goes before it, then a number after it. A
+    path that occurs twice has one name.
+
+    Returns:
+        name -> directory, in the order of `paths`, symbolic links followed.
+
+    Raises:
+        UserError: a path is no directory.
+    """
+    sources: dict[str, Path] = {}
+    resolved = list(dict.fromkeys(Path(path).resolve() for path in paths))
+    for path in resolved:
+        if not path.is_dir():
+            raise UserError(f"{path} is no data directory: it does not exist")
+        stem = "_".join(path.name.split()) or "data"
+        parent = "_".join(path.parent.name.split()) or "root"
+        tries = [stem, f"{parent}_{stem}", *(f"{parent}_{stem}_{n}" for n in range(2, 99))]
+        for name in tries:
+            # data_dir/NAME_sp is where speed perturbation writes.
+            clash = {name, f"{name}_sp", name.removesuffix("_sp")} & sources.keys()
+            if not clash and (data_dir / name).resolve() not in resolved:
+                break
+        sources[name] = path
+    return sources
+
+
+def bring_in(data_dir: Path, sources: Mapping[str, Path], *, allow_pipes: bool = False) -> None:
+    """Write `data_dir`/NAME for every data directory, with absolute audio paths.
+
+    All are read before the first is written. Nothing is dropped here: stage 3 names and
+    counts what cannot be used.
+
+    Raises:
+        UserError: as DataDir.read; a directory has no transcripts or none of its audio files
+            exists; or `data_dir`/NAME is something that this function did not write.
+    """
+    read: dict[str, DataDir] = {}
+    for name, source in sources.items():
+        target = data_dir / name
+        if target.exists() and not (target / MARK).is_file():
+            raise UserError(
+                f"{target} exists and was not made of a data directory by this recipe; move it "
+                "away, or choose another data_dir"
+            )
+        data = DataDir.read(source, allow_pipes=allow_pipes)
+        if not data.text:
+            raise UserError(f"{source / 'text'} is missing: training and scoring need transcripts")
+        _require_audio(source, data)
+        data.wav_scp = {
+            utt: entry if file_of(entry) is None else os.path.abspath(entry)
+            for utt, entry in data.wav_scp.items()
+        }
+        read[name] = data
+    for name, data in read.items():
+        target = data_dir / name
+        with new_directory(target) as partial:
+            add_data(data, partial)
+            (partial / MARK).write_text(f"{sources[name]}\n", encoding="utf-8")
+        require_conserved(name, data.wav_scp, DataDir.read(target, allow_pipes=True).wav_scp, {})
+        speakers = len(set(data.utt2spk.values()))
+        print(
+            f"  {target}: {len(data.wav_scp)} utterances{_hours(sources[name], data)}, "
+            f"{speakers} speakers (of {sources[name]})",
+            flush=True,
+        )
+
+
+def _require_audio(source: Path, data: DataDir) -> None:
+    files = {entry: file_of(entry) for entry in data.by_recording()}
+    missing = [entry for entry, file in files.items() if file and not os.path.exists(file)]
+    if len(missing) == len(files):
+        raise UserError(
+            f"{source / 'wav.scp'}: none of its {len(files)} audio files exists (the first: "
+            f"{missing[0]}); relative paths count from {Path.cwd()} or {source.absolute().parent}"
+        )
+
+
+def _hours(source: Path, data: DataDir) -> str:
+    """The hours of speech where `segments` or `utt2dur` tells them."""
+    seconds: dict[str, float] = {
+        utt: part.end - part.start for utt, part in data.segments.items() if part.end is not None
+    }
+    if not seconds and (source / "utt2dur").is_file():
+        durations: dict[str, str] = {}
+        for _, _, utt, value in entries(source / "utt2dur", into=durations):
+            durations[utt] = value
+        try:
+            seconds = {u: float(value) for u, value in durations.items() if u in data.wav_scp}
+        except ValueError:
+            return ""
+    complete = seconds and seconds.keys() == data.wav_scp.keys()
+    return f", {sum(seconds.values()) / 3600:.1f} h" if complete else ""

@@ -1,0 +1,163 @@
+"""The lines of Kaldi's files: ids, transcripts and segments, read the same way everywhere."""
+
+import codecs
+import math
+import re
+import unicodedata
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from espnet_kv.errors import UserError
+
+# What sentencepiece reads as a space, beside what str.split() does (NBSP, U+3000, ...).
+_SPACES = str.maketrans(dict.fromkeys("\u200b\u200c\u200e\u200f\u2581\ufeff", " "))
+# Characters that sentencepiece removes or that a wrong encoding leaves; tabs etc. are spaces.
+_BROKEN = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufffd]")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The part of a recording that is one utterance, as a line of `segments` gives it.
+
+    recording: id of the recording in wav.scp.
+    start, end: seconds; end None is the end of the recording.
+    where: file:line, for messages.
+    """
+
+    recording: str
+    start: float
+    end: float | None
+    where: str = field(default="", compare=False)
+
+
+def split_words(text: str) -> str:
+    """The words of `text`, split by single spaces.
+
+    White space is what Python, ESPnet and sentencepiece take for it, so that a reference has
+    the words that a model can produce: NBSP, U+3000, tabs, zero-width spaces, `▁`.
+    """
+    return " ".join(text.translate(_SPACES).split())
+
+
+def entries(
+    file: Path, into: Container[str], *, may_be_empty: bool = False
+) -> Iterator[tuple[Path, int, str, str]]:
+    """Read `KEY VALUE` lines: yields (file, line number, key, value, which may be empty).
+
+    Lines may end in LF or CRLF, the last one in neither; blank lines may stand at the end.
+    Any white space splits key and value. A byte order mark is no part of a key.
+
+    Raises:
+        UserError: the file is missing, empty or not UTF-8, a line is empty or holds a control
+            character, or its key is in `into`, to which the caller adds what it is given.
+    """
+    lines = _text(file).rstrip().split("\n")
+    for line, entry in enumerate(lines, 1):
+        key, *rest = entry.lstrip("\ufeff").split(maxsplit=1) or [""]
+        if not key:
+            if lines == [""]:
+                if may_be_empty:
+                    return
+                raise UserError(f"{file} is empty")
+            raise UserError(f"{file}:{line}: empty line; remove it")
+        if broken := _BROKEN.search(entry):
+            raise UserError(
+                f"{file}:{line}: utterance {_shown(key)} has the character "
+                f"U+{ord(broken[0]):04X}, which is not text; remove it or mend the encoding"
+            )
+        if not key.isascii() and any(unicodedata.category(char) == "Cf" for char in key):
+            raise UserError(
+                f"{file}:{line}: the id {_shown(key)} has an invisible character; remove it"
+            )
+        if key in into:
+            raise UserError(f"{file}:{line}: utterance {key} occurs twice; keep one of the lines")
+        yield file, line, key, rest[0].strip() if rest else ""
+
+
+def read_segments(file: Path, recordings: Container[str]) -> dict[str, Segment]:
+    """Read a file `segments`: utterance -> its part of a recording.
+
+    Raises:
+        UserError: as `entries`; a line is no `utterance recording start end`, its recording is
+            not in `recordings`, or its end (-1 is that of the recording) is not after its start.
+    """
+    segments: dict[str, Segment] = {}
+    for _, line, utt, value in entries(file, into=segments):
+        where = f"{file}:{line}"
+        try:
+            recording, *times = value.split()
+            start, end = map(float, times)
+            if not (math.isfinite(start) and math.isfinite(end)):
+                raise ValueError
+        except ValueError:
+            raise UserError(
+                f"{where}: expected `utterance recording start end`, got {f'{utt} {value}'!r}"
+            ) from None
+        if recording not in recordings:
+            raise UserError(f"{where}: recording {recording} of {utt} is not in wav.scp")
+        if start < 0 or (end <= start and end != -1):
+            raise UserError(
+                f"{where}: {utt} lasts from {start:g} s to {end:g} s; the start must be at least "
+                "0 and the end after it, or -1 for the end of the recording"
+            )
+        segments[utt] = Segment(recording, start, None if end == -1 else end, where)
+    return segments
+
+
+def read_speakers(directory: Path) -> dict[str, str]:
+    """Read utt2spk, or where it is absent spk2utt: utterance -> speaker.
+
+    Raises:
+        UserError: as `entries`; neither file is there, or a line is malformed.
+    """
+    speakers: dict[str, str] = {}
+    path, inverse = directory / "utt2spk", directory / "spk2utt"
+    if path.exists() or not inverse.exists():
+        try:
+            for file, line, utt, speaker in entries(path, into=speakers):
+                if len(speaker.split()) != 1:
+                    raise UserError(f"{file}:{line}: expected `utterance speaker`, got {speaker!r}")
+                speakers[utt] = speaker
+        except UserError:
+            if path.exists() or not directory.is_dir():
+                raise
+            raise UserError(
+                f"{path} is missing, and so is spk2utt; where speakers are unknown, make every "
+                "utterance a speaker of its own (lines `utterance utterance`)"
+            ) from None
+        return speakers
+    seen: set[str] = set()
+    for file, line, speaker, utts in entries(inverse, into=seen):
+        seen.add(speaker)
+        for utt in utts.split():
+            if utt in speakers:
+                raise UserError(f"{file}:{line}: utterance {utt} occurs twice; keep one of them")
+            speakers[utt] = speaker
+    return speakers
+
+
+def _text(file: Path) -> str:
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing; run the stage that writes {file.parent}") from None
+    except IsADirectoryError:
+        raise UserError(f"{file} is a directory, where a file should be") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{file}: UTF-16, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{file}: not UTF-8 at byte {error.start} (line {line}); convert it first, for "
+            "example: iconv -f LATIN1 -t UTF-8"
+        ) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _shown(key: str) -> str:
+    return key if key.isprintable() else ascii(key)

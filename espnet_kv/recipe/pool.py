@@ -1,0 +1,261 @@
+"""Processes that end with the run that started them, and a map over worker processes.
+
+Every process of the recipe leads a process group of its own and watches a pipe whose other end
+only the run holds. Whatever ends the run, `kill -9` included, closes the pipe, and the watcher
+kills the group: the process, its data loaders and whatever else it started. (Linux could deliver
+a signal at the parent's death to the process alone, before it could take its group with it.)
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from types import FrameType
+from typing import Any
+
+from espnet_kv.errors import UserError
+
+OUT_OF_MEMORY = "most likely for lack of memory"
+
+
+class Terminated(KeyboardInterrupt):
+    """The run was told to end by signal `number`."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def terminate_on_signals() -> Iterator[None]:
+    """Let SIGINT, SIGTERM and SIGHUP end the block by an exception, so that `finally` blocks run.
+
+    A signal that was ignored before (nohup) stays ignored. Further signals are ignored while the
+    block cleans up, which takes a few seconds at most. For the main thread; a no-op in others.
+
+    Raises:
+        SystemExit: a signal came; its code is 128 + the signal's number. One line was printed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _ends()}
+    caught = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+
+    def end(number: int, _: FrameType | None) -> None:
+        for each in caught:
+            signal.signal(each, signal.SIG_IGN)
+        raise Terminated(number)
+
+    try:
+        for number in caught:
+            signal.signal(number, end)
+        yield
+    except KeyboardInterrupt as error:
+        number = getattr(error, "number", signal.SIGINT)
+        print(
+            f"error: stopped by {signal.Signals(number).name}: the same command goes on from here",
+            file=sys.stderr,
+            flush=True,
+        )
+        raise SystemExit(128 + number) from None
+    finally:
+        for number in caught:
+            signal.signal(number, before[number])
+
+
+def _ends() -> list[signal.Signals]:
+    return [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@contextmanager
+def keyboard_blocked() -> Iterator[None]:
+    """Processes started in this block do not get what the terminal sends to its whole group.
+
+    The run itself gets such a signal when the block ends.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_with(pipe: Any) -> None:
+    """Lead a process group, and kill it as soon as the other end of `pipe` is closed.
+
+    Args:
+        pipe: file descriptor or Connection to which nobody writes.
+    """
+    if os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)
+
+    def watch() -> None:
+        wait([pipe])
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """`end_with` the run, in a process that `multiprocessing` started."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    end_with(parent.sentinel)
+
+
+def signal_group(pid: int, number: int) -> bool:
+    """Send a signal (0: none) to the group that `pid` leads; whether there was anybody."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, number)
+        return True
+    return False
+
+
+def end_groups(pids: Sequence[int], poll: Callable[[], Any], grace: float = 2.0) -> None:
+    """End the groups led by `pids`: ask them to, and kill what is left after `grace` seconds.
+
+    Args:
+        poll: collects the exit statuses of children, which would stay in the table otherwise.
+    """
+    left = [pid for pid in pids if signal_group(pid, signal.SIGTERM)]
+    for number, seconds in ((signal.SIGKILL, grace), (0, 1.0)):
+        end = time.monotonic() + seconds
+        while left and time.monotonic() < end:
+            poll()
+            left = [pid for pid in left if signal_group(pid, 0)]
+            time.sleep(0.02)
+        for pid in left:
+            signal_group(pid, number)
+
+
+def parallel_map[Item, Result](
+    work: Callable[[Item], Result], jobs: Sequence[Item], nj: int
+) -> Iterator[Result]:
+    """Yield `work(job)` for every job, in order, computed by `nj` processes.
+
+    Workers end when the caller stops early, when an exception comes, and with the run. At most
+    some chunks per worker are computed ahead of what was yielded.
+
+    Raises:
+        UserError: `work` raised an exception (its message), or a worker process was killed.
+    """
+    if nj <= 1 or len(jobs) < 2:
+        for job in jobs:
+            result, failure = _outcome(work, [job])
+            yield from result
+            if failure is not None:
+                raise failure
+        return
+    size = max(1, min(16, len(jobs) // (4 * nj)))
+    chunks = [jobs[start : start + size] for start in range(0, len(jobs), size)]
+    workers: list[_Worker] = []
+    done: dict[int, tuple[list[Result], UserError | None]] = {}
+    try:
+        for _ in range(min(nj, len(chunks))):
+            workers.append(_Worker.start(work))
+        given = 0
+        for wanted in range(len(chunks)):
+            while wanted not in done:
+                for worker in workers:
+                    if worker.chunk is None and given < min(len(chunks), wanted + 4 * nj):
+                        worker.give(given, chunks[given])
+                        given += 1
+                busy = {worker.pipe: worker for worker in workers if worker.chunk is not None}
+                for pipe in wait(list(busy)):
+                    chunk, outcome = busy[pipe].take()  # type: ignore[index]
+                    done[chunk] = outcome
+            results, failure = done.pop(wanted)
+            yield from results
+            if failure is not None:
+                raise failure
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+@dataclass
+class _Worker:
+    """One process of `parallel_map`.
+
+    pipe: our end of its connection. chunk: number of the chunk it is at; None: it waits.
+    """
+
+    process: BaseProcess
+    pipe: Connection
+    chunk: int | None = None
+
+    @classmethod
+    def start(cls, work: Callable) -> "_Worker":
+        # A forked child of a process that has used torch can hang in its thread pool.
+        context = multiprocessing.get_context("spawn")
+        pipe, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, work), daemon=True)
+        with keyboard_blocked():
+            process.start()
+        theirs.close()
+        return cls(process, pipe)
+
+    def give(self, number: int, chunk: Sequence[Any]) -> None:
+        self.chunk = number
+        with suppress(BrokenPipeError):  # `take` says what became of it
+            self.pipe.send(chunk)
+
+    def take(self) -> tuple[int, Any]:
+        assert self.chunk is not None
+        number, self.chunk = self.chunk, None
+        try:
+            return number, self.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self.process.join(1)
+            raise UserError(
+                f"a worker process {ending(self.process.exitcode)}: use a smaller --nj"
+            ) from None
+
+    def end(self) -> None:
+        self.pipe.close()
+        assert self.process.pid is not None
+        if not signal_group(self.process.pid, signal.SIGKILL):
+            self.process.kill()  # it did not lead a group yet, or is gone
+        self.process.join()
+
+
+def ending(status: int | None) -> str:
+    """`was killed by signal 9 (SIGKILL), most likely for lack of memory`, in the same way others.
+
+    Args:
+        status: exit status; that of a killed process is minus the signal's number.
+    """
+    if status is None or status >= 0:
+        return f"was killed or ended by itself (status {status}), {OUT_OF_MEMORY}"
+    name = signal.Signals(-status).name if -status in set(signal.Signals) else "unknown"
+    said = f"was killed by signal {-status} ({name})"
+    return f"{said}, {OUT_OF_MEMORY}" if -status == signal.SIGKILL else said
+
+
+def _serve(pipe: Connection, work: Callable) -> None:
+    end_with_parent()
+    with suppress(EOFError, BrokenPipeError):
+        while True:
+            pipe.send(_outcome(work, pipe.recv()))
+
+
+def _outcome(work: Callable, jobs: Sequence[Any]) -> tuple[list[Any], UserError | None]:
+    """The results of `jobs`, up to the first that failed."""
+    results: list[Any] = []
+    try:
+        for job in jobs:
+            results.append(work(job))
+    except UserError as error:
+        return results, error
+    except Exception as error:
+        said = " ".join(str(error).split())
+        return results, UserError(f"{type(error).__name__}: {said}" if said else repr(error))
+    return results, None

@@ -1,0 +1,131 @@
+"""Stages 14 and 15: profile every model, and compare the profiles."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from espnet_kv.errors import UserError
+from espnet_kv.recipe.atomic import write_text
+from espnet_kv.recipe.config import load_yaml
+from espnet_kv.recipe.decode import require_model
+from espnet_kv.recipe.jobs import Job, visible_gpus
+from espnet_kv.recipe.layout import Layout
+from espnet_kv.recipe.options import DECODE, DECODE_STREAMING
+from espnet_kv.recipe.scores import read_scores
+from espnet_kv.recipe.steps import Step
+from espnet_kv.report.profiles import read_profiles
+from espnet_kv.report.write import TITLE, write_report
+
+
+def profile_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Step:
+    """Stage 14: EXPERIMENT/profile/profile.json of one model.
+
+    Args:
+        before: the formatted first test set, the trained model.
+    """
+    args = layout.args
+    exp = layout.asr_exp(config_file)
+    out, model = exp / "profile", exp / args.inference_asr_model
+    search, streaming = _search_configs(layout)
+    wav_scp = layout.formatted(args.test_sets[0]) / "wav.scp"
+
+    def jobs() -> list[Job]:
+        ngpu = min(1, visible_gpus() if args.ngpu is None else args.ngpu)
+        options = [
+            f"--experiment={exp}",
+            f"--inference_asr_model={args.inference_asr_model}",
+            f"--wav_scp={wav_scp}",
+            f"--inference_config={search}",
+            f"--streaming_config={streaming}",
+            *("--ngpu", str(ngpu)),
+            *shlex.split(args.profile_args),
+            f"--decoding={layout.inference_name}",
+        ]
+        log = out / "profile.log"
+        print(f"  profiling {exp.name}, log in {log}", flush=True)
+        # a process of its own: nothing else is in its memory then
+        return [Job(f"profile {exp.name}", "espnet_kv.bin.profile", options, log, ngpu, fresh=True)]
+
+    return Step(
+        stage=14,
+        name=f"profile {exp.name}",
+        output=out,
+        build=lambda: print(out / "profile.json"),
+        ready=lambda: require_model(model),
+        jobs=jobs,
+        options={
+            "profile_args": args.profile_args,
+            "inference_config": load_yaml(search),
+            "streaming": load_yaml(streaming),
+            "inference_asr_model": args.inference_asr_model,
+            "ngpu": args.ngpu,
+        },
+        reads={"model": model, "config": exp / "config.yaml", "wav.scp": wav_scp},
+        after=before,
+        products=lambda: [out / "profile.json"],
+        in_place=True,
+        editable=True,  # the error rates in it are brought up to date
+    )
+
+
+def rates_step(layout: Layout, config_file: Path, profiled: Step) -> Step:
+    """Stage 14: the error rates of one profile, brought up to date."""
+    exp = layout.asr_exp(config_file)
+    return Step(
+        stage=14,
+        name=f"error rates of {exp.name}",
+        output=profiled.output,
+        build=lambda: _refresh_scores(exp, layout.inference_name),
+        after=[profiled],
+        stamp=profiled.output / ".rates.done.json",
+        in_place=True,
+        always=True,
+    )
+
+
+def compare_step(layout: Layout, profiled: Sequence[Step]) -> Step:
+    """Stage 15: EXPDIR/report and the table in RESULTS.md, of every profile there is."""
+    args = layout.args
+    out = args.expdir / "report"
+
+    def build() -> None:
+        paths = sorted(args.expdir.glob("*/profile/profile.json"))
+        if not paths:
+            raise UserError(
+                f"{args.expdir} holds no */profile/profile.json: profile first (stage 14)"
+            )
+        page = write_report(read_profiles(paths), out, args.results, TITLE, args.command)
+        print(f"  page: {page.resolve()}")
+        print(f"  scalars: tensorboard --logdir {args.expdir.resolve()}")
+
+    return Step(
+        stage=15,
+        name="report",
+        output=out,
+        build=build,
+        after=list(profiled),
+        in_place=True,
+        always=True,
+    )
+
+
+def _search_configs(layout: Layout) -> tuple[Path, Path]:
+    """The decoding options of whole utterances and of streaming."""
+    args = layout.args
+    if args.use_streaming:
+        return DECODE, args.inference_config
+    return args.inference_config, DECODE_STREAMING
+
+
+def _refresh_scores(exp: Path, decoding: str) -> None:
+    file = exp / "profile" / "profile.json"
+    try:
+        profile = json.loads(file.read_text(encoding="utf-8"))
+        # a decoding that was preferred before stays so, for the other kind
+        named = {row["decoding"] for kind in profile["wer"].values() for row in kind.values()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is damaged: remove it and profile again (stage 14)") from error
+    wer = read_scores(exp, [decoding, *sorted(named)])
+    if wer != profile["wer"]:
+        write_text(file, json.dumps(profile | {"wer": wer}, indent=1) + "\n")

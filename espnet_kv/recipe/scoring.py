@@ -1,0 +1,92 @@
+"""Stage 13: score every decoded test set and write RESULTS.md."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from espnet_kv.errors import UserError
+from espnet_kv.recipe.counts import count_sets, markdown
+from espnet_kv.recipe.datadir import DataDir
+from espnet_kv.recipe.layout import Layout
+from espnet_kv.recipe.results import read_rate, write_results
+from espnet_kv.recipe.score import KINDS, score, write_score
+from espnet_kv.recipe.steps import Step
+from espnet_kv.recipe.tokens import piece_tokenizer
+
+STAMP = ".scored.done.json"
+
+
+def score_step(layout: Layout, config_file: Path, name: str, decoded: Step) -> Step:
+    """Write score_wer, score_cer and, with BPE, score_ter of one decoded test set."""
+    exp = layout.asr_exp(config_file)
+    out, dump = exp / layout.inference_name / name, layout.formatted(name)
+    kinds = KINDS if layout.bpe_model is not None else KINDS[:2]
+
+    def build() -> None:
+        pieces = piece_tokenizer(layout.bpe_model) if layout.bpe_model is not None else None
+        ref, hyp = DataDir.read(dump).text, read_text(out / "text")
+        if missing := sorted(ref.keys() - hyp.keys()):
+            raise UserError(
+                f"{out / 'text'} lacks {len(missing)} of {len(ref)} utterances (the first: "
+                f"{missing[0]}): decode again (stage 12)"
+            )
+        for kind in kinds:
+            result = score(ref, hyp, kind, pieces if kind == "ter" else None)
+            write_score(result, out / f"score_{kind}")
+
+    return Step(
+        stage=13,
+        name=f"score {name} of {exp.name}",
+        output=out,
+        build=build,
+        reads={"hypotheses": out / "text", "references": dump / "text"},
+        after=[decoded],
+        products=lambda: [out / f"score_{kind}" / "result.txt" for kind in kinds],
+        stamp=out / STAMP,
+        given=False,
+    )
+
+
+def results_step(layout: Layout, scored: Mapping[tuple[Path, str], Step]) -> Step:
+    """Write RESULTS.md from all scores there are, and print the word error rates of this run.
+
+    Args:
+        scored: (experiment, test set) -> its scoring.
+    """
+    args = layout.args
+
+    def build() -> None:
+        write_results(args.expdir, args.results, markdown(count_sets(layout)))
+        rates = {
+            (exp.name, name): read_rate(exp / layout.inference_name / name / "score_wer")
+            for exp, name in scored
+        }
+        _print_table(rates, args.test_sets)
+        print(f"  tables: {args.results.resolve()}")
+        print(f"  models, logs, decodings: {args.expdir.resolve()}")
+        print(f"  training curves: tensorboard --logdir {args.expdir.resolve()}")
+
+    return Step(
+        stage=13,
+        name=args.results.name,
+        output=args.expdir,
+        build=build,
+        after=list(scored.values()),
+        stamp=args.expdir / ".results.done.json",
+        always=True,
+    )
+
+
+def read_text(path: Path) -> dict[str, str]:
+    """Utterance -> recognised words."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    pairs = (line.split(maxsplit=1) for line in lines if line.strip())
+    return {pair[0]: pair[1] if len(pair) > 1 else "" for pair in pairs}
+
+
+def _print_table(rates: Mapping[tuple[str, str], float], test_sets: Sequence[str]) -> None:
+    names = list(dict.fromkeys(exp for exp, _ in rates))
+    width = max(map(len, names))
+    print(f"  {'WER (%)':{width}}  " + "  ".join(f"{name:>10}" for name in test_sets))
+    for exp in names:
+        row = "  ".join(f"{rates[exp, name]:>{max(10, len(name))}.1f}" for name in test_sets)
+        print(f"  {exp:{width}}  {row}")

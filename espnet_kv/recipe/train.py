@@ -1,0 +1,217 @@
+"""Stages 10 and 11: statistics and training of speech recognition models."""
+
+import json
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from espnet_kv.errors import UserError
+from espnet_kv.provenance import commit
+from espnet_kv.recipe.atomic import new_directory, write_text
+from espnet_kv.recipe.config import front_end, load_yaml
+from espnet_kv.recipe.datadir import DataDir
+from espnet_kv.recipe.jobs import Job, visible_gpus
+from espnet_kv.recipe.layout import Layout
+from espnet_kv.recipe.steps import Step
+
+MODES = ("train", "valid")
+
+
+def stats_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Step:
+    """Stage 10: shapes and feature statistics, shared by models of one front end and token list.
+
+    Args:
+        before: lengths of both sets, tokens.
+    """
+    args = layout.args
+    config = layout.model_config(config_file)
+    out = layout.stats(config_file)
+    new = out.with_name(f".{out.name}.parts")
+
+    def jobs() -> list[Job]:
+        shutil.rmtree(new, ignore_errors=True)
+        keys = {mode: sorted(DataDir.read(layout.set_of(mode)).wav_scp) for mode in MODES}
+        count = min(args.nj, *map(len, keys.values()))
+        made = []
+        for n in range(1, count + 1):
+            part = new / f"stats.{n}"
+            options = config | layout.data_options | {"collect_stats": True, "ngpu": 0}
+            options["output_dir"] = str(part)
+            for mode in MODES:
+                file = new / f"{mode}.keys.{n}.scp"
+                write_keys(file, part_of(keys[mode], n, count))
+                options[f"{mode}_shape_file"] = [str(file)]
+            more = [config_option(new / f"stats.{n}.yaml", options), *split_options(args.asr_args)]
+            log = args.expdir / f"{out.name}.log" / f"{part.name}.log"
+            made.append(Job(f"{out.name} {n}/{count}", "espnet_kv.bin.asr_train", more, log))
+        return made
+
+    def build() -> None:
+        from espnet2.bin.aggregate_stats_dirs import aggregate_stats_dirs
+
+        parts = sorted(new.glob("stats.*/"), key=lambda path: int(path.suffix[1:]))
+        with new_directory(out) as partial_dir:
+            aggregate_stats_dirs(parts, partial_dir, "WARNING", False)
+            layout.write_text_shapes(partial_dir)
+            for mode in MODES:
+                check_keys(layout, layout.shape_files(partial_dir, mode), mode)
+        shutil.rmtree(new)
+
+    return Step(
+        stage=10,
+        name=out.name,
+        output=out,
+        build=build,
+        options={"asr_config": front_end(config, args.asr_args)},
+        after=before,
+        jobs=jobs,
+        products=lambda: [
+            out / "train" / "feats_stats.npz",
+            *(shapes for mode in MODES for shapes in layout.shape_files(out, mode)),
+        ],
+    )
+
+
+def train_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Step:
+    """Stage 11: train one configuration; goes on with a training that was cut off.
+
+    Args:
+        before: lengths of both sets, tokens, statistics.
+    """
+    args = layout.args
+    exp, stats = layout.asr_exp(config_file), layout.stats(config_file)
+    config = layout.model_config(config_file)
+    config |= layout.data_options | {"fold_length": [80000, 150], "normalize": args.feats_normalize}
+    for mode in MODES:
+        config[f"{mode}_shape_file"] = [str(file) for file in layout.shape_files(stats, mode)]
+    if args.feats_normalize == "global_mvn":
+        config["normalize_conf"] = {"stats_file": str(stats / "train" / "feats_stats.npz")}
+    else:
+        config.pop("normalize_conf", None)
+    overlay = load_yaml(args.overlay) if args.overlay else None
+    return training_step(
+        layout,
+        exp,
+        config,
+        stated={"config": str(config_file), "overlay": args.overlay and str(args.overlay)},
+        options={"asr_config": load_yaml(config_file), "overlay": overlay}
+        | {"asr_args": args.asr_args, "feats_normalize": args.feats_normalize},
+        after=before,
+        remedy="name this one with --asr_tag",
+    )
+
+
+def training_step(
+    layout: Layout,
+    exp: Path,
+    config: Mapping[str, Any] | None,
+    *,
+    stated: Mapping[str, Any],
+    make_config: Any = None,
+    **fields: Any,
+) -> Step:
+    """A training in `exp`, resumable.
+
+    Args:
+        config: written to exp/train.yaml, all that the training is told; None: `make_config`
+            makes it when the training begins, from files that are not there before.
+        stated: goes into run.json, beside command and commit.
+        fields: more of the Step.
+    """
+    args = layout.args
+
+    def jobs() -> list[Job]:
+        chosen = dict(config if config is not None else make_config())
+        ngpu = min(1, visible_gpus()) if args.ngpu is None else args.ngpu
+        chosen |= {"output_dir": str(exp), "resume": True, "ngpu": ngpu}
+        chosen |= {"multiprocessing_distributed": ngpu > 1}
+        run = {"command": args.command, **stated, "commit": commit(Path())}
+        write_text(exp / "run.json", json.dumps(run, indent=1) + "\n")
+        more = [config_option(exp / "train.yaml", chosen), *split_options(args.asr_args)]
+        epochs = last_epoch(chosen, args.asr_args)
+        log = exp / "train.log"
+        return [Job(exp.name, "espnet_kv.bin.asr_train", more, log, ngpu, epochs)]
+
+    return Step(
+        stage=11,
+        name=exp.name,
+        output=exp,
+        build=partial(_finish_training, layout, exp),
+        jobs=jobs,
+        products=lambda: [exp / "config.yaml", *sorted(exp.glob("*.ave.pth"))],
+        in_place=True,
+        precious=True,
+        **fields,
+    )
+
+
+def _finish_training(layout: Layout, exp: Path) -> None:
+    """Check the model and put beside it what it needs to be used from anywhere."""
+    check_models(exp)
+    for file in (layout.token_list, layout.bpe_model):
+        if file is not None and file.exists():
+            shutil.copyfile(file, exp / file.name)
+
+
+def check_models(exp: Path) -> None:
+    """Raise UserError where an averaged model of an experiment is not finite."""
+    from espnet_kv.saving import check_finite  # loads torch
+
+    for model in exp.glob("*.ave.pth"):
+        check_finite(model)
+
+
+def last_epoch(config: Mapping[str, Any], more: str) -> int:
+    """Epochs of a training: max_epoch of the options `more`, else of the configuration."""
+    words = shlex.split(more.replace("=", " "))
+    if "--max_epoch" in words[:-1]:
+        return int(words[words.index("--max_epoch") + 1])
+    return int(config.get("max_epoch", 40))
+
+
+def write_keys(file: Path, keys: Sequence[str]) -> None:
+    """Write a key file as ESPnet reads it: only the first column counts."""
+    write_text(file, "".join(f"{key} x\n" for key in keys))
+
+
+def part_of(keys: Sequence[str], n: int, count: int) -> Sequence[str]:
+    """Part n (from 1) of `count` even, consecutive parts."""
+    return keys[(n - 1) * len(keys) // count : n * len(keys) // count]
+
+
+def config_option(file: Path, options: Mapping[str, Any]) -> str:
+    """Write the options to a YAML and name it.
+
+    Paths go through a file because ESPnet cuts those on its command line at commas and `#`.
+    """
+    write_text(file, yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True))
+    return f"--config={file}"
+
+
+def split_options(options: str) -> list[str]:
+    """The words of an option that holds more options, quoted as in a shell."""
+    return shlex.split(options)
+
+
+def check_keys(layout: Layout, files: Sequence[Path], mode: str) -> None:
+    """Batches are made of the shape files: what they lack would never be trained on.
+
+    Raises:
+        UserError: statistics and dump do not hold the same utterances.
+    """
+    dump = layout.set_of(mode)
+    wanted = DataDir.read(dump).wav_scp.keys()
+    for file in files:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        found = [line.split()[0] for line in lines]
+        if len(found) != len(wanted) or set(found) != wanted:
+            differ = sorted(wanted ^ set(found)) or ["one of them twice"]
+            raise UserError(
+                f"{file.name} of the {mode} statistics has {len(found)} utterances where {dump} "
+                f"has {len(wanted)} (the first that differs: {differ[0]}): run stage 10 again"
+            )

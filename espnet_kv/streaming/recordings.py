@@ -1,0 +1,141 @@
+"""Whole recordings, as the lists of a data directory name them."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import soxr
+
+from espnet_kv.errors import UserError
+from espnet_kv.streaming.audio import cut_short, mono, open_audio, reason
+
+
+def read_scp(file: Path | str) -> dict[str, str]:
+    """Utterance -> the rest of its line, of a wav.scp or another list by utterance.
+
+    Raises:
+        UserError: the file is missing, no text, empty, or a line is malformed or repeats an
+            utterance; names file and line.
+    """
+    entries: dict[str, str] = {}
+    for number, line in enumerate(read_lines(file), start=1):
+        words = line.split(maxsplit=1)
+        if len(words) != 2:
+            raise UserError(f"{file}:{number}: expected `utterance path`, found {line.strip()!r}")
+        if words[0] in entries:
+            raise UserError(
+                f"{file}:{number}: utterance {words[0]} occurs twice; keep one of the lines"
+            )
+        entries[words[0]] = words[1].rstrip()
+    if not entries:
+        raise UserError(f"{file} names no utterance")
+    return entries
+
+
+def read_recording(entry: str, kind: str) -> tuple[np.ndarray, int | None]:
+    """The whole audio of an entry of a wav.scp, as ESPnet reads it.
+
+    Args:
+        entry: a file, or archive.ark:offset.
+        kind: sound or kaldi_ark, as in --data_path_and_name_and_type.
+
+    Returns:
+        Samples (N,) or (N, channels), whole numbers scaled to -1 to 1, and samples per second; None
+        where an archive names no rate.
+
+    Raises:
+        UserError: the file is missing, no audio, cut short, or holds samples that are no numbers.
+    """
+    if entry.endswith("|"):
+        raise UserError(f"{entry}: a command is not run here; write its audio to a file")
+    if kind == "sound":
+        with open_audio(entry) as file:
+            try:
+                samples, rate = file.read(), file.samplerate
+            except soundfile.LibsndfileError as error:
+                raise UserError(f"{entry} cannot be read to its end: {reason(error)}") from error
+            if len(samples) < file.frames:
+                raise cut_short(entry)
+    else:
+        samples, rate = _read_archive(entry)
+    if not np.isfinite(samples).all():
+        raise UserError(f"{entry} holds samples that are infinite or no number")
+    if np.issubdtype(samples.dtype, np.integer):
+        samples = samples / -float(np.iinfo(samples.dtype).min)
+    return samples, rate
+
+
+def read_utterance(
+    entry: str,
+    kind: str,
+    rate: int,
+    channels: bool = False,
+    note: Callable[[str], object] = lambda text: None,
+) -> np.ndarray:
+    """The audio of an entry of a wav.scp as a model takes it.
+
+    Args:
+        entry, kind: as in `read_recording`.
+        rate: samples per second of the model; other audio is resampled.
+        channels: whether the model takes several channels; else they are averaged.
+        note: is given a sentence about what was changed.
+
+    Returns:
+        (N,) samples, or (N, channels) if `channels` and the audio has several.
+
+    Raises:
+        UserError: as `read_recording`, or the channels cancel each other.
+    """
+    samples, found = read_recording(entry, kind)
+    if samples.ndim > 1 and not channels and found is not None:
+        note(f"audio of {samples.shape[1]} channels: their mean is used")
+        samples = mono(samples, entry)
+    if found in (None, rate):
+        return samples
+    note(f"audio of {found} samples per second is resampled to the {rate} of the model")
+    return soxr.resample(samples, found, rate) if len(samples) else samples
+
+
+def model_rate(frontend_conf: Any) -> int:
+    """Samples per second that a model takes, by the frontend_conf of its config.yaml."""
+    import humanfriendly
+
+    rate = (frontend_conf or {}).get("fs") or 16000
+    return humanfriendly.parse_size(rate) if isinstance(rate, str) else int(rate)
+
+
+def read_lines(file: Path | str) -> list[str]:
+    """The lines of a text file in UTF-8.
+
+    Raises:
+        UserError: the file is missing or another kind of text.
+    """
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 at byte {error.start}; convert it first") from None
+    if text.startswith("\ufeff"):
+        raise UserError(f"{file}:1: a byte order mark stands before the first key; save it without")
+    lines = text.split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def _read_archive(entry: str) -> tuple[np.ndarray, int | None]:
+    from omniio import kaldi
+
+    file = re.sub(r":\d+(\[[\d:,]*\])?$", "", entry)
+    if not Path(file).is_file():
+        raise UserError(f"{file} does not exist")
+    try:
+        found = kaldi.load_mat(entry)
+    except Exception as error:  # a damaged archive leads readers anywhere
+        raise UserError(f"{entry} cannot be read as a Kaldi archive: {reason(error)}") from error
+    if not isinstance(found, tuple):
+        return found, None
+    rate, samples = found if isinstance(found[0], int) else found[::-1]
+    return samples, rate

@@ -1,0 +1,18 @@
+"""The device of the tests in tests/gpu."""
+
+import os
+
+import pytest
+import torch
+
+VARIABLE = "ESPNET_KV_TEST_DEVICE"
+
+
+def device_or_skip() -> torch.device:
+    """What `make test-gpu` names: cuda, or cpu to see that the tests run at all.
+
+    Other runs skip the module, and do not wake CUDA: their tests fork.
+    """
+    if VARIABLE not in os.environ:
+        pytest.skip("for a GPU: make test-gpu", allow_module_level=True)
+    return torch.device(os.environ[VARIABLE])
