@@ -9,7 +9,7 @@ import torch
 from common import positive, settings
 from torch import Tensor
 
-from espnet_kv.codec import FLOATS, INTEGERS
+from espnet_kv.cache.codec import FLOATS, INTEGERS
 from espnet_kv.errors import UserError, command
 
 CACHE_DTYPES = (*FLOATS, *INTEGERS)

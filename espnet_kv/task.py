@@ -15,7 +15,7 @@ from torch import Tensor
 
 from espnet_kv.checkpoint import check_finite, read_checkpoint, refuse_partial_loads
 from espnet_kv.decoder.transformer import KVTransformerDecoder
-from espnet_kv.encoder.base import KVEncoder
+from espnet_kv.encoder.chunked import KVEncoder
 from espnet_kv.errors import ConfigError, UserError, is_out_of_memory, one_line
 
 # keys of a checkpoint that hold the statistics of the features

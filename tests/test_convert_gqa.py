@@ -6,7 +6,7 @@ import pytest
 import torch
 from layers import HEADS, SIZE, Source, layer, outputs, permuted
 
-from espnet_kv.attention.gqa import GroupedQueryAttention
+from espnet_kv.attention.grouped import GroupedQueryAttention
 from espnet_kv.convert.errors import output_error
 from espnet_kv.convert.modules import successor
 from espnet_kv.convert.pooling import choose_groups, to_gqa

@@ -7,7 +7,7 @@ import pytest
 import torch
 from layers import HEADS, SIZE, Source, layer, outputs, permuted
 
-from espnet_kv.attention.mla import MultiHeadLatentAttention
+from espnet_kv.attention.latent import MultiHeadLatentAttention
 from espnet_kv.convert import metric as metrics
 from espnet_kv.convert.calls import Call
 from espnet_kv.convert.errors import layer_errors, output_error

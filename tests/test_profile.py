@@ -13,6 +13,8 @@ from small_models import build as build_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from espnet_kv.attention import ATTENTIONS as REGISTERED
+from espnet_kv.attention.latent import MultiHeadLatentAttention
+from espnet_kv.cache import Footprint
 from espnet_kv.errors import UserError
 from espnet_kv.profile import analytic, cache, counts, growth
 from espnet_kv.profile.search import Recognizer, measure_decoder, watch
@@ -68,8 +70,7 @@ class TestCache:
                     assert sum(layer[kind] for layer in held.layers) == held.bytes[kind]
                 assert len(held.layers) == BLOCKS
 
-    def test_every_attention_and_encoder_has_its_formula(self):
-        assert set(REGISTERED) == set(analytic.PER_FRAME)
+    def test_every_encoder_has_its_formula(self):
         names = {name.removeprefix("kv_") for name in CHOICES["encoder_choices"]}
         assert names <= set(analytic.CONVOLUTIONS)
 
@@ -81,11 +82,13 @@ class TestCache:
             ("mla", {"kv_rank": 64}, 64, 0),
             ("linear", {}, 0, 16640),
         ):
-            found = analytic.attention_bytes(kind, conf, 4, 256, "fp32")
-            assert found == (4 * per_frame, 4 * constant)
+            (found,) = analytic.footprints(kind, conf, 4, 256, layers=1)
+            assert found.frame_bytes("fp32") == 4 * per_frame
+            assert found.constant_bytes("fp32") == 4 * constant
 
     def test_options_of_each_layer(self):
-        assert analytic.of_layer({"kv_rank": [8, 5], "x": 1}, 1) == {"kv_rank": 5, "x": 1}
+        found = analytic.footprints("mla", {"kv_rank": [8, 5]}, 4, 256, layers=2)
+        assert [footprint.frame_bytes("fp32") for footprint in found] == [32, 20]
 
     @attentions
     def test_long_chunks_leave_behind_what_short_ones_do(self, attention, monkeypatch):
@@ -104,7 +107,8 @@ class TestCache:
         assert (encoder.chunk_size, encoder.left_chunks) == (3, 1)
 
     def test_a_disagreement_names_both_figures(self, tone_subject, monkeypatch):
-        monkeypatch.setitem(analytic.PER_FRAME, "mla", lambda conf, heads, size: [(1, 7)])
+        wrong = property(lambda self: Footprint(frame=[(1, 7)]))
+        monkeypatch.setattr(MultiHeadLatentAttention, "footprint", wrong)
         xs = features(tone_subject, tones().clip(2))
         with pytest.raises(cache.MismatchError, match=r"fp32, bounded, 2 s.*512 bytes.*448"):
             cache.measure(tone_subject, xs, [2], "fp32")

@@ -45,7 +45,7 @@ print(json.dumps(facts))
 """
 BEFORE = """
 import sys
-import espnet_kv, espnet_kv.attention, espnet_kv.position, espnet_kv.checkpoint, espnet_kv.recipe
+import espnet_kv, espnet_kv.attention, espnet_kv.cache, espnet_kv.checkpoint, espnet_kv.recipe
 assert not {"espnet2", "espnet3"} & set(sys.modules), "espnet_kv is not light"
 espnet_kv.register()
 import espnet2.tasks.asr, espnet3.systems.esp2_asr.task

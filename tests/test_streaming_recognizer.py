@@ -115,6 +115,30 @@ class TestAgainstTheWhole:
         scores = [score for _, score in search.nbest(3)]
         assert [result[3].score for result in got] == pytest.approx(scores, abs=1e-3)
 
+    def test_two_recognizers_of_one_model_keep_their_chunks(self, models):
+        """They take turns, stream after stream, and the model stays as it is."""
+        model, args = models["conformer-mla"]
+        own = model.encoder.chunk_size, model.encoder.left_chunks
+        chosen = [(4, 2), (16, 0)]
+        both = [
+            StreamingRecognizer(
+                asr_model=model, asr_train_args=args, chunk_size=size, left_chunks=left, beam_size=3
+            )
+            for size, left in chosen
+        ]
+        audio = speech("ABBAB")
+        alone = [in_pieces(one, audio, [900] * 60) for one in both]
+        first, second = ([] for _ in both)
+        for piece in [*audio.split(900), None]:
+            for one, found in zip(both, (first, second), strict=True):
+                last = piece is None
+                found[:] = one(audio[:0] if piece is None else piece, is_final=last)
+        for found, expected in zip((first, second), alone, strict=True):
+            assert [r[2] for r in found] == [r[2] for r in expected]
+            assert found[0][3].score == pytest.approx(expected[0][3].score, abs=1e-4)
+        assert [(one._state.chunk_size, one._state.left_chunks) for one in both] == chosen
+        assert (model.encoder.chunk_size, model.encoder.left_chunks) == own
+
     @given(sizes=st.lists(st.sampled_from([0, 1, 37, 160, 999, 2560, 20000]), max_size=30))
     @settings(
         max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -23,8 +23,6 @@ LAYERS = {
     "checkpoint": set(),
     "registration": set(),
     "attention": {"cache"},
-    "codec": {"cache"},
-    "position": {"attention"},
     "encoder": {"arguments", "cache", "attention", "checkpoint"},
     "streaming": {"cache", "encoder", "task"},
     "decoder": {"arguments", "cache", "attention", "checkpoint"},
@@ -35,7 +33,6 @@ LAYERS = {
         "atomic",
         "provenance",
         "cache",
-        "position",
         "attention",
         "encoder",
         "decoder",
@@ -45,8 +42,8 @@ LAYERS = {
         "__init__",
     },
     "profile": {
+        "attention",
         "cache",
-        "codec",
         "encoder",
         "decoder",
         "streaming",
@@ -82,7 +79,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MOD
 
 
 def part(module: str) -> str:
-    """espnet_kv.attention.mha -> attention."""
+    """espnet_kv.attention.grouped -> attention."""
     return [*module.split("."), "__init__"][1]
 
 

@@ -40,6 +40,8 @@ def speech2text(espnet_class: Any, lm_task: Any) -> Any:
             if (dtype := options.get("dtype")) in ("float16", "bfloat16"):
                 _features_in_32_bits(self.asr_model, getattr(torch, dtype))
                 self.dtype = "float32"  # of the audio that it is given
+            if hasattr(self.asr_model.decoder, "prepare_search"):
+                self.asr_model.decoder.prepare_search()
 
         def __call__(self, speech: Any) -> Any:
             """N-best results of (N,) samples.

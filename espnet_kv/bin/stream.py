@@ -69,7 +69,7 @@ def _transcribe(args: argparse.Namespace) -> int:
     file = FileSource(args.audio) if args.audio != "-" else None  # before the model is loaded
     recognizer = build_recognizer(args)
     source = file or PipeSource(args.rate or recognizer.sample_rate)
-    if not file and recognizer.asr_model.encoder.left_chunks < 0:
+    if not file and recognizer.left_chunks < 0:
         print(
             "note: --left_chunks -1: a frame sees all before it, so the cache may grow with the "
             "stream; --left_chunks 4, say, bounds it",

@@ -4,8 +4,6 @@ from espnet_kv.cache.footprint import Footprint
 from espnet_kv.cache.state import KINDS, ConvState, FrameState, State, StateSpec, SumState
 from espnet_kv.cache.stream import EncoderState
 
-LinearState = SumState
-
 __all__ = [
     "KINDS",
     "ConvState",

@@ -173,7 +173,7 @@ class FrameState(State):
     @property
     def frame_nbytes(self) -> int:
         """Bytes of one frame of one stream, read off the storage."""
-        return self.capacity_bytes // (self.places * self.slots)
+        return self.capacity_bytes // max(1, self.places * self.slots)
 
     def nbytes(self, held: Sequence[int]) -> int:
         return sum(held) * self.frame_nbytes
@@ -183,7 +183,7 @@ class ConstantState(State):
     """Storage that does not depend on how many frames a stream has."""
 
     def nbytes(self, held: Sequence[int]) -> int:
-        return len(held) * self.capacity_bytes // self.places
+        return len(held) * self.capacity_bytes // max(1, self.places)
 
 
 class SumState(ConstantState):

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 
-from espnet_kv.attention.mha import MultiHeadAttention
+from espnet_kv.attention.grouped import MultiHeadAttention
 from espnet_kv.convert.metric import OutputMetric
 from espnet_kv.convert.modules import head_rows
 from espnet_kv.convert.statistics import LayerStatistics

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from espnet_kv.attention.base import Attention
+from espnet_kv.attention.grouped import MultiHeadAttention
 from espnet_kv.attention.linear import LinearAttention
-from espnet_kv.attention.mha import MultiHeadAttention
 from espnet_kv.convert.calls import Call, rows
 
 

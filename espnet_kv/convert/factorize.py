@@ -6,8 +6,8 @@ Shape letters: H heads, D model size, d_k head size, r rank.
 import torch
 from torch import Tensor
 
-from espnet_kv.attention.mha import MultiHeadAttention
-from espnet_kv.attention.mla import MultiHeadLatentAttention
+from espnet_kv.attention.grouped import MultiHeadAttention
+from espnet_kv.attention.latent import MultiHeadLatentAttention
 from espnet_kv.convert.errors import output_error
 from espnet_kv.convert.linalg import left_vectors, symmetric_root
 from espnet_kv.convert.metric import OutputMetric

@@ -59,16 +59,8 @@ def _of_encoder(model: Any) -> dict[str, Any]:
     encoder = model.encoder
     attentions = PARTS["encoder"].attentions(model).values()
     generator = torch.Generator().manual_seed(0)
-    own = encoder.chunk_size, encoder.left_chunks
-    encoder.chunk_size, encoder.left_chunks = encoder.chunk_size or CHUNK, -1
     try:
-        state = encoder.init_state()
-        stride, window = subsampling(encoder.embed)
-        features = (FRAMES - 1) * stride + window
-        xs = torch.randn(1, features, state.features.size, generator=generator)
-        encoder.forward_chunk(xs, state, is_final=True)
-        held = [state.states[attention.state_index].nbytes for attention in attentions]
-        return _result(held, {"frames": FRAMES}, "a stream")
+        state = encoder.init_state(chunk_size=encoder.chunk_size or CHUNK, left_chunks=-1)
     except ConfigError as refusal:
         weight = next(encoder.parameters())
         spec = StateSpec(1, FRAMES, None, weight.dtype, weight.device)
@@ -77,8 +69,12 @@ def _of_encoder(model: Any) -> dict[str, Any]:
         held = [state.nbytes([FRAMES]) for state in states]
         how = f"all frames at once, as the encoder cannot stream ({refusal})"
         return _result(held, {"frames": FRAMES}, how)
-    finally:
-        encoder.chunk_size, encoder.left_chunks = own
+    stride, window = subsampling(encoder.embed)
+    features = (FRAMES - 1) * stride + window
+    xs = torch.randn(1, features, state.features.size, generator=generator)
+    encoder.forward_chunk(xs, state, is_final=True)
+    held = [state.modules[attention.state_index].nbytes for attention in attentions]
+    return _result(held, {"frames": FRAMES}, "a stream")
 
 
 def _result(held: list[int], of: dict[str, int], how: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from espnet_kv.attention.mha import MultiHeadAttention
+from espnet_kv.attention.grouped import MultiHeadAttention
 from espnet_kv.convert.linalg import symmetric_root
 from espnet_kv.convert.modules import head_rows
 from espnet_kv.convert.statistics import LayerStatistics

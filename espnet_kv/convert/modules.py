@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from espnet_kv.attention.base import Attention, HeadSizes
-from espnet_kv.attention.mha import MultiHeadAttention
+from espnet_kv.attention.grouped import MultiHeadAttention
 from espnet_kv.errors import UserError
 
 

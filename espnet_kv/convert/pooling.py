@@ -16,8 +16,7 @@ from itertools import combinations, product
 import torch
 from torch import Tensor
 
-from espnet_kv.attention.gqa import GroupedQueryAttention
-from espnet_kv.attention.mha import MultiHeadAttention
+from espnet_kv.attention.grouped import GroupedQueryAttention, MultiHeadAttention
 from espnet_kv.convert.linalg import symmetric_root
 from espnet_kv.convert.metric import OutputMetric
 from espnet_kv.convert.modules import head_rows, successor

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from espnet_kv.attention.mha import MultiHeadAttention
+from espnet_kv.attention.grouped import MultiHeadAttention
 from espnet_kv.errors import UserError
 from espnet_kv.task import ASRTask, find_files, read_config
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from espnet_kv.attention.base import HeadSizes
-from espnet_kv.attention.mha import MultiHeadAttention
+from espnet_kv.attention.grouped import MultiHeadAttention
 from espnet_kv.convert.calls import Call, recording
 from espnet_kv.convert.modules import refuse_normed_keys
 from espnet_kv.errors import UserError

@@ -219,6 +219,11 @@ class Search:
         }
 
     @property
+    def living(self) -> int:
+        """Hypotheses that somebody holds."""
+        return len(self._living)
+
+    @property
     def held(self) -> list[int]:
         """Tokens in the store, of each utterance."""
         return list(self._held)

@@ -9,42 +9,11 @@ map, K frames that a convolution looks back.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-# what attention keeps of a frame: (vectors, numbers in each)
+from espnet_kv.attention import attention_like, layer_confs
+from espnet_kv.cache.footprint import Footprint, vector_bytes
+
+# what is kept of a stream: (vectors, numbers in each)
 type Vectors = list[tuple[int, int]]
-SUM_BYTES = 4  # of linear attention, float32 whatever the cache_dtype
-
-
-def _mha(conf: Mapping[str, Any], heads: int, size: int) -> Vectors:
-    if conf.get("cache", "kv") == "input":
-        return [(1, size)]
-    return [(2 * heads, size // heads)]
-
-
-def _gqa(conf: Mapping[str, Any], heads: int, size: int) -> Vectors:
-    return [(2 * conf.get("num_kv_heads", 1), size // heads)]
-
-
-def _mla(conf: Mapping[str, Any], heads: int, size: int) -> Vectors:
-    return [(1, conf.get("kv_rank", 64))]
-
-
-PER_FRAME: dict[str, Callable[[Mapping[str, Any], int, int], Vectors]] = {
-    "mha": _mha,
-    "gqa": _gqa,
-    "mla": _mla,
-    "linear": lambda conf, heads, size: [],
-}
-"""attention_type -> what it keeps of a frame, given attention_conf, H and D."""
-
-
-def _linear_sums(conf: Mapping[str, Any], heads: int, size: int) -> int:
-    d_k = size // heads
-    features = 2 * d_k if conf.get("feature_map") == "hedgehog" else d_k
-    return heads * features * (d_k + 1)
-
-
-CONSTANT: dict[str, Callable[[Mapping[str, Any], int, int], int]] = {"linear": _linear_sums}
-"""attention_type -> numbers that it keeps however long the stream is."""
 
 
 def _conformer(conf: Mapping[str, Any]) -> Vectors:
@@ -76,38 +45,12 @@ CONVOLUTIONS: dict[str, Callable[[Mapping[str, Any]], Vectors]] = {
 """encoder -> (K, channels) of each convolution over time in a block, given its arguments."""
 
 
-def vector_bytes(numbers: int, cache_dtype: str) -> int:
-    """Bytes of one vector of so many numbers; integers come with a scale of 2 bytes."""
-    return {
-        "fp64": 8 * numbers,
-        "fp32": 4 * numbers,
-        "fp16": 2 * numbers,
-        "bf16": 2 * numbers,
-        "int8": numbers + 2,
-        "int4": (numbers + 1) // 2 + 2,
-    }[cache_dtype]
-
-
-def attention_bytes(
-    attention_type: str,
-    attention_conf: Mapping[str, Any],
-    heads: int,
-    size: int,
-    cache_dtype: str,
-) -> tuple[int, int]:
-    """(bytes per frame, bytes whatever the length) that one attention module keeps."""
-    vectors = PER_FRAME[attention_type](attention_conf, heads, size)
-    per_frame = sum(count * vector_bytes(numbers, cache_dtype) for count, numbers in vectors)
-    constant = CONSTANT.get(attention_type)
-    return per_frame, 0 if constant is None else SUM_BYTES * constant(attention_conf, heads, size)
-
-
-def of_layer(conf: Mapping[str, Any], layer: int) -> dict[str, Any]:
-    """attention_conf of one layer, where options may list a value for each."""
-    return {
-        key: value[layer] if isinstance(value, list | tuple) else value
-        for key, value in conf.items()
-    }
+def footprints(
+    attention_type: str, attention_conf: Mapping[str, Any], heads: int, size: int, layers: int
+) -> list[Footprint]:
+    """What each layer's attention stores, as its class computes it from the configuration."""
+    confs = layer_confs(attention_conf, layers)
+    return [attention_like(attention_type, conf, heads, size).footprint for conf in confs]
 
 
 class EncoderArithmetic:
@@ -142,24 +85,15 @@ class EncoderArithmetic:
         ready = max(0, (features - window) // stride + 1)
         return ready // self.chunk_size * self.chunk_size
 
-    def attention_layer(self, layer: int, frames: int, left_chunks: int, cache_dtype: str) -> int:
-        """Bytes of one layer after `frames` frames, of which left_chunks chunks are kept."""
-        per_frame, constant = attention_bytes(
-            self.attention_type,
-            of_layer(self.attention_conf, layer),
-            self.conf["attention_heads"],
-            self.conf["output_size"],
-            cache_dtype,
-        )
-        kept = frames if left_chunks < 0 else min(frames, left_chunks * self.chunk_size)
-        return kept * per_frame + constant
-
     def bytes(self, features: int, left_chunks: int, cache_dtype: str) -> dict[str, int]:
         """{"attention", "conv", "input"} after so many features."""
         layers, frames = self.conf["num_blocks"], self.frames(features)
+        kept = frames if left_chunks < 0 else min(frames, left_chunks * self.chunk_size)
+        heads, size = self.conf["attention_heads"], self.conf["output_size"]
+        own = footprints(self.attention_type, self.attention_conf, heads, size, layers)
         attention = sum(
-            self.attention_layer(layer, frames, left_chunks, cache_dtype)
-            for layer in range(layers)
+            footprint.nbytes([kept], cache_dtype)
+            for footprint in own
             if self.conf.get("use_attn", True)
         )
         convolutions = CONVOLUTIONS[self.encoder](self.conf)
@@ -173,37 +107,30 @@ class EncoderArithmetic:
 
 
 def decoder_bytes(
-    conf: Mapping[str, Any], size: int, stored: int, frames: int, measured: int
+    conf: Mapping[str, Any], size: int, stored: int, hypotheses: int, frames: int
 ) -> dict[str, int]:
     """{"decoder_self", "decoder_cross"} of a search in one utterance, in float32.
 
     Args:
         conf: every argument of the decoder.
         size: D.
-        stored: tokens of hypotheses that the search keeps.
+        stored: tokens that the search stores.
+        hypotheses: that the search knows; each has its own sums in linear attention.
         frames: of the encoder.
-        measured: decoder_self as measured. Sums of linear attention belong to hypotheses, of which
-            the search may know more than take a step: so many times the arithmetic is taken as
-            comes closest.
     """
-    token, sums = _decoder_layers(conf, size, "self")
-    frame, constant = _decoder_layers(conf, size, "src")
-    own = stored * token
-    if sums:
-        own += sums * round((measured - own) / sums)
-    return {"decoder_self": own, "decoder_cross": frames * frame + constant}
-
-
-def _decoder_layers(conf: Mapping[str, Any], size: int, place: str) -> tuple[int, int]:
-    """(bytes per item, bytes whatever their number) of all layers."""
-    layers = [
-        attention_bytes(
+    own, cross = (
+        footprints(
             conf[f"{place}_attention_type"],
-            of_layer(conf[f"{place}_attention_conf"] or {}, layer),
+            conf[f"{place}_attention_conf"] or {},
             conf["attention_heads"],
             size,
-            "fp32",
+            conf["num_blocks"],
         )
-        for layer in range(conf["num_blocks"])
-    ]
-    return sum(item for item, _ in layers), sum(constant for _, constant in layers)
+        for place in ("self", "src")
+    )
+    tokens = sum(stored * footprint.frame_bytes("fp32") for footprint in own)
+    sums = sum(hypotheses * footprint.constant_bytes("fp32") for footprint in own)
+    return {
+        "decoder_self": tokens + sums,
+        "decoder_cross": sum(footprint.nbytes([frames]) for footprint in cross),
+    }

@@ -10,7 +10,7 @@ from espnet_kv.cache import EncoderState
 from espnet_kv.encoder.streaming import subsampling
 from espnet_kv.errors import UserError
 from espnet_kv.profile.analytic import EncoderArithmetic
-from espnet_kv.profile.subject import Subject, chunks, encoder_with
+from espnet_kv.profile.subject import Subject, encoder_with
 
 # an unbounded cache is filled in chunks of so many frames at most
 LONG_CHUNK = 512
@@ -49,15 +49,16 @@ def hold(
         chunk_size, left_chunks, cache_dtype: of the stream.
     """
     held, fed = [], 0
-    with chunks(encoder, chunk_size, left_chunks):
-        state = encoder.init_state(1, cache_dtype=cache_dtype)
-        for mark in marks:
-            xs, fed = features[None, fed:mark], mark
-            if left_chunks < 0:
-                _advance(encoder, state, xs, chunk_size)
-            else:
-                encoder.forward_chunk(xs, state)
-            held.append(Held(state.frames[0], state.nbytes_by_kind(), _layers(encoder, state)))
+    state = encoder.init_state(
+        chunk_size=chunk_size, left_chunks=left_chunks, cache_dtype=cache_dtype
+    )
+    for mark in marks:
+        xs, fed = features[None, fed:mark], mark
+        if left_chunks < 0:
+            _advance(encoder, state, xs, chunk_size)
+        else:
+            encoder.forward_chunk(xs, state)
+        held.append(Held(state.frames[0], state.nbytes_by_kind(), _layers(encoder, state)))
     return held
 
 
@@ -80,9 +81,9 @@ def _advance(encoder: Any, state: EncoderState, xs: Tensor, chunk_size: int) -> 
 
 
 def _layers(encoder: Any, state: EncoderState) -> list[dict[str, int]]:
-    layers = []
+    layers, modules = [], state.modules
     for block in encoder.encoders:
-        own = [state.states[m.state_index] for m in block.modules() if hasattr(m, "state_index")]
+        own = [modules[m.state_index] for m in block.modules() if hasattr(m, "state_index")]
         layers.append(
             {kind: sum(s.nbytes for s in own if s.kind == kind) for kind in ("attention", "conv")}
         )

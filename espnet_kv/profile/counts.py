@@ -1,7 +1,5 @@
 """What is counted rather than timed: parameters and multiply-accumulates."""
 
-from typing import Any
-
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,14 +24,12 @@ def macs_per_second(subject: Subject, sound: Sound) -> float:
     """
     before = max(0, subject.left_chunks) + 2
     xs = features(subject, sound.clip((before + 2) * subject.chunk_seconds))
-    encoder: Any = subject.encoder
-    with subject.streaming():
-        state = encoder.init_state(device=subject.device)
-        for number, x in enumerate(pieces(xs, subject.chunk_size * subject.stride)):
-            if number == before:
-                # the fused kernel of the CPU is not in the counter's books
-                with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-                    encoder.forward_chunk(x, state)
-                return counter.get_total_flops() / 2 / subject.chunk_seconds
-            encoder.forward_chunk(x, state)
+    encoder, state = subject.encoder, subject.init_state()
+    for number, x in enumerate(pieces(xs, subject.chunk_size * subject.stride)):
+        if number == before:
+            # FlopCounterMode does not count the fused kernel of the CPU
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                encoder.forward_chunk(x, state)
+            return counter.get_total_flops() / 2 / subject.chunk_seconds
+        encoder.forward_chunk(x, state)
     raise AssertionError("the clip is long enough for the chunk")

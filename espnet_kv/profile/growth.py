@@ -151,9 +151,9 @@ def stream(
     size = round(subject.chunk_seconds * subject.sample_rate)
     frontend = subject.frontend()
     times: list[float] = []
-    with torch.no_grad(), subject.streaming(), undisturbed():
+    with torch.no_grad(), undisturbed():
         memory = peak()
-        state = subject.encoder.init_state(device=subject.device)
+        state = subject.init_state()
         heard = 0
         for length in seconds:
             while heard < round(length * subject.sample_rate):

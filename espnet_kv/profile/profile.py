@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from espnet_kv.codec import FLOATS
+from espnet_kv.cache.codec import FLOATS
 from espnet_kv.decoder.transformer import KVTransformerDecoder
 from espnet_kv.errors import UserError
 from espnet_kv.profile import cache, counts, growth, machine

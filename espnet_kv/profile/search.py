@@ -58,6 +58,8 @@ class Recognizer:
                 self.speech2text = espnet.Speech2Text(device=subject.device, **self.options)
             except (TypeError, TypeCheckError) as error:
                 raise UserError(f"--inference_config: {' '.join(str(error).split())}") from error
+        if isinstance(subject.model.decoder, KVTransformerDecoder):
+            subject.model.decoder.prepare_search()  # as the command does
         self._never_ends = False
         if not subject.source.trained:
             self._force_length()
@@ -135,11 +137,16 @@ class Watched:
 class SearchStep:
     """After a token.
 
-    hypotheses: that took it. stored: tokens that the store keeps, where it keeps any. frames: of
-    the utterance. held: bytes by kind.
+    Attributes:
+        hypotheses: that took it.
+        living: hypotheses that the search knows.
+        stored: tokens in the store, where there is one.
+        frames: of the utterance.
+        held: bytes by kind.
     """
 
     hypotheses: int
+    living: int
     stored: int
     frames: int
     held: dict[str, int]
@@ -150,7 +157,7 @@ class SearchStep:
         stores = [state for state in search.states if isinstance(state, FrameState)]
         stored = sum(search.held) if stores else 0
         held = {KINDS[kind]: count for kind, count in search.nbytes_by_kind().items()}
-        return cls(hypotheses, stored, search.frames, held)
+        return cls(hypotheses, search.living, stored, search.frames, held)
 
 
 @contextmanager
@@ -187,7 +194,7 @@ def measure_decoder(recognizer: Recognizer, samples: np.ndarray) -> dict[str, An
     most = max(watched.steps, key=lambda step: step.held["decoder_self"])
     size = recognizer.subject.encoder.output_size()
     analytic = decoder_bytes(
-        decoder_conf(recognizer.subject), size, most.stored, most.frames, most.held["decoder_self"]
+        decoder_conf(recognizer.subject), size, most.stored, most.living, most.frames
     )
     check(most.held, analytic, f"decoder, {most.stored} tokens, {most.frames} frames")
     return {

@@ -23,8 +23,8 @@ def time_chunks(subject: Subject, sound: Sound) -> dict[str, float]:
     before = max(0, subject.left_chunks) + WARM_UP
     seconds = (before + CHUNKS + 1) * subject.chunk_seconds
     xs = features(subject, sound.clip(seconds))
-    with subject.streaming(), undisturbed():
-        state = subject.encoder.init_state(device=subject.device)
+    state = subject.init_state()
+    with undisturbed():
         times = [
             milliseconds(subject.device, subject.encoder.forward_chunk, x, state)
             for x in pieces(xs, subject.chunk_size * subject.stride)
@@ -38,8 +38,8 @@ def time_hour(subject: Subject, sound: Sound, minutes: int = 60) -> list[dict[st
     size = subject.chunk_size * subject.stride
     endless = cycle(list(pieces(xs, size)))
     done, heard, rows = 0, 0.0, []
-    with subject.streaming(), undisturbed():
-        state = subject.encoder.init_state(device=subject.device)
+    state = subject.init_state()
+    with undisturbed():
         for minute in range(1, minutes + 1):
             times = []
             while heard < 60 * minute:
@@ -79,7 +79,7 @@ class Streamer:
     def real_time_factor(self, sound: Sound) -> float:
         """Time of all that streaming does over duration, fed in pieces of a chunk."""
         size = round(self.subject.chunk_seconds * sound.rate)
-        with self.subject.streaming(), undisturbed():
+        with undisturbed():
             recognizer = self._recognizer()
             self._stream(Meter(recognizer), sound.utterances[0], size)
             meter = Meter(recognizer)
@@ -97,7 +97,7 @@ class Streamer:
         """The profile's `first_token_ms`; None for random weights, or where no token came."""
         if not self.subject.source.trained:
             return None
-        with self.subject.streaming(), undisturbed():
+        with undisturbed():
             recognizer = self._recognizer()
             self._first_token(recognizer, sound.utterances[0], sound.rate)
             delays = [self._first_token(recognizer, s, sound.rate) for s in sound.utterances]

@@ -1,14 +1,15 @@
 """What is profiled: a trained model, or a configuration with random weights."""
 
 import argparse
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from espnet_kv.cache import EncoderState
 from espnet_kv.encoder.streaming import StreamingEncoder, subsampling
 from espnet_kv.errors import UserError
 from espnet_kv.streaming.frontend import StreamingFrontend
@@ -102,8 +103,7 @@ class Subject:
         check_streams(model, args, ctc_weight=1.0)
         subject = cls(source, model, args, device, chunk_size, left_chunks)
         subject.frontend()
-        with subject.streaming():
-            model.encoder.init_state()
+        subject.init_state()
         return subject
 
     @property
@@ -135,25 +135,15 @@ class Subject:
     def chunk_seconds(self) -> float:
         return self.chunk_size * self.frame_seconds
 
-    def streaming(self, left_chunks: int | None = None):
-        """Within it the encoder works in chunks; left_chunks None: the subject's own."""
-        left = self.left_chunks if left_chunks is None else left_chunks
-        return chunks(self.encoder, self.chunk_size, left)
+    def init_state(self) -> EncoderState:
+        """One stream with the subject's settings."""
+        return self.encoder.init_state(
+            chunk_size=self.chunk_size, left_chunks=self.left_chunks, device=self.device
+        )
 
-    def offline(self):
+    def offline(self) -> AbstractContextManager[None]:
         """Within it the encoder sees whole utterances."""
-        return chunks(self.encoder, 0, -1)
-
-
-@contextmanager
-def chunks(encoder: Any, chunk_size: int, left_chunks: int) -> Iterator[None]:
-    """Within it the encoder has these."""
-    own = encoder.chunk_size, encoder.left_chunks
-    encoder.chunk_size, encoder.left_chunks = chunk_size, left_chunks
-    try:
-        yield
-    finally:
-        encoder.chunk_size, encoder.left_chunks = own
+        return self.encoder.chunks(chunk_size=0)
 
 
 def encoder_with(subject: Subject, attention_type: str, **attention_conf: Any) -> nn.Module:

@@ -7,7 +7,7 @@ from espnet2.text.abs_tokenizer import AbsTokenizer
 from espnet2.text.build_tokenizer import build_tokenizer
 from espnet2.train.abs_espnet_model import AbsESPnetModel
 
-from espnet_kv.encoder.base import KVEncoder
+from espnet_kv.encoder.chunked import KVEncoder
 from espnet_kv.errors import ConfigError, UserError
 
 

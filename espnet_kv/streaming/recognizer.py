@@ -52,8 +52,8 @@ class StreamingRecognizer:
         asr_train_config: config.yaml of the experiment.
         asr_model_file: the checkpoint; loaded strictly.
         asr_model: a loaded model, together with `asr_train_args` in place of the two files. It
-            is moved to `device` and `dtype` and put into eval mode in place, and its encoder
-            gets chunk_size and left_chunks.
+            is moved to `device` and `dtype` and put into eval mode in place; otherwise it is not
+            written to, and any number of recognizers may share it.
         chunk_size: encoder frames in a chunk; None: the model's own.
         left_chunks: chunks before its own that a frame sees, -1 = all; None: the model's own.
         cache_dtype: fp32, fp16, bf16, int8, int4 for the encoder's cache; None: the model's type.
@@ -115,7 +115,7 @@ class StreamingRecognizer:
                 module.float()  # powers of a spectrum leave the range of 16 bits
         self.asr_model, self.asr_train_args = asr_model, asr_train_args
         self.frontend = StreamingFrontend(asr_model.frontend, asr_model.normalize)
-        self._set_chunks(chunk_size, left_chunks)
+        self.chunk_size, self.left_chunks = self._chunks(chunk_size, left_chunks)
         self.cache_dtype = cache_dtype
         self.beam_size, self.nbest, self.penalty = beam_size, nbest, penalty
         self.ctc_weight = 1.0 if asr_model.decoder is None else ctc_weight
@@ -144,7 +144,10 @@ class StreamingRecognizer:
     def reset(self) -> None:
         """Forget the stream; the next piece begins another."""
         self._state = self.asr_model.encoder.init_state(
-            1, cache_dtype=self.cache_dtype, device=self.device
+            chunk_size=self.chunk_size,
+            left_chunks=self.left_chunks,
+            cache_dtype=self.cache_dtype,
+            device=self.device,
         )
         self.frontend.reset()
         self._segments: list[list[Result]] = []  # before the open one, for `__call__`
@@ -221,7 +224,8 @@ class StreamingRecognizer:
         own = {"waveform": self.frontend.nbytes, "encoder_out": held}
         return self._state.nbytes_by_kind() | own
 
-    def _set_chunks(self, chunk_size: int | None, left_chunks: int | None) -> None:
+    def _chunks(self, chunk_size: int | None, left_chunks: int | None) -> tuple[int, int]:
+        """The settings of this recognizer's streams, checked."""
         encoder = self.asr_model.encoder
         if chunk_size is None and encoder.chunk_size == 0:
             raise UserError(
@@ -241,8 +245,7 @@ class StreamingRecognizer:
             )
         if encoder.chunk_size == 0 and not encoder.dynamic_chunk_training:
             logging.warning("the model was trained on whole utterances only; chunks are new to it")
-        encoder.chunk_size = encoder.chunk_size if chunk_size is None else chunk_size
-        encoder.left_chunks = encoder.left_chunks if left_chunks is None else left_chunks
+        return size, left
 
     def _begin_segment(self, last: int | None = None) -> None:
         """last: token of the frame before, where the segment begins within a token."""

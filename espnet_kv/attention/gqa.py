@@ -1,5 +1,0 @@
-"""Old place of names that moved; see `espnet_kv.attention.grouped`."""
-
-from espnet_kv.attention.grouped import GroupedQueryAttention
-
-__all__ = ["GroupedQueryAttention"]
