@@ -33,6 +33,18 @@ def test_a_stream_after_a_training_step_has_the_new_weights(change, attention):
     Feeder(encoder, utterances(20)).run(size=20).check()
 
 
+def test_streams_share_position_tables_as_long_as_the_weights_are_the_same():
+    encoder = streaming("kv_conformer")
+    feeders = [Feeder(encoder, utterances(20)) for _ in range(3)]
+    for feeder in feeders[:2]:
+        feeder.feed([40])
+    _fused_adam(encoder)
+    feeders[2].run(size=40).check()
+    first, second, third = (feeder.state.tables for feeder in feeders)
+    assert first is second
+    assert first is not third
+
+
 def test_a_stream_in_single_precision_after_one_under_autocast():
     encoder = streaming("kv_conformer")
     (x,) = utterances(20)

@@ -1,6 +1,6 @@
 """The state of a batch of streams through an encoder.
 
-Shape letters: B streams, R of them, T frames, F feature size, N slots, C chunk_size.
+Shape letters: B streams, N slots, C chunk_size.
 """
 
 import weakref
@@ -9,83 +9,15 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+from espnet_kv.cache.features import Features
 from espnet_kv.cache.footprint import Footprint
 from espnet_kv.cache.state import KINDS
 from espnet_kv.cache.store import SPARE, Store
+from espnet_kv.cache.tables import PositionTables
 
 # slots that an unbounded left context begins with, in chunks; they double when full
 FIRST_CHUNKS = 16
-
-
-class Features:
-    """Features of each stream that are not encoded yet, (frames, F).
-
-    Subsampling looks back a few frames, and a chunk waits for its last one. The tensors are
-    replaced, never written to, so that states may share them.
-
-    Attributes:
-        size: F.
-        tensors: of each stream.
-    """
-
-    kind = "input"
-
-    def __init__(self, size: int, tensors: Sequence[Tensor]):
-        self.size, self.tensors = size, list(tensors)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Frames of each stream."""
-        return [tensor.size(0) for tensor in self.tensors]
-
-    def append(self, xs: Tensor, lengths: Sequence[int]) -> None:
-        """Add lengths[b] frames of xs (B, T, F) to stream b."""
-        pairs = zip(self.tensors, xs, lengths, strict=True)
-        self.tensors = [torch.cat([held, x[:length]]) for held, x, length in pairs]
-
-    def read(self, streams: Sequence[int], first: Sequence[int], frames: int) -> Tensor:
-        """(R, frames, F) of some streams, from frame first[r] on; past the end zeros."""
-        pieces = [self.tensors[s][f : f + frames] for s, f in zip(streams, first, strict=True)]
-        return pad_sequence(pieces, batch_first=True)
-
-    def keep(self, frames: Sequence[int]) -> None:
-        """Keep the newest frames[b] of stream b, and nothing of the storage behind them."""
-        pairs = zip(self.tensors, frames, strict=True)
-        self.tensors = [tensor[tensor.size(0) - n :].clone() for tensor, n in pairs]
-
-    def select(self, streams: Sequence[int]) -> "Features":
-        """Those of some streams."""
-        return Features(self.size, [self.tensors[stream] for stream in streams])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the storage."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors)
-
-
-@dataclass(frozen=True)
-class PositionTables:
-    """Relative positions as each attention module projects them, for every chunk of a stream.
-
-    They depend on the weights, N and C, and are made at the first chunk.
-
-    Attributes:
-        slots: N.
-        chunk_size: C.
-        tables: (H, N+C-1, d_k) of every module by its `state_index`; None: has none.
-    """
-
-    slots: int
-    chunk_size: int
-    tables: Sequence[Tensor | None]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the storage."""
-        return sum(t.untyped_storage().nbytes() for t in self.tables if t is not None)
 
 
 @dataclass(frozen=True)
@@ -125,7 +57,7 @@ class EncoderState:
         emitted: frames that the last call returned, of each stream.
         finished: whether each stream had its last piece.
         footprints: of the encoder's modules, by their `state_index`.
-        tables: projected relative positions, shared by all streams of the state.
+        tables: projected relative positions; made at the next chunk where None.
     """
 
     chunk_size: int
@@ -201,11 +133,8 @@ class EncoderState:
         host = max(parts, key=lambda part: part.store.places * part.store.slots)
         total = sum(part.batch_size for part in parts)
         slots = max(part._slots_needed for part in parts)
-        free = (
-            []
-            if any(part.store is host.store for part in parts if part is not host)
-            else (host.store.free())
-        )
+        alone = sum(part.store is host.store for part in parts) == 1
+        free = host.store.free() if alone else []
         if len(free) + host.batch_size < total or host.store.slots < slots:
             spare = host.store.places + host.store.places // SPARE
             store = host.store.resized(max(total, spare), slots)
@@ -221,6 +150,8 @@ class EncoderState:
             store.copy_from(part.store, part.places, new)
             places += new
         owner = next((part.owner for part in parts if part.encoder is not None), None)
+        made = (part.tables for part in parts if part.tables is not None)
+        tables = next((tables for tables in made if tables.slots == store.slots), None)
         return EncoderState(
             host.chunk_size,
             host.left_chunks,
@@ -234,7 +165,7 @@ class EncoderState:
             [n for part in parts for n in part.emitted],
             [done for part in parts for done in part.finished],
             host.footprints,
-            next((part.tables for part in parts if part.tables is not None), None),
+            tables,
             owner,
         )
 
@@ -298,6 +229,8 @@ class EncoderState:
         self.store.holders.discard(self)
         store.holders.add(self)
         self.store, self.places = store, places
+        if self.tables is not None and self.tables.slots != slots:
+            self.tables = None  # those of longer streams; others are made at the next chunk
 
     def _of(self, rows: Sequence[int], store: Store, places: list[int]) -> "EncoderState":
         """Some streams of this state in these places of a store."""
@@ -399,7 +332,8 @@ class EncoderState:
     def capacity_by_kind(self) -> dict[str, int]:
         """capacity_bytes apart: the kinds of `nbytes_by_kind`, and "position".
 
-        position: tables of relative positions, which all streams of a state share.
+        position: tables of relative positions, which streams of an encoder with the same settings
+        share.
         """
         own = {
             kind: sum(s.capacity_bytes for s in self.store.states if s.kind == kind)

@@ -9,12 +9,19 @@ from torch import Tensor, nn
 
 from espnet_kv.attention.positions import at_positions, relative
 from espnet_kv.cache.codec import build_codec
+from espnet_kv.cache.features import Features
 from espnet_kv.cache.state import StateSpec
 from espnet_kv.cache.step import ChunkStep, running, taking
 from espnet_kv.cache.store import Store
-from espnet_kv.cache.stream import FIRST_CHUNKS, EncoderState, Features, PositionTables
+from espnet_kv.cache.stream import FIRST_CHUNKS, EncoderState
+from espnet_kv.cache.tables import PositionTables
 from espnet_kv.encoder.chunked import KVEncoder, check_chunks, subsampling
 from espnet_kv.errors import ConfigError
+
+# position tables in use, of each encoder, by (slots, chunk_size, device)
+_tables: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[tuple, PositionTables]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class StreamingEncoder(KVEncoder):
@@ -221,7 +228,15 @@ class StreamingEncoder(KVEncoder):
                 module.position_table(pos_emb) if hasattr(module, "position_table") else None
                 for module in self._stateful_modules()
             ]
-            state.tables = made = PositionTables(state.slots, state.chunk_size, tables)
+            made = PositionTables(state.slots, state.chunk_size, tables)
+            # streams with the same settings share the memory; comparing the numbers notices new
+            # weights, whatever changed them
+            shared = _tables.setdefault(self, weakref.WeakValueDictionary())
+            key = (state.slots, state.chunk_size, xs.device)
+            other = shared.setdefault(key, made)
+            if not other.same_as(made):
+                shared[key] = other = made
+            state.tables = made = other
         return made.tables
 
     def _stateful_modules(self) -> Iterator[Any]:
