@@ -90,9 +90,18 @@ def test_wrong_settings_are_named(settings):
         encoder.init_state(**settings)
 
 
-def test_an_encoder_without_chunks_refuses_a_pass_in_chunks():
-    encoder = build("kv_branchformer", merge_method="learned_ave")
-    with pytest.raises(ValueError, match="learned_ave"), encoder.chunks(chunk_size=4):
+@pytest.mark.parametrize(
+    ("name", "conf", "word"),
+    [
+        ("kv_branchformer", {"merge_method": "learned_ave"}, "learned_ave"),
+        ("kv_transformer", {"input_layer": None}, "input_layer"),
+        ("kv_conformer", {"rel_pos_type": "legacy"}, "rel_pos_type"),
+    ],
+    ids=["learned_ave", "input_layer", "legacy"],
+)
+def test_an_encoder_without_chunks_refuses_a_pass_in_chunks(name, conf, word):
+    encoder = build(name, **conf)
+    with pytest.raises(ValueError, match=word), encoder.chunks(chunk_size=4):
         pass
 
 

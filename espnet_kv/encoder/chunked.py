@@ -113,7 +113,7 @@ class KVEncoder:
         if positions is not None:
             positions.register_forward_hook(self._hand_out_chunks)
         elif chunked:
-            raise ConfigError("input_layer: null adds no positions; chunks need an input layer")
+            self._check_positions()
         # ESPnet loads non-strictly, and would go on with random attention weights
         self.load_guard = refuse_partial_loads(self)  # type: ignore[arg-type]
 
@@ -144,6 +144,7 @@ class KVEncoder:
         if size > 0:
             self._check_chunked(self.espnet_conf)
             self._takes_our_attention(self.espnet_conf, "mha", True)
+            self._check_positions()
         token = one_pass.set((size, left))
         try:
             yield
@@ -232,6 +233,10 @@ class KVEncoder:
     def _positional_encoding(self) -> nn.Module | None:
         embed = self.embed
         return embed[-1] if isinstance(embed, nn.Sequential) else getattr(embed, "pos_enc", None)
+
+    def _check_positions(self) -> None:
+        if self._positional_encoding() is None:
+            raise ConfigError("input_layer: null adds no positions; chunks need an input layer")
 
     def _chunks(self, pos_emb: Tensor | None) -> Chunks | None:
         """The chunk mask of the pass that is being made; None: no chunks."""
