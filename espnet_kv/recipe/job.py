@@ -10,6 +10,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,8 @@ from espnet_kv.recipe.pool import OUT_OF_MEMORY, end_groups, ending, keyboard_bl
 CUDA_DEVICES = "CUDA_VISIBLE_DEVICES"
 PRELOAD = ["espnet2.bin.asr_inference", "espnet_kv.task", "espnet_kv.bin.asr_inference"]
 """Modules that every job on the CPU starts with."""
+FULL = 1 << 14
+"""Bytes below which a disk has no room for the rest of a log."""
 LESS_MEMORY = "use fewer jobs side by side (--nj, --train_nj, --inference_nj) or smaller batch_bins"
 
 
@@ -146,6 +149,8 @@ class Running:
             return ""
         assert status is not None
         reason = ending(status) if status < 0 else self.log.reason()
+        if shutil.disk_usage(self.job.log.parent).free < FULL:
+            reason = f"No space left where {self.job.log} is"  # the log is cut as well
         if OUT_OF_MEMORY in reason or "out of memory" in reason or "SIGKILL" in reason:
             reason += f": {LESS_MEMORY}"
         return f"{self.job.name} failed: {reason} (whole log: {self.job.log})"

@@ -123,12 +123,12 @@ def perplexity_step(layout: Layout, name: str, trained: Step, formatted: Step) -
         options = [
             f"--output_dir={new}",
             *("--ngpu", "0"),
-            *("--data_path_and_name_and_type", f"{scored},text,text"),
+            f"--data_path_and_name_and_type={scored},text,text",
             f"--train_config={config}",
             f"--model_file={model}",
         ]
         log = layout.lm_exp / f"perplexity_{name}.log"
-        return [Job(f"perplexity {name}", "espnet2.bin.lm_calc_perplexity", options, log)]
+        return [Job(f"perplexity {name}", "espnet_kv.bin.lm_calc_perplexity", options, log)]
 
     def build() -> None:
         with new_directory(out) as partial:

@@ -20,6 +20,9 @@ from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.steps import Step
 
 MODES = ("train", "valid")
+PART = 500
+"""Utterances in one job of statistics, until there are MOST_PARTS jobs."""
+MOST_PARTS = 32
 
 
 def stats_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Step:
@@ -36,7 +39,9 @@ def stats_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Ste
     def jobs() -> list[Job]:
         shutil.rmtree(new, ignore_errors=True)
         keys = {mode: sorted(DataDir.read(layout.set_of(mode)).wav_scp) for mode in MODES}
-        count = min(args.nj, *map(len, keys.values()))
+        # no more parts than any set has utterances, and as many for any --nj: features are
+        # computed in padded batches, of which the last frames of an utterance depend
+        count = min(len(keys["train"]) // PART + 1, MOST_PARTS, *map(len, keys.values()))
         made = []
         for n in range(1, count + 1):
             part = new / f"stats.{n}"

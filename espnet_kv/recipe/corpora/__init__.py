@@ -107,7 +107,10 @@ _SMALL = {
 CORPORA = {
     corpus.name: corpus
     for corpus in (
-        Corpus("librispeech_100", *_MAIN_SETS_100, _SETS_100, _librispeech),
+        Corpus(
+            "librispeech_100", "train_clean_100", "dev",
+            ("test_clean", "test_other", "dev_clean", "dev_other"), _SETS_100, _librispeech,
+        ),
         Corpus(
             "mini_librispeech", "train_clean_5", "dev_clean_2", ("dev_clean_2",), _SETS_MINI,
             _librispeech, defaults={"nbpe": 1000},
