@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from espnet_kv.atomic import check_writable, new_entries
-from espnet_kv.bin.options import Parser, check_device, check_search
-from espnet_kv.bin.utterances import decoding_task, path_name_type
+from espnet_kv.bin.options import check_device, check_search
+from espnet_kv.bin.utterances import decoding_task, extended
 from espnet_kv.errors import UserError, command, one_line
 
 # the first of a pair is of no use without the second
@@ -23,15 +23,7 @@ def get_parser() -> argparse.ArgumentParser:
     from espnet2.bin import asr_inference as espnet
     from espnet2.utils.types import str2bool
 
-    parser = Parser(
-        description="ASR decoding",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        parents=[espnet.get_parser()],
-        conflict_handler="resolve",
-    )
-    parser.add_argument(
-        "--data_path_and_name_and_type", type=path_name_type, required=True, action="append"
-    )
+    parser = extended(espnet.get_parser(), "ASR decoding")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="Data type")
     parser.add_argument(
         "--kv_decoder",

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from espnet_kv.atomic import check_writable, new_entries
-from espnet_kv.bin.options import Parser, add_streaming_options, build_recognizer, check_search
-from espnet_kv.bin.utterances import decoding_task, path_name_type
+from espnet_kv.bin.options import add_streaming_options, build_recognizer, check_search
+from espnet_kv.bin.utterances import decoding_task, extended
 from espnet_kv.errors import UserError, command
 
 # a day
@@ -35,14 +35,9 @@ def get_parser() -> argparse.ArgumentParser:
     """ESPnet's options of asr_inference_streaming, and those of chunks, cache and endpoints."""
     from espnet2.bin import asr_inference_streaming as espnet
 
-    parser = Parser(
-        description="Streaming ASR decoding: CTC prefix beam search, rescored by the decoder",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        parents=[espnet.get_parser()],
-        conflict_handler="resolve",
-    )
-    parser.add_argument(
-        "--data_path_and_name_and_type", type=path_name_type, required=True, action="append"
+    parser = extended(
+        espnet.get_parser(),
+        "Streaming ASR decoding: CTC prefix beam search, rescored by the decoder",
     )
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="Data type")
     add_streaming_options(parser, endpoint_silence_ms=0, max_segment_seconds=0)

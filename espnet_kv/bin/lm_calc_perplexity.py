@@ -11,19 +11,9 @@ def get_parser() -> argparse.ArgumentParser:
     """ESPnet's options."""
     from espnet2.bin import lm_calc_perplexity as espnet
 
-    from espnet_kv.bin.options import Parser
-    from espnet_kv.bin.utterances import path_name_type
+    from espnet_kv.bin.utterances import extended
 
-    parser = Parser(
-        description="Perplexity of a language model",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        parents=[espnet.get_parser()],
-        conflict_handler="resolve",
-    )
-    parser.add_argument(
-        "--data_path_and_name_and_type", type=path_name_type, required=True, action="append"
-    )
-    return parser
+    return extended(espnet.get_parser(), "Perplexity of a language model")
 
 
 @command

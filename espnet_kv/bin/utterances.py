@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from espnet_kv.bin.options import Parser
 from espnet_kv.errors import UserError, one_line
 from espnet_kv.streaming.recordings import (
     model_rate,
@@ -19,6 +20,20 @@ from espnet_kv.streaming.recordings import (
 
 # types of --data_path_and_name_and_type that hold recordings
 AUDIO = ("sound", "kaldi_ark")
+
+
+def extended(parser: argparse.ArgumentParser, description: str) -> Parser:
+    """ESPnet's parser of a command that reads data, with our errors and paths that hold commas."""
+    ours = Parser(
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        parents=[parser],
+        conflict_handler="resolve",
+    )
+    ours.add_argument(
+        "--data_path_and_name_and_type", type=path_name_type, required=True, action="append"
+    )
+    return ours
 
 
 def path_name_type(text: str) -> tuple[str, str, str]:

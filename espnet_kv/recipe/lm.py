@@ -12,7 +12,7 @@ from espnet_kv.provenance import commit
 from espnet_kv.recipe.atomic import new_directory, write_text
 from espnet_kv.recipe.config import load_yaml
 from espnet_kv.recipe.datadir import DataDir
-from espnet_kv.recipe.jobs import Job, visible_gpus
+from espnet_kv.recipe.jobs import Job
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.steps import Step
 from espnet_kv.recipe.train import (
@@ -20,7 +20,9 @@ from espnet_kv.recipe.train import (
     check_keys,
     check_models,
     config_option,
+    default_gpus,
     last_epoch,
+    run_options,
     split_options,
 )
 
@@ -76,9 +78,8 @@ def train_lm_step(layout: Layout, before: Sequence[Step]) -> Step:
     exp = layout.lm_exp
 
     def jobs() -> list[Job]:
-        ngpu = min(1, visible_gpus()) if args.ngpu is None else args.ngpu
-        options = _lm_options(layout) | {"fold_length": [150], "resume": True, "ngpu": ngpu}
-        options |= {"output_dir": str(exp), "multiprocessing_distributed": ngpu > 1}
+        ngpu = default_gpus(args.ngpu)
+        options = _lm_options(layout) | {"fold_length": [150]} | run_options(exp, ngpu)
         for mode in MODES:
             options[f"{mode}_shape_file"] = [str(layout.text_shape(layout.lm_stats, mode))]
         run = {"command": args.command, "config": str(args.lm_config), "commit": commit(Path())}

@@ -9,11 +9,12 @@ from espnet_kv.errors import UserError
 from espnet_kv.recipe.atomic import write_text
 from espnet_kv.recipe.config import load_yaml
 from espnet_kv.recipe.decode import require_model
-from espnet_kv.recipe.jobs import Job, visible_gpus
+from espnet_kv.recipe.jobs import Job
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.options import DECODE, DECODE_STREAMING
 from espnet_kv.recipe.scores import read_scores
 from espnet_kv.recipe.steps import Step
+from espnet_kv.recipe.train import default_gpus
 from espnet_kv.report.profiles import read_profiles
 from espnet_kv.report.write import TITLE, write_report
 
@@ -31,7 +32,7 @@ def profile_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> S
     wav_scp = layout.formatted(args.test_sets[0]) / "wav.scp"
 
     def jobs() -> list[Job]:
-        ngpu = min(1, visible_gpus() if args.ngpu is None else args.ngpu)
+        ngpu = min(1, default_gpus(args.ngpu))
         options = [
             f"--experiment={exp}",
             f"--inference_asr_model={args.inference_asr_model}",

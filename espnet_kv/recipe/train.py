@@ -132,9 +132,8 @@ def training_step(
 
     def jobs() -> list[Job]:
         chosen = dict(config if config is not None else make_config())
-        ngpu = min(1, visible_gpus()) if args.ngpu is None else args.ngpu
-        chosen |= {"output_dir": str(exp), "resume": True, "ngpu": ngpu}
-        chosen |= {"multiprocessing_distributed": ngpu > 1}
+        ngpu = default_gpus(args.ngpu)
+        chosen |= run_options(exp, ngpu)
         run = {"command": args.command, **stated, "commit": commit(Path())}
         write_text(exp / "run.json", json.dumps(run, indent=1) + "\n")
         more = [config_option(exp / "train.yaml", chosen), *split_options(args.asr_args)]
@@ -153,6 +152,21 @@ def training_step(
         precious=True,
         **fields,
     )
+
+
+def default_gpus(given: int | None) -> int:
+    """GPUs of one training: as given, else one where there is one."""
+    return min(1, visible_gpus()) if given is None else given
+
+
+def run_options(exp: Path, ngpu: int) -> dict[str, Any]:
+    """ESPnet's options that say where and on what a training runs."""
+    return {
+        "output_dir": str(exp),
+        "resume": True,
+        "ngpu": ngpu,
+        "multiprocessing_distributed": ngpu > 1,
+    }
 
 
 def _finish_training(layout: Layout, exp: Path) -> None:
