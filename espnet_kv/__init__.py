@@ -1,11 +1,29 @@
 """KV-cache compression for ESPnet speech recognition.
 
 Importing the package makes its encoders known to ESPnet (see `espnet_kv.registration`).
-The import itself is light: ESPnet is not loaded until somebody asks for it.
+The import itself is light: torch and ESPnet are not loaded until somebody asks for one of the
+names in `__all__`.
 """
+
+import importlib
+from typing import Any
 
 from espnet_kv.registration import register
 
 __version__ = "0.1.0"
+
+_EXPORTS = {
+    "ASRTask": "espnet_kv.task",
+    "EncoderState": "espnet_kv.cache.stream",
+    "StreamingRecognizer": "espnet_kv.streaming.recognizer",
+}
+__all__ = ["ASRTask", "EncoderState", "StreamingRecognizer", "register"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'espnet_kv' has no attribute {name!r}")
+
 
 register()

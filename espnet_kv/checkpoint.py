@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from espnet_kv.errors import UserError, is_out_of_memory, one_line
 
@@ -78,25 +77,53 @@ def check_finite(model: nn.Module, file: Path | str) -> None:
             raise UserError(f"{file}: {key} holds infinity: the training diverged; train again")
 
 
-def refuse_partial_loads(module: nn.Module) -> RemovableHandle:
-    """Make every `load_state_dict` of `module` strict, also where the caller asks for less.
+class LoadGuard:
+    """Makes every `load_state_dict` of a module strict, also where the caller asks for less.
+
+    It judges the keys of that module alone: what else a load lacks is the business of others.
+
+    Args:
+        module: guarded from now on.
+    """
+
+    def __init__(self, module: nn.Module):
+        self._prefix = ""
+        self._hooks = [
+            module.register_load_state_dict_pre_hook(self._before),
+            module.register_load_state_dict_post_hook(self._after),
+        ]
+
+    def remove(self) -> None:
+        """Take the guard off."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before(self, module: nn.Module, state_dict: Any, prefix: str, *rest: Any) -> None:
+        self._prefix = prefix  # of the module's keys in what is loaded
+
+    def _after(self, module: nn.Module, keys: Any) -> None:
+        missing, unexpected = (
+            [key for key in listed if key.startswith(self._prefix)]
+            for listed in (keys.missing_keys, keys.unexpected_keys)
+        )
+        if missing or unexpected:
+            raise UserError(
+                f"the checkpoint does not fit {type(module).__name__} (is it from another "
+                f"attention_type or config?): missing keys: {', '.join(missing) or 'none'}; "
+                f"unexpected keys: {', '.join(unexpected) or 'none'}"
+            )
+
+
+def refuse_partial_loads(module: nn.Module) -> LoadGuard:
+    """Guard a module's loads.
 
     ESPnet loads trained models with strict=False: a checkpoint of another attention would leave
     random weights behind without a word.
 
     Returns:
-        A handle whose remove() takes the refusal back.
+        The guard, whose remove() takes the refusal back.
 
     Raises:
         UserError: (when loading) one message that lists missing and unexpected keys.
     """
-    return module.register_load_state_dict_post_hook(_refuse)
-
-
-def _refuse(module: nn.Module, keys: Any) -> None:
-    if keys.missing_keys or keys.unexpected_keys:
-        raise UserError(
-            f"the checkpoint does not fit {type(module).__name__} (is it from another "
-            f"attention_type or config?): missing keys: {', '.join(keys.missing_keys) or 'none'}; "
-            f"unexpected keys: {', '.join(keys.unexpected_keys) or 'none'}"
-        )
+    return LoadGuard(module)

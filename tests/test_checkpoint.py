@@ -1,6 +1,8 @@
 """A checkpoint fills its model or is refused in one message."""
 
 import argparse
+import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -156,6 +158,38 @@ def test_another_size_to_start_from_is_named(experiments):
     config["init_param"] = [str(experiments / "mla8/model.pth")]
     with pytest.raises(UserError, match=r"other sizes: encoder.encoders.0.self_attn.linear_kv_"):
         TrainingTask.build_model(argparse.Namespace(**config))
+
+
+class TestGuard:
+    def outer(self) -> torch.nn.ModuleDict:
+        """A model of which one part is guarded."""
+        model = torch.nn.ModuleDict({"front": torch.nn.Linear(2, 2), "ours": torch.nn.Linear(2, 2)})
+        self.guard = refuse_partial_loads(model["ours"])
+        return model
+
+    def test_keys_of_others_are_their_business(self):
+        model = self.outer()
+        state = {key: value for key, value in model.state_dict().items() if "ours" in key}
+        keys = model.load_state_dict(state | {"other.weight": torch.zeros(1)}, strict=False)
+        assert keys.missing_keys == ["front.weight", "front.bias"]
+
+    @pytest.mark.parametrize("wrong", ["ours.weight", "ours.more"])
+    def test_its_own_keys_have_to_fit(self, wrong):
+        model = self.outer()
+        state = dict(model.state_dict())
+        if wrong in state:
+            del state[wrong]
+        else:
+            state[wrong] = torch.zeros(1)
+        with pytest.raises(UserError, match=wrong) as told:
+            model.load_state_dict(state, strict=False)
+        assert "front" not in str(told.value)
+
+    def test_survives_pickling_and_copies(self):
+        model = self.outer()
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            with pytest.raises(UserError, match=r"ours\.bias"):
+                twin.load_state_dict({"ours.weight": torch.zeros(2, 2)}, strict=False)
 
 
 def test_the_guard_can_be_taken_back():

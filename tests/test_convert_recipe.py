@@ -92,6 +92,12 @@ def test_options_without_a_source_are_refused(words):
         parse(words)
 
 
+def test_a_source_that_is_not_there_is_named(capsys):
+    words = ["--convert_from", "exp/none", *MLA, "--calibration_minutes", "0", "--stage", "11"]
+    assert main(words) == 1
+    assert "exp/none/config.yaml does not exist" in capsys.readouterr().err
+
+
 @pytest.fixture
 def source(tmp_path) -> Experiment:
     """exp/asr_mha, with the data that it claims to be trained on."""

@@ -279,3 +279,16 @@ def test_register_again_changes_nothing():
     before = list(sys.meta_path)
     espnet_kv.register()
     assert sys.meta_path == before
+
+
+def test_names_at_the_top_are_loaded_when_they_are_asked_for():
+    code = (
+        "import sys, espnet_kv, espnet_kv.convert\n"
+        "assert not {'torch', 'espnet2'} & sys.modules.keys()\n"
+        "from espnet_kv import ASRTask, EncoderState, StreamingRecognizer\n"
+        "from espnet_kv.convert import convert_model, factorize_kv\n"
+        "assert {c.__name__ for c in (ASRTask, EncoderState, StreamingRecognizer)} < {*dir()}\n"
+        "assert not hasattr(espnet_kv, 'nothing')\n"
+    )
+    ended = python("-c", code)
+    assert ended.returncode == 0, ended.stderr

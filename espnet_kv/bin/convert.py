@@ -121,7 +121,7 @@ def run(args: argparse.Namespace, said: str) -> None:
 
     from espnet_kv.convert.calibration import read_calibration
     from espnet_kv.convert.experiment import check_new, describe, write_experiment
-    from espnet_kv.convert.model import convert
+    from espnet_kv.convert.model import convert_model
     from espnet_kv.convert.source import load_source
     from espnet_kv.convert.target import Target
     from espnet_kv.task import ASRTask
@@ -158,7 +158,7 @@ def run(args: argparse.Namespace, said: str) -> None:
             print(f"  note: {note}", flush=True)
         _tell_left_out(calibration.source["left_out"])
     try:
-        conversion = convert(model, config, args.parts, target, calibration, _tell)
+        conversion = convert_model(model, config, args.parts, target, calibration, _tell)
     except torch.linalg.LinAlgError as error:
         raise UserError(
             f"{args.asr_model_file}: its attention cannot be factorised ({one_line(error)}): the "

@@ -1,1 +1,16 @@
 """Trained multi-head attention made into mla, gqa or linear: the mathematics of it."""
+
+import importlib
+from typing import Any
+
+_EXPORTS = {
+    "convert_model": "espnet_kv.convert.model",
+    "factorize_kv": "espnet_kv.convert.factorize",
+}
+__all__ = ["convert_model", "factorize_kv"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'espnet_kv.convert' has no attribute {name!r}")

@@ -63,7 +63,7 @@ class Conversion:
     parameters: dict[str, int] = field(default_factory=dict)
 
 
-def convert(
+def convert_model(
     model: Any,
     config: Mapping[str, Any],
     parts: Sequence[str],

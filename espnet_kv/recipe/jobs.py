@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from espnet_kv.errors import UserError
 from espnet_kv.recipe.job import CUDA_DEVICES, Job, Running
-from espnet_kv.recipe.pool import end_groups, terminate_on_signals
+from espnet_kv.recipe.pool import cores, end_groups, most_at_once, terminate_on_signals
 
 __all__ = ["Job", "check_gpus", "cores", "run_jobs", "terminate_on_signals", "visible_gpus"]
 
@@ -34,7 +34,7 @@ def run_jobs(jobs: Sequence[Job], parallel: int, threads: int | None = None) -> 
         return
     check_gpus(max(job.gpus for job in jobs), "ngpu")
     free = _gpu_names() if any(job.gpus for job in jobs) else []
-    parallel = max(1, min(parallel, len(jobs)))
+    parallel = max(1, min(parallel, len(jobs), most_at_once()))
     threads = threads or max(1, cores() // parallel)
     waiting, running, failures = list(jobs), list[Running](), list[str]()
     done = 0
@@ -70,13 +70,6 @@ def run_jobs(jobs: Sequence[Job], parallel: int, threads: int | None = None) -> 
 
 def _first_that_fits(waiting: Sequence[Job], free: Sequence[str]) -> Job | None:
     return next((job for job in waiting if job.gpus <= len(free)), None)
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def visible_gpus() -> int:

@@ -76,11 +76,9 @@ class Layout:
     @property
     def shortest_seconds(self) -> float:
         """Length of the shortest utterance that every configured encoder can take."""
-        return max(
-            shortest_seconds(self.model_config(file), self.args.fs)
-            for file in self.source_configs
-            if file.is_file()
-        )
+        there = [file for file in self.source_configs if file.is_file()]
+        lengths = [shortest_seconds(self.model_config(file), self.args.fs) for file in there]
+        return max(lengths, default=0.0)
 
     @property
     def audio_type(self) -> str:

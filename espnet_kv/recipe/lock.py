@@ -12,11 +12,12 @@ from espnet_kv.errors import UserError
 
 
 @contextmanager
-def locked(output: Path, command: str) -> Iterator[None]:
+def locked(output: Path, command: str, wait: bool = False) -> Iterator[None]:
     """Hold the lock of `output`, a hidden file beside it, which the kernel releases on any death.
 
     Args:
         command: what holds it, for the message that another run prints.
+        wait: until another run has released it, which takes it a moment.
 
     Raises:
         UserError: another run holds it; names that run's process and command.
@@ -26,7 +27,7 @@ def locked(output: Path, command: str) -> Iterator[None]:
     while True:
         file = path.open("a+", encoding="utf-8")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             with file:
                 raise UserError(f"{output} is being made by {_holder(file)}") from None

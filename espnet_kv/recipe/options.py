@@ -126,9 +126,10 @@ def parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("what runs")
     add(g, "stage", 1, "first stage", type=int)
     add(g, "stop_stage", LAST_STAGE, "last stage", type=int)
-    add(g, "nj", min(32, cores()), "parallel jobs of data stages", type=whole(1))
-    add(g, "inference_nj", min(32, cores()), "parallel jobs of decoding", type=whole(1))
-    add(g, "train_nj", 1, "models trained at the same time", type=whole(1))
+    some = whole(1, 10_000)
+    add(g, "nj", min(32, cores()), "parallel jobs of data stages", type=some)
+    add(g, "inference_nj", min(32, cores()), "parallel jobs of decoding", type=some)
+    add(g, "train_nj", 1, "models trained at the same time", type=some)
     ngpu = "GPUs of one training; 0 = CPU (default: 1 if there is one)"
     add(g, "ngpu", None, ngpu, type=whole(0))
     add(g, "gpu_inference", False, "decode on the GPU")

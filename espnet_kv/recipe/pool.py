@@ -22,6 +22,7 @@ from typing import Any
 
 from espnet_kv.errors import UserError
 
+PER_CORE = 4
 OUT_OF_MEMORY = "most likely for lack of memory"
 
 
@@ -136,6 +137,21 @@ def end_groups(pids: Sequence[int], poll: Callable[[], Any], grace: float = 2.0)
             signal_group(pid, number)
 
 
+def cores() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def most_at_once() -> int:
+    """Processes of one kind that this machine is asked to run, whatever --nj says.
+
+    Each of them loads torch: more than a few for each core would cost memory and gain nothing.
+    """
+    return PER_CORE * cores()
+
+
 def parallel_map[Item, Result](
     work: Callable[[Item], Result], jobs: Sequence[Item], nj: int
 ) -> Iterator[Result]:
@@ -159,7 +175,7 @@ def parallel_map[Item, Result](
     workers: list[_Worker] = []
     done: dict[int, tuple[list[Result], UserError | None]] = {}
     try:
-        for _ in range(min(nj, len(chunks))):
+        for _ in range(min(nj, len(chunks), most_at_once())):
             workers.append(_Worker.start(work))
         given = 0
         for wanted in range(len(chunks)):

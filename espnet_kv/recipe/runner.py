@@ -75,7 +75,8 @@ def _check_before(step: Step, judge: Steps) -> None:
 def _run_wave(steps: Sequence[Step], judge: Steps, parallel: int, command: str) -> None:
     with ExitStack() as locks:
         for output in dict.fromkeys(step.output for step in steps):
-            locks.enter_context(locked(output, command))
+            short = all(step.always for step in steps if step.output == output)
+            locks.enter_context(locked(output, command, wait=short))
         jobs: list[Job] = []
         for step in steps:
             judge.begin(step)

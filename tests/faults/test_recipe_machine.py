@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from small_recipe import leftovers, make_recipe, results, run, said, start
 
 from espnet_kv.recipe import train
@@ -137,6 +138,48 @@ class TestLostProducts:
         code, out, _ = run(folder, *only)
         assert code == 0 and "data_wav.ark changed after it was made" in out
         assert ark.read_bytes() == content
+
+
+def test_a_test_set_that_is_the_validation_set_too_is_decoded_whole(undisturbed, tmp_path):
+    """Training leaves out what is too long; scoring does not."""
+    folder, options, _ = undisturbed
+    wav = next((folder / "own/dev").glob("*.wav"))
+    samples, rate = soundfile.read(wav)
+    shutil.copytree(folder / "own", tmp_path / "own")
+    for scp in (tmp_path / "own").glob("*/wav.scp"):
+        scp.write_text(scp.read_text().replace(str(folder), str(tmp_path)))
+    soundfile.write(tmp_path / wav.relative_to(folder), np.tile(samples, 3), rate)
+    (tmp_path / "conf").symlink_to(folder / "conf")
+    shutil.copy(folder / "tiny.yaml", tmp_path)
+    both = [*options, "--test_sets", "own/dev", "--max_wav_duration", "1", "--stop_stage", "12"]
+    code, out, err = run(tmp_path, *both)
+    assert code == 0, out + err
+    assert len((tmp_path / "dump/raw/dev/wav.scp").read_text().splitlines()) == 2
+    (decoded,) = tmp_path.glob("exp/asr_train*/decode_*/dev/text")
+    assert len(decoded.read_text().splitlines()) == 3
+    assert out.splitlines()[-2].split()[:3] == ["dev", "3", "0"]
+
+
+@pytest.mark.parametrize("harm", ["missing", "cut", "no transcript"])
+def test_a_test_set_never_loses_an_utterance(undisturbed, tmp_path, harm):
+    folder, options, _ = undisturbed
+    shutil.copytree(folder / "own/test", tmp_path / "test")
+    wav = tmp_path / "test/test1.wav"
+    scp = tmp_path / "test/wav.scp"
+    scp.write_text(scp.read_text().replace(str(folder / "own"), str(tmp_path)))
+    if harm == "missing":
+        wav.unlink()
+    elif harm == "cut":
+        wav.write_bytes(wav.read_bytes()[:9000])
+    else:
+        text = tmp_path / "test/text"
+        text.write_text("".join(text.read_text().splitlines(True)[::2]))
+    places = [f"--{name}dir={tmp_path / name}" for name in ("exp", "data", "dump")]
+    line = said(
+        run(folder, *options, *places, "--test_sets", str(tmp_path / "test"), "--stop_stage", "3")
+    )
+    assert "test1" in line
+    assert not (tmp_path / "dump/raw/test").exists()
 
 
 def test_two_runs_at_once(undisturbed, tmp_path):
