@@ -27,6 +27,14 @@ setup(
         "jiwer",
         "matplotlib",
         "pyyaml",
+        "humanfriendly",
+        "numpy",
+        "soundfile",
+        "soxr",
+        "tensorboard",
+        "typeguard",
+        "scipy",
+        "omniio",
         "espeakng-loader",  # the voice of the embedded corpus
     ],
     extras_require={

@@ -238,3 +238,13 @@ def test_recipe_scripts_run_nothing_but_our_modules(script):
 def test_the_recipe_scripts_are_thin():
     for script in SCRIPTS:
         assert len(script.read_text(encoding="utf-8").splitlines()) < 60, script.name
+
+
+def test_every_package_that_is_imported_is_declared():
+    declared = set(re.findall(r'^\s+"([a-z_-]+)', (REPO / "setup.py").read_text(), re.MULTILINE))
+    names = {"yaml": "pyyaml", "espnet2": "espnet", "espnet3": "espnet"}
+    tops = {name.split(".")[0] for module in MODULES for name in imports(module)}
+    others = {top for top in tops if top not in sys.stdlib_module_names and top != "espnet_kv"}
+    wanted = {names.get(top, top).replace("_", "-") for top in others}
+    missing = wanted - {name.replace("_", "-") for name in declared}
+    assert not missing, f"setup.py lacks {sorted(missing)}"
