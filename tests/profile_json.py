@@ -5,7 +5,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-LAYERS, WIDTH, HEADS, FRAME_MS = 4, 80, 4, 40.0
+LAYERS, WIDTH, HEADS, CHUNK, FRAME_MS = 4, 80, 4, 16, 40.0
 SECONDS = (5.0, 60.0, 600.0)
 NUMBERS = {"mha": 2 * WIDTH, "gqa": WIDTH, "mla": 16, "linear": 0}
 CONF = {"gqa": {"num_kv_heads": 2}, "mla": {"kv_rank": 16}}
@@ -28,39 +28,54 @@ def make_profile(
     `model__weights="random"` sets one key of model; `time=None` takes a part out.
     """
 
-    def held(frames: int, cache_dtype: str) -> dict[str, Any]:
+    def kinds(frames: int, cache_dtype: str) -> dict[str, int]:
         numbers = LAYERS * frames * NUMBERS[attention]
-        kinds = {
+        return {
             "attention": numbers * BITS[cache_dtype] // 8 or CONSTANT,
             "conv": LAYERS * 14 * WIDTH * 4,
             "input": 6 * 24 * 4,
         }
-        return {"bytes": kinds, "analytic": dict(kinds)}
+
+    def held(frames: int, slots: int, cache_dtype: str) -> dict[str, Any]:
+        own = kinds(frames, cache_dtype)
+        return {"bytes": own, "analytic": dict(own), "allocated": kinds(slots, cache_dtype)}
 
     def cache(cache_dtype: str) -> dict[str, Any]:
         lengths = []
         for seconds in SECONDS:
             frames = int(seconds * 1000 / FRAME_MS)
+            doubled = 16 * CHUNK
+            while doubled < frames:
+                doubled *= 2
             lengths.append(
                 {
                     "seconds": seconds,
                     "frames": frames,
-                    "bounded": held(min(frames, left_frames), cache_dtype),
-                    "unbounded": held(frames, cache_dtype),
+                    "bounded": held(min(frames, left_frames), left_frames + CHUNK, cache_dtype),
+                    "unbounded": held(frames, doubled, cache_dtype),
                 }
             )
-        attended = lengths[-1]["bounded"]["bytes"]["attention"] // LAYERS
+        attended, allocated = (
+            lengths[-1]["bounded"][what]["attention"] // LAYERS for what in ("bytes", "allocated")
+        )
+        conv = 14 * WIDTH * 4
+        layer = {
+            "attention": attended,
+            "conv": conv,
+            "allocated": {"attention": allocated, "conv": conv},
+        }
         per_frame = LAYERS * NUMBERS[attention] * BITS[cache_dtype] / 8
         return {
             "lengths": lengths,
-            "layers": [{"attention": attended, "conv": 14 * WIDTH * 4}] * LAYERS,
+            "layers": [layer] * LAYERS,
+            "position": LAYERS * (left_frames + 2 * CHUNK - 1) * WIDTH * 4,
             "attention_bytes_per_frame": per_frame,
             "attention_bytes_per_second": per_frame * 1000 / FRAME_MS,
         }
 
     slower = {"mha": 1.0, "gqa": 0.95, "mla": 0.9, "linear": 0.8}[attention]
     profile = {
-        "schema": "espnet_kv.profile/1",
+        "schema": "espnet_kv.profile/2",
         "name": f"asr_train_asr_{encoder}_{attention}_small",
         "model": {
             "encoder": encoder,
@@ -85,7 +100,7 @@ def make_profile(
             "dtype": "float32",
             "threads": 1,
             "seed": 0,
-            "chunk_size": 16,
+            "chunk_size": CHUNK,
             "left_chunks": 4,
             "frame_ms": FRAME_MS,
             "audio": "dump/raw/test_clean/wav.scp",
@@ -109,6 +124,7 @@ def make_profile(
             "frames": 250,
             "bytes": {"decoder_self": 128_000, "decoder_cross": 160_000},
             "analytic": {"decoder_self": 128_000, "decoder_cross": 160_000},
+            "allocated": {"decoder_self": 163_840, "decoder_cross": 160_000},
             "bytes_per_token": 640.0,
             "bytes_per_frame": 640.0,
         },

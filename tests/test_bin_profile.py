@@ -21,10 +21,13 @@ REPO = Path(__file__).parents[1]
 QUICK = ["--lengths", "1 3", "--repeats", "1", "--chunk_size", "4", "--left_chunks", "2"]
 
 BYTES = {"attention": int, "conv": int, "input": int}
-HELD = {"bytes": BYTES, "analytic": BYTES}
+HELD = {"bytes": BYTES, "analytic": BYTES, "allocated": BYTES}
 CACHE = {
     "lengths": [{"seconds": int, "frames": int, "bounded": HELD, "unbounded": HELD}],
-    "layers": [{"attention": int, "conv": int}],
+    "layers": [
+        {"attention": int, "conv": int, "allocated": {"attention": int, "conv": int}},
+    ],
+    "position": int,
     "attention_bytes_per_frame": float,
     "attention_bytes_per_second": float,
 }
@@ -83,6 +86,7 @@ SCHEMA: dict[str, Any] = {
         "frames": int,
         "bytes": DECODER,
         "analytic": DECODER,
+        "allocated": DECODER,
         "bytes_per_token": float,
         "bytes_per_frame": float,
     },
@@ -193,7 +197,7 @@ class TestCommand:
         assert written == experiment / "profile/profile.json"
         profile = json.loads(written.read_text())
         assert_fits(profile, SCHEMA)
-        assert profile["schema"] == "espnet_kv.profile/1"
+        assert profile["schema"] == "espnet_kv.profile/2"
         assert profile["name"] == "asr_tones"
         assert profile["settings"]["audio"] == str(experiment / "dump/wav.scp")
         assert profile["model"]["weights"] == "trained"
@@ -201,7 +205,10 @@ class TestCommand:
         assert profile["wer"]["offline"]["test_clean"]["wer"] == 3.5
         assert list(profile["cache"]) == ["fp32", "int8"]
         # a layer of rank 8 keeps 2 chunks of 4 frames
-        assert profile["cache"]["fp32"]["layers"][0]["attention"] == 8 * 8 * 4
+        layer = profile["cache"]["fp32"]["layers"][0]
+        assert layer["attention"] == 8 * 8 * 4
+        # and has room for the chunk that comes next
+        assert layer["allocated"]["attention"] == 8 * 12 * 4
 
     def test_bytes_are_the_same_every_time(self, written, experiment, search, tmp_path):
         output = ["--output", str(tmp_path / "again.json")]

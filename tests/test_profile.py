@@ -1,6 +1,7 @@
 """What a profile measures: bytes against arithmetic, lengths, searches, memory."""
 
 import dataclasses
+import gc
 import json
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 from small_encoders import ATTENTIONS, BLOCKS, FEATURES, attentions, build, encoders
 from small_models import RATE, speech
 from small_models import build as build_model
+from streams import reachable
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from espnet_kv.attention import ATTENTIONS as REGISTERED
@@ -70,6 +72,52 @@ class TestCache:
                     assert sum(layer[kind] for layer in held.layers) == held.bytes[kind]
                 assert len(held.layers) == BLOCKS
 
+    @encoders
+    @pytest.mark.parametrize("attention", STREAMED.values(), ids=STREAMED)
+    @pytest.mark.parametrize("left", [LEFT, -1], ids=["bounded", "unbounded"])
+    def test_allocated_bytes_are_those_of_the_storage_behind_the_stream(
+        self, name, attention, left, monkeypatch
+    ):
+        encoder = build(name, causal=True, **attention)
+        states = []
+        make = encoder.init_state
+        monkeypatch.setattr(
+            encoder, "init_state", lambda **own: states.append(make(**own)) or states[-1]
+        )
+        (held,) = cache.hold(encoder, torch.randn(210, FEATURES), [210], CHUNK, left, "int8")
+        (state,) = states
+        tables = state.tables.tables if state.tables else ()
+        shared = {t.untyped_storage().data_ptr() for t in tables if t is not None}
+        own = [tensor for key, tensor in reachable(state).items() if key not in shared]
+        assert sum(held.allocated.values()) == sum(t.untyped_storage().nbytes() for t in own)
+        assert held.allocated.keys() == held.bytes.keys()
+        assert all(held.allocated[kind] >= count for kind, count in held.bytes.items())
+        for kind in ("attention", "conv"):
+            layers = [layer["allocated"][kind] for layer in held.layers]
+            assert sum(layers) == held.allocated[kind]
+
+    def test_room_for_the_next_chunk_is_allocated(self):
+        """Two chunks are held in a ring of three; sums need no room."""
+        for kind, times in (("mha", 3 / 2), ("linear", 1)):
+            encoder = build("kv_conformer", causal=True, attention_type=kind)
+            (held,) = cache.hold(encoder, torch.randn(210, FEATURES), [210], CHUNK, LEFT)
+            assert held.allocated["attention"] == times * held.bytes["attention"]
+            assert held.allocated["conv"] == held.bytes["conv"]
+
+    def test_position_tables_stand_apart(self, tone_subject):
+        """(H, N+C-1, d_k) = 32 numbers for each of 12 + 4 - 1 distances, in two layers."""
+        xs = features(tone_subject, tones().clip(4))
+        position = cache.measure(tone_subject, xs, [4], "int8")["position"]
+        assert position == 2 * 15 * 32 * 4
+
+    def test_compression_is_of_allocated_bytes(self, tone_subject):
+        """A ring has slack, sums have none: by bytes held linear attention would win less."""
+        xs = features(tone_subject, tones().clip(4))
+        own = cache.measure(tone_subject, xs, [4], "fp32")["lengths"][-1]
+        own["bounded"]["allocated"]["attention"] = own["bounded"]["bytes"]["attention"]
+        ratios = cache.compare(tone_subject, xs, 4, own, "fp32")
+        assert ratios["mha"]["bounded"] == 8 * 3 / 2
+
     def test_every_encoder_has_its_formula(self):
         names = {name.removeprefix("kv_") for name in CHOICES["encoder_choices"]}
         assert names <= set(analytic.CONVOLUTIONS)
@@ -120,7 +168,10 @@ class TestCache:
         measured = cache.measure(tone_subject, xs, seconds, "fp32")
         assert measured["attention_bytes_per_frame"] == 2 * 8 * 4
         assert measured["attention_bytes_per_second"] == pytest.approx(2 * 8 * 4 * 25)
-        assert measured["layers"] == [{"attention": 8 * 8 * 4, "conv": 4 * 32 * 4}] * 2
+        conv = 4 * 32 * 4
+        allocated = {"attention": 12 * 8 * 4, "conv": conv}  # the ring has room for a chunk more
+        layer = {"attention": 8 * 8 * 4, "conv": conv, "allocated": allocated}
+        assert measured["layers"] == [layer] * 2
         ratios = cache.compare(tone_subject, xs, 4, measured["lengths"][-1], "fp32")
         assert ratios == {
             "mha": {"bounded": 8, "unbounded": 8},
@@ -162,6 +213,8 @@ class TestSearch:
         assert found["bytes"]["decoder_self"] % (6 * 4) == 0
         assert (found["bytes_per_token"], found["bytes_per_frame"]) == (6 * 4, 2 * 32 * 4)
         assert found["hypotheses"] == 3 and found["tokens"] > 4
+        assert found["allocated"]["decoder_cross"] == found["bytes"]["decoder_cross"]
+        assert found["allocated"]["decoder_self"] > found["bytes"]["decoder_self"]
 
     @pytest.mark.parametrize("kind", REGISTERED)
     def test_every_attention_among_tokens_and_to_the_audio(self, kind, tmp_path):
@@ -171,8 +224,30 @@ class TestSearch:
         recognizer = Recognizer(subject, {"beam_size": 2, "ctc_weight": 0.5})
         found = measure_decoder(recognizer, speech("AB").numpy())
         assert found["bytes"] == found["analytic"]
+        assert all(found["allocated"][side] >= count for side, count in found["bytes"].items())
         constant = kind == "linear"
         assert (found["bytes_per_token"] == 0) == (found["bytes_per_frame"] == 0) == constant
+
+    @pytest.mark.parametrize("kind", REGISTERED)
+    def test_allocated_bytes_are_those_of_the_storage_behind_the_search(self, kind, tmp_path):
+        conf = {"num_blocks": 2, "self_attention_type": kind, "src_attention_type": kind}
+        model, _ = build_model(tmp_path, decoder="kv_transformer", decoder_conf=conf)
+        encoded = torch.randn(11, model.encoder.output_size())
+        state = model.decoder.init_state(encoded)
+        beam = [state] * 3
+        with torch.no_grad():
+            for length in range(1, 5):
+                ys = torch.ones(len(beam), length, dtype=torch.long)
+                _, beam = model.decoder.batch_score(ys, beam, encoded.expand(len(beam), -1, -1))
+        search, kept = beam[0].search, [beam[1]]  # the others are dropped
+        del state, beam
+        gc.collect()
+        own = [t for s in search.states for t in s.tensors]
+        own += [x for hypothesis in kept for x in hypothesis.sums if x is not None]
+        behind = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in own}
+        allocated, held = search.capacity_by_kind(), search.nbytes_by_kind()
+        assert allocated["self"] == sum(behind.values()) >= held["self"] > 0
+        assert allocated["cross"] >= held["cross"] > 0
 
     def test_the_decoder_is_left_as_it_was(self, tone_subject):
         decoder = tone_subject.model.decoder

@@ -114,7 +114,7 @@ def test_ids_are_unique_and_figures_are_described(reader):
     assert len(ids) == len(set(ids))
     described = [value for _, key, value in reader.attributes if key == "aria-label"]
     sizes = [text for text in described if text.startswith("Cache size")]
-    assert len(sizes) == 2 and all("conformer mha: attention cache 163.8 kB" in s for s in sizes)
+    assert len(sizes) == 2 and all("conformer mha: cache, allocated 204.8 kB" in s for s in sizes)
 
 
 def test_names_and_commands_are_text_not_markup(report, reader):
@@ -132,10 +132,13 @@ def test_scalars_are_in_tensorboard(report):
     assert {path.name for path in board.iterdir()} >= {"conformer_mha", "conformer_mla_r16"}
     events = EventAccumulator(str(board / "conformer_mla_r16"))
     events.Reload()
-    held = read_profiles(report.inputs)[1].held().attention
+    mla = read_profiles(report.inputs)[1]
+    held, allocated = mla.held().attention, mla.allocated().attention
     assert [e.value for e in events.Scalars("cache/cache_attention_bytes")] == [held]
-    growth = events.Scalars("growth/bounded_attention_bytes_fp32")
-    assert [(e.step, e.value) for e in growth] == [(5, held), (60, held), (600, held)]
+    assert [e.value for e in events.Scalars("cache/cache_attention_allocated")] == [allocated]
+    for name, value in (("bytes", held), ("allocated", allocated)):
+        growth = events.Scalars(f"growth/bounded_attention_{name}_fp32")
+        assert [(e.step, e.value) for e in growth] == [(5, value), (60, value), (600, value)]
     assert not any("wer" in tag for tag in events.Tags()["scalars"] if tag.startswith("cache"))
 
 

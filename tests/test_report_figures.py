@@ -45,20 +45,24 @@ def texts(figure: Figure) -> list[str]:
 
 
 @pytest.mark.parametrize("narrow", [False, True], ids=["wide", "narrow"])
-def test_cache_bars_are_stacked_from_the_bytes_held(entries, narrow):
+def test_cache_bars_are_stacked_from_the_bytes_allocated(entries, narrow):
     models = entries(eight())
     figure = bars.cache_size(models, narrow)
     stacks = figure.axes[0].containers
     assert [stack.get_label() for stack in stacks] == ["attention", "conv", "input"]
     for n, entry in enumerate(models):
-        held = entry.profile.held()
+        allocated = entry.profile.allocated()
         attention, conv, input_ = (stack[n] for stack in stacks)
         assert [b.get_width() for b in (attention, conv, input_)] == [
-            held.attention,
-            held.conv,
-            held.input,
+            allocated.attention,
+            allocated.conv,
+            allocated.input,
         ]
-        assert conv.get_x() == held.attention and input_.get_x() == held.attention + held.conv
+        assert conv.get_x() == allocated.attention
+        assert input_.get_x() == allocated.attention + allocated.conv
+        if not narrow:
+            held = size(entry.profile.held().attention)
+            assert texts(figure)[n].endswith(f"; held {held}")
     assert {bar.get_facecolor()[:3] for bar in stacks[0]} == {
         tuple(int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)) for colour in COLOURS.values()
     }
@@ -80,7 +84,7 @@ def test_wer_is_drawn_against_attention_cache_with_the_front(entries):
         drawn = lines(axis)
         for entry in models:
             rate = entry.profile.wer[mode][name].wer
-            assert drawn[entry.name] == [(entry.profile.held().attention, rate)]
+            assert drawn[entry.name] == [(entry.profile.allocated().attention, rate)]
         points = [drawn[entry.name][0] for entry in models]
         front = drawn["Pareto front"]
         better = lambda a, b: a != b and a[0] <= b[0] and a[1] <= b[1]  # noqa: E731
@@ -139,7 +143,7 @@ def test_cache_growth_has_a_line_for_each_model_and_bound(entries):
         drawn = lines(panel(figure, entry.encoder))
         for side in ("bounded", "unbounded"):
             assert drawn[f"{entry.name}, {side}"] == [
-                (length.seconds, getattr(length, side).bytes.attention)
+                (length.seconds, getattr(length, side).allocated.attention)
                 for length in entry.profile.own_cache.lengths
             ]
 
@@ -194,7 +198,7 @@ def test_cache_dtypes_are_points_of_their_bytes(entries):
     models = entries([make_profile("conformer", "mla", cache_dtypes=("fp32", "int8", "int4"))])
     figure = bars.cache_dtypes(models)
     sizes = [x for x, _ in lines(figure.axes[0])["conformer mla r16"]]
-    assert sizes == [models[0].profile.held(d).attention for d in ("fp32", "int8", "int4")]
+    assert sizes == [models[0].profile.allocated(d).attention for d in ("fp32", "int8", "int4")]
     assert texts(figure) == ["fp32", "int8", "int4"]
     assert bars.cache_dtypes(entries([make_profile(cache_dtypes=("fp32",))])) is None
 

@@ -25,6 +25,8 @@ def test_a_whole_profile_comes_back(tmp_path):
     assert held.attention == 4 * 64 * 16 * 4
     assert held.total == sum(data["cache"]["fp32"]["lengths"][-1]["bounded"]["bytes"].values())
     assert profile.held("int8").attention == held.attention / 4
+    assert profile.allocated().attention == 4 * 80 * 16 * 4
+    assert profile.allocated("int8").attention == 4 * 80 * 16
     assert profile.time.hour[7].chunk_ms == data["time"]["hour"][7]["chunk_ms"]
     assert (
         profile.wer["streaming"]["test_other"].wer == data["wer"]["streaming"]["test_other"]["wer"]
@@ -33,14 +35,14 @@ def test_a_whole_profile_comes_back(tmp_path):
 
 def test_what_need_not_be_known_may_be_absent_or_null(tmp_path):
     little = {
-        "schema": "espnet_kv.profile/1",
+        "schema": "espnet_kv.profile/2",
         "name": "m",
         "model": {"encoder": "conformer", "attention_type": "mha", "weights": "random"},
         "settings": {"device": "cpu", "commit": None},
         "time": None,
     }
     profile = read_profile(write_profile(tmp_path / "p.json", little))
-    assert profile.held() is None and profile.cache_dtype is None
+    assert profile.held() is None and profile.allocated() is None and profile.cache_dtype is None
     assert profile.time.chunk_ms.p50 is None and profile.memory.offline_bytes is None
     assert profile.settings.commit is None and profile.wer == {}
 
@@ -59,7 +61,8 @@ def test_a_key_that_a_later_version_adds_does_no_harm(tmp_path):
 @pytest.mark.parametrize(
     ("parts", "said"),
     [
-        ({"schema": "espnet_kv.profile/2"}, "schema is 'espnet_kv.profile/2', expected"),
+        ({"schema": "espnet_kv.profile/1"}, "schema is 'espnet_kv.profile/1', expected"),
+        ({"schema": "espnet_kv.profile/3"}, "schema is 'espnet_kv.profile/3', expected"),
         ({"name": 3}, "name: expected text, found 3"),
         ({"model__encoder": None}, "model.encoder is missing"),
         ({"settings": []}, "settings: expected keys and values"),

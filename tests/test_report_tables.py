@@ -35,10 +35,16 @@ def test_csv_gives_back_what_the_profiles_hold(report):
     read = rows(comparison_csv(profiles, called, notes))
     assert [row["model"] for row in read] == called
     for row, profile in zip(read, profiles, strict=True):
-        held = profile.held()
+        held, allocated = profile.held(), profile.allocated()
+        assert int(row["cache_attention_allocated"]) == allocated.attention
+        assert int(row["cache_total_allocated"]) == allocated.total
+        assert int(row["cache_rest_allocated"]) == allocated.conv + allocated.input
+        assert int(row["position_bytes"]) == profile.own_cache.position
         assert int(row["cache_attention_bytes"]) == held.attention
         assert int(row["cache_total_bytes"]) == held.total
         assert int(row["cache_attention_bytes_int8"]) == profile.held("int8").attention
+        int8 = profile.allocated("int8").attention
+        assert int(row["cache_attention_allocated_int8"]) == int8
         assert float(row["chunk_ms_p95"]) == profile.time.chunk_ms.p95
         assert float(row["cer_streaming_test_other"]) == profile.wer["streaming"]["test_other"].cer
         assert row["command"] == profile.settings.command
@@ -56,6 +62,31 @@ def test_what_is_not_known_is_empty_in_csv_and_a_dash_for_people(report):
         assert line.count(MISSING) == 4 + 4  # error rates; two times and two real-time factors
     overview = tables(profiles)[0]
     assert {c.key for c in overview.columns} >= {"wer_offline_test_clean", "chunk_ms_p50"}
+
+
+def test_the_overview_says_which_bytes_it_shows(report):
+    """One figure of a cache is what is allocated; what is held stands beside it."""
+    profiles, _, _ = report([make_profile()])
+    columns = tables(profiles)[0].columns
+    shown = {c.heading: c.shown(profiles)[0] for c in columns[:3]}
+    assert shown == {
+        "cache, allocated (kB)": "205",
+        "cache, held (kB)": "164",
+        "times less than mha": "2",
+    }
+
+
+def test_allocated_bytes_that_are_not_known_are_a_dash_and_not_those_held(report):
+    known, unknown = make_profile("conformer", "mha"), make_profile("conformer", "mla")
+    for cache in unknown["cache"].values():
+        for length in cache["lengths"]:
+            for bound in ("bounded", "unbounded"):
+                del length[bound]["allocated"]
+    profiles, called, notes = report([known, unknown])
+    row = rows(comparison_csv(profiles, called, notes))[1]
+    assert row["cache_attention_allocated"] == "" and row["cache_attention_bytes"] == "16384"
+    shown = tables(profiles)[0].columns[0].shown(profiles)
+    assert shown == ["205", MISSING]
 
 
 def test_columns_that_no_model_has_are_left_out(report):

@@ -15,6 +15,7 @@ from espnet_kv.atomic import check_writable, write_text
 from espnet_kv.errors import Parser, UserError, command, one_line, true_or_false, whole
 from espnet_kv.recipe.config import load_config, load_yaml
 from espnet_kv.recipe.scores import read_scores
+from espnet_kv.report.profiles import SCHEMA
 
 if TYPE_CHECKING:
     from espnet_kv.profile.sound import Sound
@@ -155,7 +156,7 @@ def main(cmd: Sequence[str] | None = None) -> None:
 
     import torch
 
-    from espnet_kv.profile.profile import SCHEMA, Options, profile
+    from espnet_kv.profile.profile import Options, profile
     from espnet_kv.profile.subject import Subject
 
     # what ESPnet says of a search is meant for those who decode

@@ -210,13 +210,15 @@ class Search:
         }
 
     def capacity_by_kind(self) -> dict[str, int]:
-        """Bytes allocated, by the kinds of `nbytes_by_kind`."""
-        sums = sum(_nbytes(hypothesis.sums) for hypothesis in self._living)
-        own = sum(state.capacity_bytes for state in self.states)
-        return {
-            "self": own + sums,
-            "cross": sum(state.capacity_bytes for state in self.memory.states),
-        }
+        """Bytes allocated, by the kinds of `nbytes_by_kind`: of all storage that is kept alive.
+
+        The sums of the hypotheses of one step lie in one storage, which stays while any of them
+        lives.
+        """
+        own = [tensor for state in self.states for tensor in state.tensors]
+        sums = [x for hypothesis in self._living for x in hypothesis.sums if x is not None]
+        cross = [tensor for state in self.memory.states for tensor in state.tensors]
+        return {"self": _storage_nbytes([*own, *sums]), "cross": _storage_nbytes(cross)}
 
     @property
     def living(self) -> int:
@@ -238,6 +240,11 @@ class Search:
         cross = sum(layer.src_attn.footprint.nbytes(frames, stored, dtype) for layer in layers)
         sums = (len(self._living) - self.batch_size) * constant
         return {"self": own + sums, "cross": cross}
+
+
+def _storage_nbytes(tensors: Sequence[Tensor]) -> int:
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _nbytes(tensors: Sequence[Tensor | None]) -> int:

@@ -1,4 +1,8 @@
-"""Bytes of the encoder's cache between two chunks: read off running streams, beside arithmetic."""
+"""Bytes of the encoder's cache between two chunks: read off running streams, beside arithmetic.
+
+Held bytes are those of the frames that a stream may still attend to, allocated bytes those of the
+storage: a ring has room for the chunk that comes next, and an unbounded one doubles as it fills.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +18,7 @@ from espnet_kv.profile.subject import Subject, encoder_with
 
 # an unbounded cache is filled in chunks of so many frames at most
 LONG_CHUNK = 512
+LAYER_KINDS = ("attention", "conv")
 
 
 class MismatchError(UserError):
@@ -22,14 +27,18 @@ class MismatchError(UserError):
 
 @dataclass(frozen=True)
 class Held:
-    """What one stream holds.
+    """What one stream holds, and the storage that it takes.
 
-    frames: encoded so far. bytes: by kind. layers: {attention, conv} of each encoder layer.
+    frames: encoded so far.
+    bytes: held, by kind.
+    allocated: bytes of the storage, by the same kinds.
+    layers: {attention, conv, allocated: {attention, conv}} of each encoder layer.
     """
 
     frames: int
     bytes: dict[str, int]
-    layers: list[dict[str, int]]
+    allocated: dict[str, int]
+    layers: list[dict[str, Any]]
 
 
 def hold(
@@ -58,7 +67,7 @@ def hold(
             _advance(encoder, state, xs, chunk_size)
         else:
             encoder.forward_chunk(xs, state)
-        held.append(Held(state.frames[0], state.nbytes_by_kind(), _layers(encoder, state)))
+        held.append(_held(encoder, state))
     return held
 
 
@@ -80,14 +89,35 @@ def _advance(encoder: Any, state: EncoderState, xs: Tensor, chunk_size: int) -> 
     state.chunk_size = chunk_size
 
 
-def _layers(encoder: Any, state: EncoderState) -> list[dict[str, int]]:
+def _held(encoder: Any, state: EncoderState) -> Held:
+    held, allocated = state.nbytes_by_kind(), state.capacity_by_kind()
+    own = {kind: allocated[kind] for kind in held}  # position tables are not one stream's
+    return Held(state.frames[0], held, own, _layers(encoder, state))
+
+
+def _layers(encoder: Any, state: EncoderState) -> list[dict[str, Any]]:
     layers, modules = [], state.modules
     for block in encoder.encoders:
         own = [modules[m.state_index] for m in block.modules() if hasattr(m, "state_index")]
-        layers.append(
-            {kind: sum(s.nbytes for s in own if s.kind == kind) for kind in ("attention", "conv")}
+        held, allocated = (
+            {kind: sum(getattr(s, what) for s in own if s.kind == kind) for kind in LAYER_KINDS}
+            for what in ("nbytes", "capacity_bytes")
         )
+        layers.append({**held, "allocated": allocated})
     return layers
+
+
+def position_bytes(encoder: Any, features: Tensor, chunk_size: int, left_chunks: int) -> int:
+    """Bytes of the tables of relative positions, which streams with the same settings share.
+
+    Args:
+        features: (T, F), of a chunk or more: the tables are made at the first chunk.
+    """
+    stride, window = subsampling(encoder.embed)
+    first_chunk = features[: chunk_size * stride + window]
+    state = encoder.init_state(chunk_size=chunk_size, left_chunks=left_chunks)
+    encoder.forward_chunk(first_chunk[None], state)
+    return state.capacity_by_kind()["position"]
 
 
 def arithmetic(subject: Subject) -> EncoderArithmetic:
@@ -132,12 +162,19 @@ def measure(
             where = f"{cache_dtype}, {bound}, {length['seconds']:g} s"
             check(one.bytes, analytic, where)
             length["frames"] = one.frames
-            length[bound] = {"bytes": one.bytes, "analytic": analytic}
+            length[bound] = {
+                "bytes": one.bytes,
+                "analytic": analytic,
+                "allocated": one.allocated,
+            }
     first, last = held["unbounded"][0], held["unbounded"][-1]
     per_frame = _slope(first, last)
     return {
         "lengths": lengths,
         "layers": held["bounded"][-1].layers,
+        "position": position_bytes(
+            subject.encoder, features, subject.chunk_size, subject.left_chunks
+        ),
         "attention_bytes_per_frame": per_frame,
         "attention_bytes_per_second": None
         if per_frame is None
@@ -178,6 +215,8 @@ def compare(
 ) -> dict[str, Any]:
     """The profile's `compression`: attention bytes of mha and of mha `cache: input` over own.
 
+    All of them are allocated bytes, as the figure that stands for a cache is.
+
     Args:
         features, seconds: of the longest length. own: its entry in `measure`'s lengths.
     """
@@ -188,5 +227,6 @@ def compare(
         ratios[name] = {}
         for bound, left in (("bounded", subject.left_chunks), ("unbounded", -1)):
             (reference,) = hold(encoder, features, marks, subject.chunk_size, left, cache_dtype)
-            ratios[name][bound] = reference.bytes["attention"] / own[bound]["bytes"]["attention"]
+            allocated = own[bound]["allocated"]["attention"]
+            ratios[name][bound] = reference.allocated["attention"] / allocated
     return ratios

@@ -22,8 +22,6 @@ from espnet_kv.profile.stream import Streamer, time_chunks, time_hour
 from espnet_kv.profile.subject import Subject
 from espnet_kv.provenance import commit
 
-SCHEMA = "espnet_kv.profile/1"
-
 
 @dataclass(frozen=True)
 class Options:
@@ -117,8 +115,11 @@ def model_dtype(subject: Subject) -> str:
 
 def _summary(measured: dict[str, Any]) -> str:
     longest = measured["lengths"][-1]
-    bounded, unbounded = (longest[b]["bytes"]["attention"] for b in ("bounded", "unbounded"))
-    return f"attention {bounded} bytes bounded, {unbounded} unbounded at {longest['seconds']:g} s"
+    bounded, unbounded = (longest[b]["allocated"]["attention"] for b in ("bounded", "unbounded"))
+    return (
+        f"attention {bounded} bytes allocated ({longest['bounded']['bytes']['attention']} held) "
+        f"bounded, {unbounded} unbounded at {longest['seconds']:g} s"
+    )
 
 
 def _typical(sound: Sound) -> Any:

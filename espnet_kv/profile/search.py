@@ -143,6 +143,7 @@ class SearchStep:
         stored: tokens in the store, where there is one.
         frames: of the utterance.
         held: bytes by kind.
+        allocated: bytes of the storage, by the same kinds.
     """
 
     hypotheses: int
@@ -150,14 +151,18 @@ class SearchStep:
     stored: int
     frames: int
     held: dict[str, int]
+    allocated: dict[str, int]
 
     @classmethod
     def of(cls, search: Search, hypotheses: int) -> "SearchStep":
         """As the search is now."""
         stores = [state for state in search.states if isinstance(state, FrameState)]
         stored = sum(search.held) if stores else 0
-        held = {KINDS[kind]: count for kind, count in search.nbytes_by_kind().items()}
-        return cls(hypotheses, search.living, stored, search.frames, held)
+        held, allocated = (
+            {KINDS[kind]: count for kind, count in counts.items()}
+            for counts in (search.nbytes_by_kind(), search.capacity_by_kind())
+        )
+        return cls(hypotheses, search.living, stored, search.frames, held, allocated)
 
 
 @contextmanager
@@ -203,6 +208,7 @@ def measure_decoder(recognizer: Recognizer, samples: np.ndarray) -> dict[str, An
         "frames": most.frames,
         "bytes": most.held,
         "analytic": analytic,
+        "allocated": most.allocated,
         "bytes_per_token": most.held["decoder_self"] / most.stored if most.stored else 0.0,
         "bytes_per_frame": _per_frame(recognizer.subject, most.frames),
     }

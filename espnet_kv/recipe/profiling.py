@@ -15,7 +15,7 @@ from espnet_kv.recipe.options import DECODE, DECODE_STREAMING
 from espnet_kv.recipe.scores import read_scores
 from espnet_kv.recipe.steps import Step
 from espnet_kv.recipe.train import default_gpus
-from espnet_kv.report.profiles import read_profiles
+from espnet_kv.report.profiles import SCHEMA, read_profiles
 from espnet_kv.report.write import TITLE, write_report
 
 
@@ -57,6 +57,7 @@ def profile_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> S
         jobs=jobs,
         options={
             "profile_args": args.profile_args,
+            "schema": SCHEMA,  # one of another version cannot be compared
             "inference_config": load_yaml(search),
             "streaming": load_yaml(streaming),
             "inference_asr_model": args.inference_asr_model,

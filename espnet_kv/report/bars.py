@@ -30,23 +30,26 @@ Bars = Sequence[tuple[Entry, float, float | None]]
 
 
 def cache_size(entries: Sequence[Entry], narrow: bool = False) -> Figure | None:
-    """What a stream holds between chunks: attention, convolution and input, stacked."""
-    held = [(entry, kinds) for entry in entries if (kinds := entry.profile.held())]
-    if not held:
+    """What is allocated for a stream: attention, convolution and input, stacked."""
+    shown = [(entry, kinds) for entry in entries if (kinds := entry.profile.allocated())]
+    if not shown:
         return None
-    figure, (axis,), rows = _rows([entry for entry, _ in held], 1, narrow)
-    left = [0.0] * len(held)
-    colours = [[entry.colour for entry, _ in held], [CONV] * len(held), [INPUT] * len(held)]
+    figure, (axis,), rows = _rows([entry for entry, _ in shown], 1, narrow)
+    left = [0.0] * len(shown)
+    colours = [[entry.colour for entry, _ in shown], [CONV] * len(shown), [INPUT] * len(shown)]
     for kind, colour in zip(("attention", "conv", "input"), colours, strict=True):
-        values = [float(getattr(kinds, kind)) for _, kinds in held]
+        values = [float(getattr(kinds, kind)) for _, kinds in shown]
         axis.barh(rows, values, height=0.62, left=left, color=colour, label=kind)
         left = [a + b for a, b in zip(left, values, strict=True)]
-    for row, (_, kinds) in zip(rows, held, strict=True):
+    for row, (entry, kinds) in zip(rows, shown, strict=True):
         text = f"{size(kinds.attention)} of {size(kinds.total)}"
+        held = entry.profile.held()
+        if held and not narrow:
+            text += f"; held {size(held.attention)}"
         _beside(axis, kinds.total, row, text)
-    _value_axis(axis, max(kinds.total for _, kinds in held), size, room=0.45 if narrow else 0.25)
-    axis.set_xlabel("held by one stream between two chunks, attention first")
-    colours_used = dict.fromkeys(entry.colour for entry, _ in held)
+    _value_axis(axis, max(kinds.total for _, kinds in shown), size, room=0.45)
+    axis.set_xlabel("allocated for one stream, attention first")
+    colours_used = dict.fromkeys(entry.colour for entry, _ in shown)
     attention: Any = tuple(Patch(color=colour) for colour in colours_used)
     figure.legend(
         [attention, Patch(color=CONV), Patch(color=INPUT)],
@@ -97,23 +100,23 @@ def peak_memory(entries: Sequence[Entry], narrow: bool = False) -> Figure | None
 
 
 def cache_dtypes(entries: Sequence[Entry], narrow: bool = False) -> Figure | None:
-    """The attention cache in each cache_dtype, on a logarithmic axis."""
-    held = [
+    """The attention cache in each cache_dtype, allocated, on a logarithmic axis."""
+    shown = [
         (entry, sizes)
         for entry in entries
         if len(
             sizes := {
                 dtype: kinds.attention
                 for dtype in entry.profile.cache
-                if (kinds := entry.profile.held(dtype)) and kinds.attention
+                if (kinds := entry.profile.allocated(dtype)) and kinds.attention
             }
         )
         > 1
     ]
-    if not held:
+    if not shown:
         return None
-    figure, (axis,), rows = _rows([entry for entry, _ in held], 1, narrow, 0.44)
-    for row, (entry, sizes) in zip(rows, held, strict=True):
+    figure, (axis,), rows = _rows([entry for entry, _ in shown], 1, narrow, 0.44)
+    for row, (entry, sizes) in zip(rows, shown, strict=True):
         axis.plot(list(sizes.values()), [row] * len(sizes), color=entry.colour, lw=1.5, zorder=1)
         axis.plot(
             list(sizes.values()),
@@ -135,11 +138,11 @@ def cache_dtypes(entries: Sequence[Entry], narrow: bool = False) -> Figure | Non
                 ha="center",
                 fontsize=7.5,
             )
-    values = [value for _, sizes in held for value in sizes.values()]
+    values = [value for _, sizes in shown for value in sizes.values()]
     log_axis(axis.xaxis, size, fine_ticks(values, narrow))
     axis.set_xlim(min(values) / 1.5, max(values) * 1.5)
     axis.grid(axis="x")
-    axis.set_xlabel("attention cache of one stream (logarithmic)")
+    axis.set_xlabel("cache of one stream, allocated (logarithmic)")
     lay_out(figure)
     return figure
 

@@ -39,8 +39,10 @@ def _scalars(entry: Entry) -> list[tuple[str, int, float]]:
         for length in cache.lengths:
             for side in ("bounded", "unbounded"):
                 if held := getattr(length, side):
-                    name = f"growth/{side}_attention_bytes_{cache_dtype}"
-                    found.append((name, round(length.seconds), float(held.bytes.attention)))
+                    for what, kinds in (("bytes", held.bytes), ("allocated", held.allocated)):
+                        name = f"growth/{side}_attention_{what}_{cache_dtype}"
+                        if kinds is not None:
+                            found.append((name, round(length.seconds), float(kinds.attention)))
     for time in profile.time.lengths:
         if time.encode_ms is not None:
             found.append(("growth/encode_ms", round(time.seconds), time.encode_ms))

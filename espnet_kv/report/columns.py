@@ -78,10 +78,17 @@ def tables(profiles: Sequence[Profile]) -> list[Table]:
         Table(
             "Cache",
             _cache(profiles),
-            "Bytes of the tensors that a stream holds between two chunks, at the longest audio; "
-            "bounded by left_chunks unless the heading says otherwise.",
+            "Of one stream between two chunks, at the longest audio; bounded by left_chunks unless "
+            "the heading says otherwise. Allocated are the bytes of the storage, held those of the "
+            "frames in it that may still be attended to. Position tables are shared by all "
+            "streams with the same settings.",
         ),
-        Table("Decoder cache", _decoder(), "What beam search keeps of tokens and of the audio."),
+        Table(
+            "Decoder cache",
+            _decoder(),
+            "What beam search keeps of tokens and of the audio: bytes of the storage (allocated), "
+            "and those in use (held).",
+        ),
         Table(
             "Time",
             _time(),
@@ -118,38 +125,48 @@ def _kb(key: str, title: str, value: Callable[[Profile], Value]) -> Column:
     return Column(key, title, value, "kB", 1e-3)
 
 
+def _both(key: str, title: str, *path: str, kind: str, suffix: str = "") -> list[Column]:
+    """Bytes of one kind: allocated, and held."""
+    return [
+        _kb(f"{key}_allocated{suffix}", f"{title}, allocated", _at(*path, "allocated", kind)),
+        _kb(f"{key}_bytes{suffix}", f"{title}, held", _at(*path, "bytes", kind)),
+    ]
+
+
 def _mb(key: str, title: str, value: Callable[[Profile], Value]) -> Column:
     return Column(key, title, value, "MB", 1e-6)
 
 
 def _overview(profiles: Sequence[Profile]) -> list[Column]:
     chosen = (
-        *("cache_attention_bytes", "compression_mha", "bytes_per_second", "cache_rest_bytes"),
+        *("cache_attention_allocated", "cache_attention_bytes", "compression_mha"),
+        *("bytes_per_second", "cache_rest_allocated"),
         *("utterance_ms_mean", "rtf", "chunk_ms_p50", "streaming_rtf"),
         *("offline_bytes", "streaming_bytes"),
     )
     columns = {c.key: c for c in (*_cache(profiles), *_time(), *_memory())}
     found = [columns[key] for key in chosen]
-    return [*found[:2], *_error_rates(profiles, "wer"), *found[2:]]
+    return [*found[:3], *_error_rates(profiles, "wer"), *found[3:]]
 
 
 def _cache(profiles: Sequence[Profile]) -> list[Column]:
     def rest(profile: Profile) -> Value:
-        held = profile.held()
-        return held.total - held.attention if held else None
+        allocated = profile.allocated()
+        return allocated.total - allocated.attention if allocated else None
 
     bounded = ("own_cache", "longest", "bounded")
     unbounded = ("own_cache", "longest", "unbounded")
     dtypes = dict.fromkeys(d for p in profiles for d in p.cache if d != p.cache_dtype)
     return [
         Column("cache_dtype", "stored as", _at("cache_dtype")),
-        _kb("cache_attention_bytes", "attention cache", _at(*bounded, "bytes", "attention")),
-        _kb("cache_attention_formula", "by formula", _at(*bounded, "analytic", "attention")),
-        _kb("cache_conv_bytes", "convolution", _at(*bounded, "bytes", "conv")),
-        _kb("cache_input_bytes", "input", _at(*bounded, "bytes", "input")),
-        _kb("cache_rest_bytes", "conv. and input", rest),
-        _kb("cache_total_bytes", "whole state", _at(*bounded, "bytes", "total")),
-        _kb("unbounded_bytes", "attention, unbounded", _at(*unbounded, "bytes", "attention")),
+        *_both("cache_attention", "cache", *bounded, kind="attention"),
+        _kb("cache_attention_formula", "held by formula", _at(*bounded, "analytic", "attention")),
+        *_both("cache_conv", "convolution", *bounded, kind="conv"),
+        *_both("cache_input", "input", *bounded, kind="input"),
+        _kb("cache_rest_allocated", "conv. and input, allocated", rest),
+        *_both("cache_total", "whole state", *bounded, kind="total"),
+        *_both("unbounded", "cache, unbounded", *unbounded, kind="attention"),
+        _kb("position_bytes", "position tables, shared", _at("own_cache", "position")),
         Column(
             "bytes_per_frame", "a frame adds", _at("own_cache", "attention_bytes_per_frame"), "B"
         ),
@@ -164,12 +181,15 @@ def _cache(profiles: Sequence[Profile]) -> list[Column]:
             for reference, words in (("mha", "mha"), ("input", "input cache"))
         ),
         *(
-            _kb(
-                f"cache_attention_bytes_{dtype}",
-                f"attention as {dtype}",
-                _at("cache", dtype, "longest", "bounded", "bytes", "attention"),
-            )
+            column
             for dtype in dtypes
+            for column in _both(
+                "cache_attention",
+                f"cache as {dtype}",
+                *("cache", dtype, "longest", "bounded"),
+                kind="attention",
+                suffix=f"_{dtype}",
+            )
         ),
     ]
 
@@ -208,10 +228,9 @@ def _memory() -> list[Column]:
 
 
 def _decoder() -> list[Column]:
-    kinds = ("decoder_cache", "bytes")
     return [
-        _kb("decoder_self_bytes", "self", _at(*kinds, "decoder_self")),
-        _kb("decoder_cross_bytes", "cross", _at(*kinds, "decoder_cross")),
+        *_both("decoder_self", "self", "decoder_cache", kind="decoder_self"),
+        *_both("decoder_cross", "cross", "decoder_cache", kind="decoder_cross"),
         Column("bytes_per_token", "a token adds", _at("decoder_cache", "bytes_per_token"), "B"),
         Column("decoder_bytes_per_frame", "a frame", _at("decoder_cache", "bytes_per_frame"), "B"),
         Column("decoder_hypotheses", "hypotheses", _at("decoder_cache", "hypotheses")),

@@ -25,18 +25,18 @@ Points = list[tuple[float, float]]
 
 
 def cache_growth(entries: Sequence[Entry], narrow: bool = False) -> Figure | None:
-    """Bytes of attention cache over seconds of audio: left_chunks bounds it, or nothing does."""
+    """Bytes allocated for attention over seconds of audio: bounded by left_chunks, or unbounded."""
 
     def points(entry: Entry, side: str) -> Points:
         cache = entry.profile.own_cache
         return [
-            (length.seconds, held.bytes.attention)
+            (length.seconds, held.allocated.attention)
             for length in sorted(cache.lengths if cache else (), key=lambda length: length.seconds)
-            if (held := getattr(length, side)) and held.bytes.attention
+            if (held := getattr(length, side)) and held.allocated and held.allocated.attention
         ]
 
     sides = {"unbounded": "sees all that came before", "bounded": "bounded by left_chunks"}
-    return _by_encoder(entries, narrow, sides, points, size, "attention cache")
+    return _by_encoder(entries, narrow, sides, points, size, "cache, allocated")
 
 
 def time_growth(entries: Sequence[Entry], narrow: bool = False) -> Figure | None:

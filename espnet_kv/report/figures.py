@@ -35,30 +35,33 @@ PLOTS = (
     Plot(
         "wer_cache",
         "Word error rate against cache size",
+        "Cache: bytes allocated for the attention of one stream. "
         "Below and to the left is better; the dashed line joins the models that no other beats in "
         "both. Colour is attention, marker is encoder.",
-        ("cache_attention_bytes", "wer_"),
+        ("cache_attention_allocated", "wer_"),
         scatter.wer_against_cache,
     ),
     Plot(
         "cache_size",
         "Cache size",
-        "What a stream holds between two chunks at the longest audio, bounded by left_chunks.",
-        ("cache_attention_bytes", "cache_conv", "cache_input"),
+        "Bytes allocated for one stream at the longest audio, bounded by left_chunks; held are "
+        "those of the frames that may still be attended to.",
+        ("cache_attention_allocated", "cache_conv", "cache_input"),
         bars.cache_size,
     ),
     Plot(
         "cache_growth",
         "Cache over the length of the audio",
-        "Bytes of attention cache, with left context bounded by left_chunks and without bound.",
-        ("cache_attention_bytes", "unbounded_bytes", "bytes_per_second"),
+        "Bytes allocated for attention, with left context bounded by left_chunks and without "
+        "bound: unbounded storage doubles as it fills.",
+        ("cache_attention_allocated", "unbounded_allocated", "bytes_per_second"),
         curves.cache_growth,
     ),
     Plot(
         "cache_dtype",
         "Cache in fewer bits",
-        "The attention cache in each cache_dtype; scales of int8 and int4 count.",
-        ("cache_attention_bytes",),
+        "Bytes allocated for attention in each cache_dtype; scales of int8 and int4 count.",
+        ("cache_attention_allocated",),
         bars.cache_dtypes,
     ),
     Plot(

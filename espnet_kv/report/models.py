@@ -50,12 +50,12 @@ def ordered(profiles: Sequence[Profile]) -> list[Profile]:
     """By encoder, attention and origin, then the largest cache first."""
 
     def place(profile: Profile) -> tuple:
-        held, model = profile.held(), profile.model
+        allocated, model = profile.allocated(), profile.model
         return (
             *_rank(ENCODERS, model.encoder),
             *_rank(ATTENTIONS, model.attention_type),
             ORIGINS.index(origin(profile)),
-            -(held.attention if held else 0),
+            -(allocated.attention if allocated else 0),
             profile.name,
         )
 

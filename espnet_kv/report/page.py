@@ -66,12 +66,12 @@ def _summary(entries: Sequence[Entry]) -> str:
     """How many models, and from where to where their caches reach."""
     count = f"{len(entries)} models" if len(entries) > 1 else "One model"
     sizes = sorted(
-        ((held.attention, e.name) for e in entries if (held := e.profile.held())),
+        ((kinds.attention, e.name) for e in entries if (kinds := e.profile.allocated())),
     )
     if not sizes:
         return f"{count}. No cache was measured."
     (least, small), (most, large) = sizes[0], sizes[-1]
-    said = f"{count}. The attention cache of one stream is {size(least)} with {small}"
+    said = f"{count}. The attention cache of one stream, allocated, is {size(least)} with {small}"
     return said + (f" and {size(most)} with {large}." if len(sizes) > 1 else ".")
 
 

@@ -14,7 +14,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from espnet_kv.errors import UserError, one_line
 
-SCHEMA = "espnet_kv.profile/1"
+SCHEMA = "espnet_kv.profile/2"
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,15 @@ class Kinds:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes held between two chunks, measured and by formula."""
+    """Bytes between two chunks: held, measured and by formula, and allocated for them.
+
+    allocated: of the storage: that of a ring has room for the chunk that comes next, and that of
+    an unbounded one doubles as it fills.
+    """
 
     bytes: Kinds
     analytic: Kinds | None = None
+    allocated: Kinds | None = None
 
 
 @dataclass(frozen=True)
@@ -108,18 +113,24 @@ class CacheLength:
 
 @dataclass(frozen=True)
 class Layer:
-    """Bytes of one encoder layer, bounded, at the longest length."""
+    """Bytes of one encoder layer, bounded, at the longest length: held, and allocated."""
 
     attention: int
     conv: int = 0
+    allocated: Kinds | None = None
 
 
 @dataclass(frozen=True)
 class Cache:
-    """The encoder's cache in one cache_dtype, per stream."""
+    """The encoder's cache in one cache_dtype, per stream.
+
+    position: bytes of the tables of relative positions, bounded; streams with the same settings
+    share them, so that they are part of no stream's cache.
+    """
 
     lengths: list[CacheLength] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
+    position: int | None = None
     attention_bytes_per_frame: float | None = None
     attention_bytes_per_second: float | None = None
 
@@ -139,10 +150,14 @@ class DecoderKinds:
 
 @dataclass(frozen=True)
 class DecoderCache:
-    """What the decoder holds after `tokens` tokens of `hypotheses`, over `frames` frames."""
+    """What the decoder holds after `tokens` tokens of `hypotheses`, over `frames` frames.
+
+    allocated: bytes of the storage for it.
+    """
 
     bytes: DecoderKinds
     analytic: DecoderKinds | None = None
+    allocated: DecoderKinds | None = None
     hypotheses: int | None = None
     tokens: int | None = None
     frames: int | None = None
@@ -152,7 +167,7 @@ class DecoderCache:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times more the reference holds than this model."""
+    """How many times more is allocated for the reference than for this model."""
 
     bounded: float | None = None
     unbounded: float | None = None
@@ -257,10 +272,22 @@ class Profile:
         return self.cache.get(self.cache_dtype or "")
 
     def held(self, cache_dtype: str | None = None) -> Kinds | None:
-        """The headline cache size, bounded, at the longest length; None where not measured."""
+        """Bytes held, bounded, at the longest length; None where not measured."""
+        bounded = self._bounded(cache_dtype)
+        return bounded.bytes if bounded else None
+
+    def allocated(self, cache_dtype: str | None = None) -> Kinds | None:
+        """The headline cache size: bytes allocated, bounded, at the longest length.
+
+        None where not measured.
+        """
+        bounded = self._bounded(cache_dtype)
+        return bounded.allocated if bounded else None
+
+    def _bounded(self, cache_dtype: str | None) -> Held | None:
         cache = self.cache.get(cache_dtype) if cache_dtype else self.own_cache
         longest = cache.longest if cache else None
-        return longest.bounded.bytes if longest and longest.bounded else None
+        return longest.bounded if longest else None
 
 
 def read_profile(path: Path) -> Profile:

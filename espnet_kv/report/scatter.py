@@ -47,14 +47,14 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 
 
 def wer_against_cache(entries: Sequence[Entry], narrow: bool = False) -> Figure | None:
-    """A panel for each test set and mode: WER over bytes of attention cache, with Pareto front."""
+    """A panel for each test set and mode: WER over allocated bytes, with Pareto front."""
     found: dict[tuple[str, str], list[tuple[Entry, float, float]]] = {}
     for mode in ("offline", "streaming"):
         for entry in entries:
-            held = entry.profile.held()
+            allocated = entry.profile.allocated()
             for name, rates in entry.profile.wer.get(mode, {}).items():
-                if held and held.attention and rates.wer is not None:
-                    point = (entry, float(held.attention), rates.wer)
+                if allocated and allocated.attention and rates.wer is not None:
+                    point = (entry, float(allocated.attention), rates.wer)
                     found.setdefault((mode, name), []).append(point)
     if not found:
         return None
@@ -113,7 +113,7 @@ def _draw(axis: Axes, points: Sequence[tuple[Entry, float, float]], logarithmic:
         axis.yaxis.set_major_locator(MaxNLocator(5))
         axis.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
         axis.set_ylabel("WER (%)")
-    axis.set_xlabel("attention cache of one stream (logarithmic)")
+    axis.set_xlabel("cache of one stream, allocated (logarithmic)")
     axis.grid(axis="y")
 
 
