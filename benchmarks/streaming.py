@@ -26,7 +26,7 @@ from common import (
     set_up_machine,
     settings,
 )
-from streams import (
+from sides import (
     ATTENTIONS,
     CHUNK,
     ESPNET,

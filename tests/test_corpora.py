@@ -92,7 +92,7 @@ def test_prepare_writes_espnet_s_sets(tree, tmp_path):
         "librispeech_100", data_dir, librispeech=tree, download_dir=tmp_path / "downloads"
     )
     assert (corpus.train_set, corpus.valid_set) == ("train_clean_100", "dev")
-    assert corpus.test_sets == ("test_clean", "test_other")
+    assert corpus.test_sets == ("test_clean", "test_other", "dev_clean", "dev_other")
     assert sorted(path.name for path in data_dir.iterdir()) == sorted(corpus.sets)
     assert DataDir.read(data_dir / "dev") == DataDir.combine(
         DataDir.read(data_dir / name) for name in ("dev_clean", "dev_other")

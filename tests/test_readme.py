@@ -1,45 +1,84 @@
-"""What the README tells a reader to type works, and what it says is there is there."""
+"""What README and docs/ tell a reader to type works, and what they say is there is there."""
 
+import importlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import soundfile
 import yaml
+from small_models import RATE, save, speech
 
 from espnet_kv.recipe import options
 
 REPO = Path(__file__).parents[1]
-README = (REPO / "README.md").read_text(encoding="utf-8")
 RECIPE = REPO / "egs2/librispeech_100_kv/asr1"
+PAGES = {
+    str(path.relative_to(REPO)): path.read_text(encoding="utf-8")
+    for path in (REPO / "README.md", *sorted((REPO / "docs").glob("*.md")))
+}
+COPIES = {"LIBRISPEECH", "SPEECHOCEAN762", "FSDD"}
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    found = (
+        re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S) for text in PAGES.values()
+    )
+    return [block for page in found for block in page]
 
 
-def commands() -> list[str]:
-    lines = "\n".join(blocks("sh")).splitlines()
-    return [line.split("  #")[0].strip() for line in lines if line.strip()]
+def statements(block: str) -> list[str]:
+    """Its commands without comments, continued lines joined and loops unrolled to their body."""
+    lines = block.replace("\\\n", " ").splitlines()
+    spoken = [re.split(r"(?:^|\s{2,}|\s)#\s", line)[0].strip() for line in lines]
+    return [s for s in spoken if s and s != "done" and not re.fullmatch(r"for .*; do", s)]
+
+
+COMMANDS = list(dict.fromkeys(s for block in blocks("sh") for s in statements(block)))
+
+
+def of_kind(pattern: str) -> list[str]:
+    return [command for command in COMMANDS if re.match(pattern, command)]
+
+
+MAKE = of_kind("make ")
+RECIPE_RUNS = of_kind(r"(\w+=\S+ )*\./run(_all)?\.sh\b")
+HELP = of_kind(r"python -m .* --help$")
+CODE = of_kind("python -c ")
+OURS = [c for c in of_kind(r"python -m espnet_kv\.bin\.") if c not in HELP]
+PLACES = of_kind("(cd|cp|pip install) ")
+
+
+def run(words: list[str], cwd: Path = REPO) -> subprocess.CompletedProcess:
+    words = [{"python": sys.executable}.get(words[0], words[0]), *words[1:]]
+    env = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True)
 
 
 def test_there_are_commands():
-    assert {"make demo", "make test"} <= set(commands())
+    assert {"make demo", "make test", "./run.sh --dry_run true"} <= set(COMMANDS)
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("make ")])
+def test_every_command_is_tried():
+    tried = {*MAKE, *RECIPE_RUNS, *HELP, *CODE, *OURS, *PLACES}
+    assert set(COMMANDS) == tried, set(COMMANDS) - tried
+
+
+@pytest.mark.parametrize("command", MAKE)
 def test_make_targets_exist(command):
     subprocess.run(["make", "--dry-run", *shlex.split(command)[1:]], cwd=REPO, check=True)
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if "run.sh" in c or "run_all.sh" in c])
+@pytest.mark.parametrize("command", RECIPE_RUNS)
 def test_recipe_commands_are_understood(command, monkeypatch):
     """Up to the point where work would begin."""
     monkeypatch.chdir(RECIPE)
-    for name in ("LIBRISPEECH", "SPEECHOCEAN762", "FSDD"):
+    for name in COPIES:
         monkeypatch.delenv(name, raising=False)
     words = shlex.split(command)
     while "=" in words[0]:
@@ -49,7 +88,7 @@ def test_recipe_commands_are_understood(command, monkeypatch):
     monkeypatch.setattr(options, "check_gpus", lambda ngpu, option: None)
     monkeypatch.setattr(options, "name_sources", _any_sources)
     args = options.parse(words[1:])
-    copies = {"LIBRISPEECH", "SPEECHOCEAN762", "FSDD"} & {w.split("=")[0] for w in command.split()}
+    copies = COPIES & {w.split("=")[0] for w in command.split()}
     assert [args.corpus_dir] == ([Path(os.environ[name]) for name in copies] or [None])
 
 
@@ -59,33 +98,105 @@ def _any_sources(paths, datadir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c in commands() if c.endswith("--help")])
+@pytest.mark.parametrize("command", HELP)
 def test_help_commands_run(command):
-    words = shlex.split(command)
-    words[0] = {"python": sys.executable}.get(words[0], words[0])
-    env = os.environ | {"PYTHONPATH": str(REPO)}
-    ended = subprocess.run(words, cwd=REPO, env=env, capture_output=True, text=True)
+    ended = run(shlex.split(command))
     assert ended.returncode == 0, ended.stderr
     ours = {"asr_train": "kv_conformer", "report": "--expdir", "convert": "--kv_rank"}
-    assert ours.get(words[-2].rsplit(".", 1)[-1], "--cache_dtype") in ended.stdout
+    assert ours.get(command.split()[-2].rsplit(".", 1)[-1], "--cache_dtype") in ended.stdout
 
 
-def test_the_yaml_examples_build():
+@pytest.mark.parametrize("command", CODE)
+def test_one_liners_run(command):
+    ended = run(shlex.split(command))
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.strip()
+
+
+@pytest.mark.parametrize("command", OURS)
+def test_options_of_our_commands_are_understood(command):
+    words = shlex.split(command)
+    module = importlib.import_module(words[2])
+    parser = getattr(module, "get_parser", None) or module.parser
+    parser().parse_args(words[3:])
+
+
+@pytest.mark.parametrize("command", PLACES)
+def test_places_that_commands_name_are_there(command):
+    """Where one goes, what one copies, what one installs."""
+    words = [word for word in shlex.split(command) if not word.startswith("-")]
+    place = words[2] if words[0] == "pip" else words[1]
+    assert (REPO / place.split("[")[0]).is_dir()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_benchmark_commands_name_options_that_exist(page, monkeypatch):
+    """Those that stand in a sentence, beside a number."""
+    monkeypatch.syspath_prepend(REPO / "benchmarks")
+    for script, rest in re.findall(r"python benchmarks/(\w+)\.py\b([^`]*)`", PAGES[page]):
+        known = importlib.import_module(script).get_parser()._option_string_actions
+        unknown = {word for word in rest.split() if word.startswith("--")} - set(known)
+        assert not unknown, f"benchmarks/{script}.py: {unknown}"
+
+
+@pytest.mark.parametrize("block", blocks("yaml"))
+def test_the_yaml_examples_build(block):
     from espnet2.tasks.asr import decoder_choices, encoder_choices
 
-    config = {}
-    for block in blocks("yaml"):
-        config |= yaml.safe_load(block)
-    encoder = encoder_choices.get_class(config["encoder"])
-    encoder(80, num_blocks=1, rel_pos_type="latest", **config["encoder_conf"])
-    decoder = decoder_choices.get_class(config["decoder"])
-    decoder(100, 256, num_blocks=1, **config["decoder_conf"])
+    config = yaml.safe_load(block)
+    assert {"encoder", "decoder"} & set(config)
+    if "encoder" in config:
+        conf = {"num_blocks": 1, "rel_pos_type": "latest"} | config["encoder_conf"]
+        encoder_choices.get_class(config["encoder"])(80, **conf)
+    if "decoder" in config:
+        decoder = decoder_choices.get_class(config["decoder"])
+        decoder(100, 256, **{"num_blocks": 1} | config["decoder_conf"])
+
+
+@pytest.fixture(scope="module")
+def directory_of_a_reader(tmp_path_factory) -> Path:
+    """With a trained model and a recording, under the names that the pages use."""
+    here = tmp_path_factory.mktemp("reader")
+    experiment = here / "exp/asr_x"
+    experiment.mkdir(parents=True)
+    save(experiment)
+    shutil.move(experiment / "model.pth", experiment / "valid.acc.ave.pth")
+    soundfile.write(here / "speech.wav", speech("ABBA").numpy(), RATE)
+    return here
+
+
+def snippets() -> list:
+    """(code, what it prints or None), in every page."""
+    pattern = r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?"
+    return [
+        pytest.param(code, shown or None, id=f"{page}-{number}")
+        for page, text in PAGES.items()
+        for number, (code, shown) in enumerate(re.findall(pattern, text, re.M | re.S), 1)
+    ]
+
+
+def test_every_python_block_is_a_snippet():
+    assert [code for code, _ in (s.values for s in snippets())] == blocks("python")
+    assert {s.id for s in snippets()} >= {"README.md-1", "docs/streaming.md-1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("code", "shown"), snippets())
+def test_python_snippets_run(code, shown, directory_of_a_reader):
+    """As scripts of their own; a text block right below is what they print."""
+    script = directory_of_a_reader / "snippet.py"
+    script.write_text(code, encoding="utf-8")
+    ended = run(["python", str(script)], directory_of_a_reader)
+    assert ended.returncode == 0, ended.stderr
+    if shown is not None:
+        assert ended.stdout == shown
+    elif "print(" in code:
+        assert ended.stdout.strip()
 
 
 def test_every_folder_has_its_line():
     """docs/layout.md lists the folders that hold code, and no others."""
-    layout = (REPO / "docs/layout.md").read_text(encoding="utf-8")
-    listed = set(re.findall(r"^\| `(\S+/)` \|", layout, re.MULTILINE))
+    listed = set(re.findall(r"^\| `(\S+/)` \|", PAGES["docs/layout.md"], re.MULTILINE))
     for folder in listed:
         assert (REPO / folder).is_dir(), f"docs/layout.md lists {folder}, which is not there"
     folders = {
@@ -97,7 +208,24 @@ def test_every_folder_has_its_line():
     assert not folders - listed, f"docs/layout.md lacks {sorted(folders - listed)}"
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        if not target.startswith("http"):
-            assert (REPO / target).exists(), target
+def links(page: str) -> list[str]:
+    return [t for t in re.findall(r"\]\(([^)]+)\)", PAGES[page]) if not t.startswith("http")]
+
+
+def anchors(path: Path) -> set[str]:
+    """The fragments of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in links(page):
+        name, _, fragment = target.partition("#")
+        path = (REPO / page).parent / name if name else REPO / page
+        assert path.exists(), target
+        assert not fragment or fragment in anchors(path), target
+
+
+def test_the_readme_leads_to_every_page():
+    assert set(PAGES) - {"README.md"} <= {target.partition("#")[0] for target in links("README.md")}

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ AUDIO = ("sound", "kaldi_ark")
 
 def extended(parser: argparse.ArgumentParser, description: str) -> Parser:
     """ESPnet's parser of a command that reads data, with our errors and paths that hold commas."""
+    for action in parser._actions:
+        # some of ESPnet's help texts hold a bare %, on which --help would end
+        action.help = re.sub(r"%(?![(%])", "%%", action.help or "")
     ours = Parser(
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

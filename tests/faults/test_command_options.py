@@ -1,6 +1,7 @@
 """Numbers and masks that mean nothing, in options, configurations and arguments."""
 
 import argparse
+import importlib
 import json
 from pathlib import Path
 
@@ -215,3 +216,9 @@ def test_a_conversion_goes_to_a_directory_of_its_own(name, said, folder, tmp_pat
     before = sorted(folder.iterdir())
     one_error(main([*others, "--kv_rank", "4"]), said, capsys)
     assert sorted(folder.iterdir()) == before and not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("name", ["asr_inference", "asr_inference_streaming", "lm_calc_perplexity"])
+def test_help_is_printed_although_espnets_own_text_breaks_it(name):
+    module = importlib.import_module(f"espnet_kv.bin.{name}")
+    assert "--data_path_and_name_and_type" in module.get_parser().format_help()
