@@ -3,12 +3,27 @@
 import json
 from pathlib import Path
 
+WORDS = 10_000
+
 
 def score(decoding: Path, wer: float, cer: float | None = None, *, streaming: bool = False) -> None:
     """What they leave of a test set, as far as later stages read it."""
-    for kind, rate in (("wer", wer), ("cer", cer)):
-        if rate is not None:
-            file = decoding / f"score_{kind}/result.txt"
-            file.parent.mkdir(parents=True)
-            file.write_text(f"| Sum/Avg |  3  9 |  97.0  2.0  1.0  0.5  {rate}  30.0 |\n")
-    (decoding / "decoding.json").write_text(json.dumps({"streaming": streaming}))
+    decoding.mkdir(parents=True)
+    scores = {
+        kind: {"utterances": 3, "words": WORDS, "corr": WORDS, "sub": 0, "del": 0, "ins": 0}
+        | {"err": round(rate * WORDS / 100), "s_err": 1, "missing": 0}
+        for kind, rate in (("wer", wer), ("cer", cer))
+        if rate is not None
+    }
+    (decoding / "scores.json").write_text(json.dumps({"streaming": streaming, **scores}))
+
+
+def score_as_asr_sh(decoding: Path, wer: float, *, streaming: bool = False) -> None:
+    """What ESPnet's asr.sh leaves of it."""
+    result = decoding / "score_wer/result.txt"
+    result.parent.mkdir(parents=True)
+    result.write_text(f"| Sum/Avg |  3  9 |  97.0  2.0  1.0  0.5  {wer}  30.0 |\n")
+    log = decoding / "logdir/asr_inference.1.log"
+    log.parent.mkdir()
+    command = f"asr_inference{'_streaming' if streaming else ''}"
+    log.write_text(f"# python3 -m espnet_kv -m espnet2.bin.{command} --ngpu 0\n")

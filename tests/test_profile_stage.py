@@ -4,15 +4,23 @@ import json
 from pathlib import Path
 
 import pytest
-from scored import score
+from scored import score, score_as_asr_sh
 
-from espnet_kv.recipe import runner
+from espnet_kv.errors import UserError
+from espnet_kv.recipe import profiling, runner
 from espnet_kv.recipe.__main__ import main
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.options import parse
 from espnet_kv.recipe.scores import read_scores
 
 REPO = Path(__file__).parents[1]
+SCORES = json.dumps(
+    {
+        "streaming": True,
+        "wer": {"utterances": 4, "words": 40, "corr": 39, "sub": 1, "del": 0, "ins": 0}
+        | {"err": 1, "s_err": 1, "missing": 0},
+    }
+)
 
 
 class TestScores:
@@ -47,14 +55,49 @@ class TestScores:
 
     @pytest.mark.parametrize("streaming", [True, False])
     def test_of_asr_sh_the_log_tells_it(self, tmp_path, streaming):
+        score_as_asr_sh(tmp_path / "decode_x/test_clean", 3.5, streaming=streaming)
+        other, own = ("offline", "streaming") if streaming else ("streaming", "offline")
+        found = read_scores(tmp_path)
+        row = {"wer": 3.5, "decoding": "decode_x"}
+        assert found == {own: {"test_clean": row}, other: {}}
+
+    def test_the_kind_is_that_of_each_test_set(self, tmp_path):
+        score(tmp_path / "decode_x/test_clean", 3.5, streaming=True)
+        score_as_asr_sh(tmp_path / "decode_x/test_other", 4.5)
+        kinds = {kind: set(sets) for kind, sets in read_scores(tmp_path).items()}
+        assert kinds == {"streaming": {"test_clean"}, "offline": {"test_other"}}
+
+    def test_scores_json_counts_where_there_is_one(self, tmp_path):
         decoded = tmp_path / "decode_x/test_clean"
-        score(decoded, 3.5)
-        (decoded / "decoding.json").unlink()
-        (decoded / "logdir").mkdir()
-        suffix = "_streaming" if streaming else ""
-        command = f"# python3 -m espnet_kv -m espnet2.bin.asr_inference{suffix} --ngpu 0\n"
-        (decoded / "logdir/asr_inference.1.log").write_text(command)
-        assert bool(read_scores(tmp_path)["streaming"]) == streaming
+        score_as_asr_sh(decoded, 9.5)
+        (decoded / "scores.json").write_text(SCORES)
+        assert read_scores(tmp_path)["streaming"]["test_clean"]["wer"] == 2.5
+        assert read_scores(tmp_path)["offline"] == {}
+
+    def test_errors_in_a_reference_without_words_are_no_rate(self, tmp_path):
+        decoded = tmp_path / "decode_x/test_clean"
+        decoded.mkdir(parents=True)
+        (decoded / "scores.json").write_text(SCORES.replace("40", "0"))
+        assert read_scores(tmp_path)["streaming"]["test_clean"]["wer"] is None
+
+    @pytest.mark.parametrize(
+        ("old", "new"),
+        [
+            ("{", ""),
+            ('"streaming": true, ', ""),
+            ("true", '"yes"'),
+            ('"err": 1', '"err": "1"'),
+            ('"err": 1', '"err": -1'),
+            ('"err": 1', '"err": 1.5'),
+            ('"words": 40, ', ""),
+        ],
+    )
+    def test_a_damaged_file_is_named(self, tmp_path, old, new):
+        decoded = tmp_path / "decode_x/test_clean"
+        decoded.mkdir(parents=True)
+        (decoded / "scores.json").write_text(SCORES.replace(old, new, 1))
+        with pytest.raises(UserError, match=r"scores.json is damaged .*score again \(stage 13\)"):
+            read_scores(tmp_path)
 
     def test_nothing_scored(self, tmp_path):
         assert read_scores(tmp_path) == {"offline": {}, "streaming": {}}
@@ -115,6 +158,14 @@ class TestStage:
         assert main(options) == 0
         assert main([*options, "--profile_args", ""]) == 0
         assert len(asked) == 3
+
+    def test_a_profile_of_an_older_version_is_made_again(self, options, exp, asked, monkeypatch):
+        """Stage 15 refuses it and says so: stage 14 must not find it up to date."""
+        with monkeypatch.context() as then:
+            then.setattr(profiling, "SCHEMA", "espnet_kv.profile/1")
+            assert main(options) == 0
+        assert main(options) == main(options) == 0
+        assert len(asked) == 2
 
     def test_error_rates_follow_without_a_new_profile(self, options, exp, asked):
         assert main(options) == 0

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from espnet_kv.errors import UserError
 from espnet_kv.recipe.results import BEGIN, END, write_results
 from espnet_kv.recipe.score import Score, score, write_score
+from espnet_kv.scorefile import read_scored_set
 
 REF = {"u1": "THE CAT SAT DOWN", "u2": "A DOG", "u3": "STOP", "u4": ""}
 HYP = {"u1": "THE BAT SAT", "u2": "A BIG DOG", "u3": "STOP", "u4": ""}
@@ -107,6 +108,26 @@ def test_files(tmp_path: Path):
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     write_score(score(REF, HYP, "wer"), out)
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_scores_json_says_what_result_txt_says(tmp_path: Path):
+    """The counts give the figures that sclite's form has."""
+    for kind in ("wer", "cer"):
+        result = score(REF, HYP, kind)
+        write_score(result, tmp_path / f"x/test/score_{kind}")
+    sclite = read_scored_set(tmp_path / "x/test")
+    counts = {kind: score(REF, HYP, kind).counts for kind in ("wer", "cer")}
+    (tmp_path / "x/test/scores.json").write_text(json.dumps({"streaming": True, **counts}))
+    own = read_scored_set(tmp_path / "x/test")
+    assert own.streaming and not sclite.streaming
+    assert counts["wer"] == {
+        **{"utterances": 4, "words": 7, "corr": 5, "sub": 1, "del": 1, "ins": 1},
+        **{"err": 3, "s_err": 2, "missing": 0},
+    }
+    for kind, rates in own.rates.items():
+        figures = sclite.rates[kind]
+        assert (rates.utterances, rates.words) == (figures.utterances, figures.words)
+        assert [round(rate, 1) for rate in rates.percents] == figures.percents
 
 
 @pytest.fixture

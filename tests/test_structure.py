@@ -19,6 +19,7 @@ LAYERS = {
     "arguments": set(),
     "atomic": set(),
     "provenance": set(),
+    "scorefile": set(),
     "cache": set(),
     "checkpoint": set(),
     "registration": set(),
@@ -31,6 +32,7 @@ LAYERS = {
     "training": {"saving", "task"},
     "convert": {
         "atomic",
+        "scorefile",
         "provenance",
         "cache",
         "attention",

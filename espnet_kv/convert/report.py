@@ -10,6 +10,7 @@ from typing import Any
 
 from espnet_kv.atomic import new_file, write_text
 from espnet_kv.errors import UserError, one_line
+from espnet_kv.scorefile import scored_sets
 
 SCHEMA = "espnet_kv.conversion/1"
 FILE, PAGE, FIGURE = "conversion.json", "conversion.md", "conversion.png"
@@ -44,20 +45,10 @@ def read_record(experiment: Path) -> dict[str, Any]:
 def read_wer(experiment: Path) -> dict[str, dict[str, float]]:
     """Decoding -> test set -> WER (%) of what stage 13 scored; empty where nothing is."""
     rates: dict[str, dict[str, float]] = {}
-    for result in sorted(experiment.glob("decode_*/*/score_wer/result.txt")):
-        rates.setdefault(result.parents[2].name, {})[result.parents[1].name] = _rate(result)
+    for place, scores in scored_sets(experiment, "decode_*"):
+        if "wer" in scores.rates:
+            rates.setdefault(place.parent.name, {})[place.name] = scores.rates["wer"].err
     return rates
-
-
-def _rate(result: Path) -> float:
-    try:
-        for line in result.read_text(encoding="utf-8").splitlines():
-            figures = line.replace("|", " ").split()
-            if figures[:1] == ["Sum/Avg"]:
-                return float(figures[-2])
-    except (ValueError, LookupError) as error:
-        raise UserError(f"{result} is damaged: remove it and score again (stage 13)") from error
-    raise UserError(f"{result} has no line Sum/Avg: remove it and score again (stage 13)")
 
 
 def update_report(experiment: Path, related: Mapping[str, Path]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from espnet_kv.errors import UserError
 from espnet_kv.recipe.atomic import write_text
-from espnet_kv.recipe.score import KINDS
+from espnet_kv.scorefile import KINDS, Scores, scored_sets
 
 BEGIN, END = "<!-- generated -->", "<!-- /generated -->"
 COLUMNS = ("Snt", "Wrd", "Corr", "Sub", "Del", "Ins", "Err", "S.Err")
@@ -85,15 +85,14 @@ def _git(checkout: Path, *arguments: str) -> str:
 def _experiment(exp: Path, title: str) -> str:
     """One experiment's part of the page; empty where nothing of it is scored."""
     tables = []
+    scored = list(scored_sets(exp))
     for kind in KINDS:
-        results = sorted(exp.glob(f"*/*/score_{kind}/result.txt"))
+        results = [
+            _figures(place, scores, kind) for place, scores in scored if kind in scores.rates
+        ]
         if not results:
             continue
-        rows = [
-            ("dataset", *COLUMNS),
-            ("---",) * (1 + len(COLUMNS)),
-            *((f"{r.parents[2].name}/{r.parents[1].name}", *figures(r)) for r in results),
-        ]
+        rows = [("dataset", *COLUMNS), ("---",) * (1 + len(COLUMNS)), *results]
         table = "\n".join(f"|{'|'.join(row)}|" for row in rows)
         tables.append(f"### {kind.upper()}\n\n{table}")
     if not tables:
@@ -101,27 +100,12 @@ def _experiment(exp: Path, title: str) -> str:
     return "\n\n".join(part for part in (f"## {title}", _provenance(exp), *tables) if part)
 
 
-def read_rate(scored: Path) -> float:
-    """The error rate in per cent of a directory that `write_score` wrote.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    return float(figures(scored / "result.txt")[COLUMNS.index("Err")])
-
-
-def figures(result: Path) -> list[str]:
-    """The figures of the Sum/Avg line, COLUMNS, which sclite writes in the same form.
-
-    Raises:
-        UserError: there is no such line.
-    """
-    for line in result.read_text(encoding="utf-8").splitlines():
-        name, _, rest = line.strip("| ").partition("|")
-        figures = rest.replace("|", " ").split()
-        if name.strip() == "Sum/Avg" and len(figures) == len(COLUMNS):
-            return figures
-    raise UserError(f"{result} has no line Sum/Avg: remove it and score again (stage 13)")
+def _figures(place: Path, scores: Scores, kind: str) -> tuple[str, ...]:
+    """The row of one test set."""
+    rates = scores.rates[kind]
+    percents = (f"{rate:.1f}" for rate in rates.percents)
+    name = f"{place.parent.name}/{place.name}"
+    return name, str(rates.utterances), str(rates.words), *percents
 
 
 def _provenance(exp: Path) -> str:

@@ -11,8 +11,7 @@ import jiwer
 from espnet_kv.errors import UserError
 from espnet_kv.recipe.atomic import new_directory, write_text
 from espnet_kv.recipe.tokens import SPACE
-
-KINDS = ("wer", "cer", "ter")
+from espnet_kv.scorefile import KINDS, Rates, percent
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Score:
     @property
     def error_rate(self) -> float:
         """Errors in per cent of the reference tokens; infinite for insertions into silence."""
-        return _percent(self.errors, self.words)
+        return percent(self.errors, self.words)
 
     @property
     def sentence_errors(self) -> int:
@@ -50,21 +49,29 @@ class Score:
             any(chunk.type != "equal" for chunk in chunks) for chunks in self.alignment.alignments
         )
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """What scores.json says of it, see `espnet_kv.scorefile`."""
+        found = self.alignment
+        return {
+            "utterances": len(self.utterances),
+            "words": self.words,
+            "corr": found.hits,
+            "sub": found.substitutions,
+            "del": found.deletions,
+            "ins": found.insertions,
+            "err": self.errors,
+            "s_err": self.sentence_errors,
+            "missing": self.missing,
+        }
+
     def summary(self) -> str:
         """The lines of result.txt: ESPnet's Snt Wrd Corr Sub Del Ins Err S.Err, as sclite."""
-        counts, sentences = self.alignment, len(self.utterances)
-        rates = [
-            _percent(counts.hits, self.words),
-            _percent(counts.substitutions, self.words),
-            _percent(counts.deletions, self.words),
-            _percent(counts.insertions, self.words),
-            self.error_rate,
-            _percent(self.sentence_errors, sentences),
-        ]
-        columns = "".join(f"{rate:7.1f}" for rate in rates)
+        rates = Rates.of(self.counts)
+        columns = "".join(f"{rate:7.1f}" for rate in rates.percents)
         table = (
             "|         |  # Snt   # Wrd |   Corr    Sub    Del    Ins    Err  S.Err |\n"
-            f"| Sum/Avg | {sentences:6d} {self.words:7d} |{columns} |\n"
+            f"| Sum/Avg | {rates.utterances:6d} {rates.words:7d} |{columns} |\n"
         )
         return table + (f"Missing hypotheses: {self.missing}\n" if self.missing else "")
 
@@ -145,9 +152,3 @@ class _Split(jiwer.AbstractTransform):
 
 def _characters(text: str) -> list[str]:
     return [SPACE if character == " " else character for character in text]
-
-
-def _percent(count: int, total: int) -> float:
-    if total:
-        return 100 * count / total
-    return 0.0 if count == 0 else float("inf")

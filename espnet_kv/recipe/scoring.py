@@ -1,22 +1,26 @@
 """Stage 13: score every decoded test set and write RESULTS.md."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from espnet_kv.errors import UserError
+from espnet_kv.recipe.atomic import write_text
 from espnet_kv.recipe.counts import count_sets, markdown
 from espnet_kv.recipe.datadir import DataDir
 from espnet_kv.recipe.layout import Layout
-from espnet_kv.recipe.results import read_rate, write_results
-from espnet_kv.recipe.score import KINDS, score, write_score
+from espnet_kv.recipe.results import write_results
+from espnet_kv.recipe.score import score, write_score
 from espnet_kv.recipe.steps import Step
 from espnet_kv.recipe.tokens import piece_tokenizer
+from espnet_kv.scorefile import FILE, KINDS, RECORD, is_streaming, read_scored_set
 
 STAMP = ".scored.done.json"
 
 
 def score_step(layout: Layout, config_file: Path, name: str, decoded: Step) -> Step:
-    """Write score_wer, score_cer and, with BPE, score_ter of one decoded test set."""
+    """Write scores.json, score_wer, score_cer and, with BPE, score_ter of a decoded test set."""
     exp = layout.asr_exp(config_file)
     out, dump = exp / layout.inference_name / name, layout.formatted(name)
     kinds = KINDS if layout.bpe_model is not None else KINDS[:2]
@@ -29,18 +33,22 @@ def score_step(layout: Layout, config_file: Path, name: str, decoded: Step) -> S
                 f"{out / 'text'} lacks {len(missing)} of {len(ref)} utterances (the first: "
                 f"{missing[0]}): decode again (stage 12)"
             )
+        scores: dict[str, Any] = {"streaming": is_streaming(out)}
         for kind in kinds:
             result = score(ref, hyp, kind, pieces if kind == "ter" else None)
             write_score(result, out / f"score_{kind}")
+            scores[kind] = result.counts
+        write_text(out / FILE, json.dumps(scores, indent=1) + "\n")
 
     return Step(
         stage=13,
         name=f"score {name} of {exp.name}",
         output=out,
         build=build,
-        reads={"hypotheses": out / "text", "references": dump / "text"},
+        reads={"hypotheses": out / "text", "references": dump / "text", "record": out / RECORD},
         after=[decoded],
-        products=lambda: [out / f"score_{kind}" / "result.txt" for kind in kinds],
+        version=2,
+        products=lambda: [out / FILE, *(out / f"score_{kind}" / "result.txt" for kind in kinds)],
         stamp=out / STAMP,
         given=False,
     )
@@ -57,8 +65,8 @@ def results_step(layout: Layout, scored: Mapping[tuple[Path, str], Step]) -> Ste
     def build() -> None:
         write_results(args.expdir, args.results, markdown(count_sets(layout)))
         rates = {
-            (exp.name, name): read_rate(exp / layout.inference_name / name / "score_wer")
-            for exp, name in scored
+            (exp.name, name): read_scored_set(step.output).rates["wer"].err
+            for (exp, name), step in scored.items()
         }
         _print_table(rates, args.test_sets)
         print(f"  tables: {args.results.resolve()}")

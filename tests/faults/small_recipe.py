@@ -111,6 +111,7 @@ def results(folder: Path) -> dict[str, bytes]:
         "exp/asr_stats_*/*/*_shape*",
         "exp/asr_*/decode_*/*/text",
         "exp/asr_*/decode_*/*/score_wer/result.txt",
+        "exp/asr_*/decode_*/*/scores.json",
     ):
         for path in sorted(folder.glob(pattern)):
             kept[str(path.relative_to(folder))] = path.read_bytes()

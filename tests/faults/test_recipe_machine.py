@@ -114,6 +114,7 @@ class TestLostProducts:
             ("data/token_list/char/tokens.txt", 5),
             ("exp/asr_train*/decode_*/test/text", 12),
             ("exp/asr_train*/decode_*/test/score_wer/result.txt", 13),
+            ("exp/asr_train*/decode_*/test/scores.json", 13),
             ("exp/asr_train*/valid.acc.ave.pth", 11),
         ],
     )
