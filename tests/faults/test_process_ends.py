@@ -19,6 +19,7 @@ STUBS = process_stubs.__name__
 
 # what run.sh starts, in small: jobs on the CPU and on a GPU, or a map over worker processes
 RUN = f"""
+import signal
 import sys
 from pathlib import Path
 import {STUBS}
@@ -33,6 +34,9 @@ def jobs_of_both_kinds():
 def pool_of_workers():
     list(pool.parallel_map({STUBS}.work_for_ever, ["a.json", "b.json"], 2))
 if __name__ == "__main__":
+    # whoever started the tests may ignore these, as nohup and a shell in the background do
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with pool.terminate_on_signals():
         try:
             {{what}}()
