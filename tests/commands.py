@@ -47,6 +47,8 @@ class Forked:
     def _run(self, main, arguments, theirs, ours, given) -> None:
         status = 70
         signal.alarm(60)  # rather than wait for ever
+        # whoever started the tests may ignore it, as a shell in the background does
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         logging.root.handlers.clear()  # those of pytest would keep the command from having its own
         try:
             for n in range(3):
