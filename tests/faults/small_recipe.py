@@ -29,6 +29,12 @@ OVERLAY = {
     "use_matplotlib": False,
     "use_tensorboard": False,
 }
+LM = {
+    "max_epoch": 1,
+    "num_workers": 0,
+    "use_tensorboard": False,
+    "lm_conf": {"unit": 4, "layer": 1, "head": 2, "embed_unit": 4, "att_unit": 4},
+}
 COUNTS = {"train": 6, "dev": 3, "test": 3}
 
 
@@ -55,6 +61,8 @@ def make_recipe(folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "conf").symlink_to(REPO / "conf")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(OVERLAY))
+    lm = yaml.safe_load((REPO / "conf/train_lm_small.yaml").read_text())
+    (folder / "lm.yaml").write_text(yaml.safe_dump(lm | LM))
     for name, count in COUNTS.items():
         write_data(folder / "own", name, count)
     return [
@@ -108,7 +116,7 @@ def results(folder: Path) -> dict[str, bytes]:
         "dump/raw/**/utt2num_samples",
         "dump/raw/**/data_wav.ark",
         "data/token_list/**/tokens.txt",
-        "exp/asr_stats_*/*/*_shape*",
+        "exp/*_stats_*/*/*_shape*",
         "exp/asr_*/decode_*/*/text",
         "exp/asr_*/decode_*/*/score_wer/result.txt",
         "exp/asr_*/decode_*/*/scores.json",

@@ -16,7 +16,9 @@ from small_recipe import leftovers, make_recipe, results, run, said, start
 from espnet_kv.recipe import train
 from espnet_kv.recipe.lock import locked
 
-STAGES = (1, 2, 3, 4, 5, 10, 11, 12, 13)
+STAGES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13)
+WITH_LM = ("--use_lm", "true", "--lm_config", "lm.yaml")
+QUICK = ("--profile_args", "--lengths 3 --utterances 1 --repeats 1 --cache_dtypes fp32")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,7 +33,7 @@ def _several_parts():
 def undisturbed(tmp_path_factory) -> tuple[Path, list[str], str]:
     """A folder after stages 1 to 13, the options of that run, and what it printed."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    options = make_recipe(folder)
+    options = [*make_recipe(folder), *WITH_LM]
     code, out, err = run(folder, *options, "--stop_stage", "13")
     assert code == 0, out + err
     return folder, options, out
@@ -51,26 +53,39 @@ def test_a_second_run_does_nothing(undisturbed):
     folder, options, _ = undisturbed
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.*") if path.is_file()}
     code, out, _ = run(folder, *options, "--stop_stage", "13")
-    assert code == 0 and out.count("is up to date") == 12
+    assert code == 0 and out.count("is up to date") == 15
     changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert changed <= {"RESULTS.md", ".results.done.json"}
 
 
 @pytest.mark.slow
 def test_a_run_killed_in_each_stage_ends_as_one_that_never_was(undisturbed, tmp_path):
-    options = make_recipe(tmp_path)
+    options = [*make_recipe(tmp_path), *WITH_LM]
     for stage in STAGES:
-        only = (*options, "--stage", str(stage), "--stop_stage", str(stage))
-        victim = start(tmp_path, *only)
-        while victim.poll() is None and not leftovers(tmp_path):
-            time.sleep(0.01)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(victim.pid, signal.SIGKILL)
-        victim.communicate()
-        code, out, err = run(tmp_path, *only)
-        assert code == 0, out + err
+        kill_and_run_again(tmp_path, *options, "--stage", str(stage), "--stop_stage", str(stage))
     assert leftovers(tmp_path) == []
     assert results(tmp_path) == results(undisturbed[0])
+
+
+@pytest.mark.slow
+def test_a_killed_profile_is_made_again(undisturbed):
+    folder, options, _ = undisturbed
+    for stage in ("14", "15"):
+        kill_and_run_again(folder, *options, *QUICK, "--stage", stage, "--stop_stage", stage)
+    assert len(list(folder.glob("exp/*/profile/profile.json"))) == 1
+    assert (folder / "exp/report/report.html").is_file() and leftovers(folder) == []
+
+
+def kill_and_run_again(folder: Path, *options: str) -> None:
+    """Kill -9 a run as soon as a step of it is at work, and run it again to its end."""
+    victim = start(folder, *options)
+    while victim.poll() is None and not leftovers(folder):
+        time.sleep(0.01)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(victim.pid, signal.SIGKILL)
+    victim.communicate()
+    code, out, err = run(folder, *options)
+    assert code == 0, out + err
 
 
 @pytest.mark.parametrize("nj", ["2", "32"])
@@ -152,7 +167,17 @@ def test_a_test_set_that_is_the_validation_set_too_is_decoded_whole(undisturbed,
     soundfile.write(tmp_path / wav.relative_to(folder), np.tile(samples, 3), rate)
     (tmp_path / "conf").symlink_to(folder / "conf")
     shutil.copy(folder / "tiny.yaml", tmp_path)
-    both = [*options, "--test_sets", "own/dev", "--max_wav_duration", "1", "--stop_stage", "12"]
+    both = [
+        *options,
+        "--use_lm",
+        "false",
+        "--test_sets",
+        "own/dev",
+        "--max_wav_duration",
+        "1",
+        "--stop_stage",
+        "12",
+    ]
     code, out, err = run(tmp_path, *both)
     assert code == 0, out + err
     assert len((tmp_path / "dump/raw/dev/wav.scp").read_text().splitlines()) == 2

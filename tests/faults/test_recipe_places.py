@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from small_recipe import REPO, leftovers, make_recipe, run
 
 STRANGE = ("a b", "run #1, 'q'", "$(touch pwned)", "-n", 'say "x"; ls', "ärger%20", "x[0]")
@@ -18,10 +17,6 @@ RECIPE = REPO / "egs2/librispeech_100_kv/asr1"
 def test_every_stage_works_below_a_strange_name(tmp_path):
     """Data, dump and experiments below all names at once, with a language model."""
     options = make_recipe(tmp_path)
-    lm = yaml.safe_load((REPO / "conf/train_lm_small.yaml").read_text())
-    lm |= {"max_epoch": 1, "num_workers": 0, "lm_conf": {"unit": 4, "layer": 1, "head": 2}}
-    lm["lm_conf"] |= {"embed_unit": 4, "att_unit": 4}
-    (tmp_path / "lm.yaml").write_text(yaml.safe_dump(lm))
     place = "/".join(STRANGE)
     strange = [f"--{name}dir={place}/{name}" for name in ("data", "dump", "exp")]
     code, out, err = run(
