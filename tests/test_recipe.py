@@ -168,9 +168,16 @@ class TestWholeRecipe:
             *("--lm_config", "tiny_lm.yaml"),
             *("--profile_args", "--lengths '2 6' --utterances 2 --repeats 1"),
         )
+        file = experiments(asr1)[0] / "profile/profile.json"
+        killed = start(asr1, *options, start_new_session=True)
+        while not (file.parent / ".begun.json").exists():
+            assert killed.poll() is None, killed.communicate()
+            time.sleep(0.01)
+        os.killpg(killed.pid, signal.SIGKILL)
+        killed.communicate()
+        assert not file.exists()
         code, out, err = run(asr1, *options)
         assert code == 0, out + err
-        file = experiments(asr1)[0] / "profile/profile.json"
         assert str(file.relative_to(asr1)) in out.splitlines()
         profile = json.loads(file.read_text())
         longest = profile["cache"]["fp32"]["lengths"][-1]["bounded"]["bytes"]

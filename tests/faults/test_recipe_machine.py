@@ -18,7 +18,6 @@ from espnet_kv.recipe.lock import locked
 
 STAGES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13)
 WITH_LM = ("--use_lm", "true", "--lm_config", "lm.yaml")
-QUICK = ("--profile_args", "--lengths 3 --utterances 1 --repeats 1 --cache_dtypes fp32")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,15 +66,6 @@ def test_a_run_killed_in_each_stage_ends_as_one_that_never_was(undisturbed, tmp_
     assert results(tmp_path) == results(undisturbed[0])
 
 
-@pytest.mark.slow
-def test_a_killed_profile_is_made_again(undisturbed):
-    folder, options, _ = undisturbed
-    for stage in ("14", "15"):
-        kill_and_run_again(folder, *options, *QUICK, "--stage", stage, "--stop_stage", stage)
-    assert len(list(folder.glob("exp/*/profile/profile.json"))) == 1
-    assert (folder / "exp/report/report.html").is_file() and leftovers(folder) == []
-
-
 def kill_and_run_again(folder: Path, *options: str) -> None:
     """Kill -9 a run as soon as a step of it is at work, and run it again to its end."""
     victim = start(folder, *options)
@@ -101,7 +91,10 @@ def test_the_number_of_jobs_changes_nothing(undisturbed, tmp_path, nj):
     else:
         places = [f"--{name}dir={tmp_path / name}" for name in ("exp", "data", "dump")]
     code, out, err = run(
-        folder, *options, *places, "--nj", nj, "--stage", stage, "--stop_stage", "10"
+        folder,
+        *options,
+        *places,
+        *("--use_lm", "false", "--nj", nj, "--stage", stage, "--stop_stage", "10"),
     )
     assert code == 0, out + err
     found, wanted = results(tmp_path), results(folder)
