@@ -81,7 +81,7 @@ def _count(layout: Layout, name: str) -> SetCount:
         found.speakers = len(set(left.utt2spk.values()))
     for mode in MODES:
         if name in (layout.train_set, layout.args.valid_set) and layout.set_of(mode).name == name:
-            found.trained_on = _same(
+            found.trained_on = _least(
                 _lines(layout.stats(config) / mode / "speech_shape")
                 for config in layout.source_configs
                 if layout.args.convert_from is None
@@ -91,8 +91,8 @@ def _count(layout: Layout, name: str) -> SetCount:
             layout.asr_exp(config) / layout.inference_name / name
             for config in layout.args.asr_config
         ]
-        found.decoded = _same(_lines(out / "text") for out in outs)
-        found.scored = _same(_lines(out / "score_wer" / "ref.trn") for out in outs)
+        found.decoded = _least(_lines(out / "text") for out in outs)
+        found.scored = _least(_lines(out / "score_wer" / "ref.trn") for out in outs)
     return found
 
 
@@ -131,7 +131,7 @@ def _lines(file: Path) -> int | None:
         return sum(1 for _ in lines)
 
 
-def _same(numbers: Iterable[int | None]) -> int | None:
+def _least(numbers: Iterable[int | None]) -> int | None:
     """The smallest of the numbers: each model has read or scored at least so many."""
     known = [number for number in numbers if number is not None]
     return min(known, default=None)

@@ -77,11 +77,6 @@ class JobLog:
             return log.read()
 
 
-def last_error(log: Path) -> str:
-    """The last error or exception in a log, in one line."""
-    return _last_error(log.read_bytes() if log.exists() else b"")
-
-
 def _last_error(text: bytes) -> str:
     lines = text.decode("utf-8", errors="replace").split("\n")
     for n in reversed(range(len(lines))):
