@@ -35,10 +35,20 @@ setup(
         "typeguard",
         "scipy",
         "omniio",
+        "tqdm",
+        "psutil",
         "espeakng-loader",  # the voice of the embedded corpus
     ],
     extras_require={
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "pre-commit"],
+        "dev": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "pre-commit",
+        ],
     },
     entry_points={
         "console_scripts": [

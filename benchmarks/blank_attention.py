@@ -10,7 +10,7 @@ import yaml
 from torch import Tensor
 
 from espnet_kv.bin.convert import PARTS
-from espnet_kv.errors import command
+from espnet_kv.cli import command
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -46,10 +46,10 @@ CHANGES = {"uniform": make_uniform, "blank": make_blank}
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    from espnet_kv.atomic import new_directory
     from espnet_kv.convert.experiment import check_new
     from espnet_kv.convert.source import PARTS as SLOTS
     from espnet_kv.convert.source import load_source
+    from espnet_kv.files import new_directory
 
     args = get_parser().parse_args(argv)
     check_new(args.output_dir)

@@ -10,7 +10,8 @@ from common import positive, settings
 from torch import Tensor
 
 from espnet_kv.cache.codec import FLOATS, INTEGERS
-from espnet_kv.errors import UserError, command
+from espnet_kv.cli import command
+from espnet_kv.errors import UserError
 
 CACHE_DTYPES = (*FLOATS, *INTEGERS)
 

@@ -40,7 +40,7 @@ def set_up_machine(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 
 def encoder_conf(encoder: str, attention: str) -> dict:
     """encoder_conf of the model that the recipe trains."""
-    from espnet_kv.recipe.config import load_yaml
+    from espnet_kv.config import load_yaml
 
     return load_yaml(CONF / f"train_asr_{encoder}_{attention}.yaml")["encoder_conf"]
 

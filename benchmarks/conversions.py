@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from espnet_kv.errors import UserError, command
+from espnet_kv.cli import command
+from espnet_kv.errors import UserError
 
 SETS = ("test_clean", "test_other")
 
@@ -38,7 +39,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def kind_of(experiment: Path) -> tuple[Kind, bool, float]:
     """What it is, whether it was fine-tuned, and the part of the cache's bytes that it keeps."""
-    from espnet_kv.convert.report import FILE, read_record
+    from espnet_kv.convert.record import FILE, read_record
 
     if not (experiment / FILE).exists():
         run = json.loads((experiment / "run.json").read_text(encoding="utf-8"))
@@ -57,7 +58,7 @@ def kind_of(experiment: Path) -> tuple[Kind, bool, float]:
 
 def rates(experiment: Path, args: argparse.Namespace) -> list[float] | None:
     """WER of each set in per cent; None: not decoded so."""
-    from espnet_kv.recipe.scores import read_scores
+    from espnet_kv.scores import read_scores
 
     scores = read_scores(experiment, [args.decoding])
     rows = scores["streaming" if "streaming" in args.decoding else "offline"]

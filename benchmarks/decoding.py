@@ -37,9 +37,9 @@ from espnet2.legacy.nets.batch_beam_search import BatchBeamSearch
 from espnet2.legacy.nets.scorers.ctc import CTCPrefixScorer
 from torch import Tensor
 
-from espnet_kv.decoder.ctc_prefix import FastCTCPrefixScorer
+from espnet_kv.cli import command
 from espnet_kv.decoder.transformer import KVTransformerDecoder
-from espnet_kv.errors import command
+from espnet_kv.espnet.ctc_prefix import FastCTCPrefixScorer
 
 SIZE = 256
 SIZES = {"attention_heads": 4, "linear_units": 2048}

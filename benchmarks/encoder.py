@@ -29,7 +29,7 @@ from common import (
     timed,
 )
 
-from espnet_kv.errors import command
+from espnet_kv.cli import command
 
 ATTENTIONS = ("mha", "gqa", "mla", "linear")
 STOCK, STOCK_SDPA = "stock", "stock sdpa"
@@ -87,8 +87,7 @@ def build_encoders(args: argparse.Namespace) -> dict:
     from espnet2.asr.encoder.branchformer_encoder import BranchformerEncoder
     from espnet2.asr.encoder.conformer_encoder import ConformerEncoder
 
-    from espnet_kv.encoder.branchformer import KVBranchformerEncoder
-    from espnet_kv.encoder.conformer import KVConformerEncoder
+    from espnet_kv.encoder.encoders import KVBranchformerEncoder, KVConformerEncoder
 
     classes: dict[str, tuple[Any, Any]] = {
         "conformer": (ConformerEncoder, KVConformerEncoder),

@@ -13,7 +13,7 @@ from common import settings
 from torch import Tensor
 
 from espnet_kv.bin.convert import PARTS
-from espnet_kv.errors import command
+from espnet_kv.cli import command
 
 WAYS = ("plain SVD", "activation-aware", "bin.convert")
 
@@ -45,8 +45,8 @@ def activation_error(attention: Any, down: Tensor, ups: Tensor, x: Tensor) -> fl
 def measure(attention: Any, seen: Sequence, unseen: Sequence, rank: int) -> dict:
     """Of one layer: way -> error of the activations (None: not its aim), and of the output."""
     from espnet_kv.convert.calls import rows
-    from espnet_kv.convert.errors import output_error
     from espnet_kv.convert.factorize import factorize_kv, to_mla
+    from espnet_kv.convert.layer_error import output_error
     from espnet_kv.convert.statistics import LayerStatistics
 
     known = LayerStatistics.of(attention, seen)
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     from espnet_kv.convert.calls import recording
     from espnet_kv.convert.source import PARTS as SLOTS
     from espnet_kv.convert.source import load_source
-    from espnet_kv.task import ASRTask
+    from espnet_kv.espnet.task import ASRTask
 
     args = get_parser().parse_args(argv)
     config_file, model_file = args.experiment / "config.yaml", args.experiment / args.model

@@ -44,7 +44,7 @@ def conf_of(name: str, blocks: int) -> dict:
 
 def build_ours(blocks: int, device: str) -> dict:
     """Our encoders by name, with the weights of mha wherever they fit."""
-    from espnet_kv.encoder.conformer import KVConformerEncoder
+    from espnet_kv.encoder.encoders import KVConformerEncoder
 
     torch.manual_seed(0)
     encoders = {name: KVConformerEncoder(MELS, **conf_of(name, blocks)) for name in ATTENTIONS}

@@ -44,7 +44,7 @@ from sides import (
 from torch import Tensor
 
 from espnet_kv.cache import EncoderState
-from espnet_kv.errors import command
+from espnet_kv.cli import command
 
 FRAMES_PER_MINUTE = 1500
 STREAMS = 16

@@ -1,6 +1,6 @@
 """KV-cache compression for ESPnet speech recognition.
 
-Importing the package makes its encoders known to ESPnet (see `espnet_kv.registration`).
+Importing the package makes its encoders known to ESPnet (see `espnet_kv.espnet.register`).
 The import itself is light: torch and ESPnet are not loaded until somebody asks for one of the
 names in `__all__`.
 """
@@ -8,12 +8,12 @@ names in `__all__`.
 import importlib
 from typing import Any
 
-from espnet_kv.registration import register
+from espnet_kv.espnet.register import register
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "ASRTask": "espnet_kv.task",
+    "ASRTask": "espnet_kv.espnet.task",
     "EncoderState": "espnet_kv.cache.stream",
     "StreamingRecognizer": "espnet_kv.streaming.recognizer",
 }

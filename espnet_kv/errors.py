@@ -1,12 +1,7 @@
 """Mistakes a user can mend, told in one line."""
 
-import argparse
 import errno
-import functools
-import os
 import sys
-from collections.abc import Callable
-from typing import NoReturn
 
 # what a failed system call asks for; its own text says what happened
 WAYS_OUT = {
@@ -41,37 +36,23 @@ class UserError(Exception):
     """
 
 
+class ArgumentError(UserError, ValueError):
+    """An argument of a call has a value that is not allowed; commands name the option `--name`.
+
+    Args:
+        name: of the argument.
+        said: the value and what is allowed.
+    """
+
+    def __init__(self, name: str, said: str):
+        super().__init__(name, said)
+
+    def __str__(self) -> str:
+        return " ".join(self.args)
+
+
 class ConfigError(UserError, ValueError):
     """A key of a model configuration has a value that is not allowed."""
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser of options: what is wrong is a UserError, where argparse prints its usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise a UserError."""
-        raise UserError(f"{message} (see --help)")
-
-
-def true_or_false(text: str) -> bool:
-    """Type of an option that is `true` or `false`, as ESPnet's are."""
-    if text not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text == "true"
-
-
-def whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    """Type of an option that is a whole number from `least` to `most` (None: any)."""
-    bounds = f"of {least} or more" if most is None else f"from {least} to {most}"
-
-    def parse(text: str) -> int:
-        # isdecimal alone takes the digits of other scripts, of which int() makes numbers, too
-        number = int(text) if text.removeprefix("-").isdecimal() and len(text) < 100 else None
-        if number is None or number < least or (most is not None and number > most):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {bounds}")
-        return number
-
-    return parse
 
 
 def one_line(error: object) -> str:
@@ -106,44 +87,3 @@ def explain(error: BaseException) -> str | None:
             "numbers in the options, a smaller model or a machine with more memory"
         )
     return None
-
-
-def command(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Turn `main` into a console command: what a user can mend becomes one line on stderr.
-
-    That is a UserError, a failure of the file system and missing memory (status 1) and Ctrl-C
-    (status 130). Where nobody reads standard output any more, it ends without a word (status 141).
-    Every other exception is a fault of the program and keeps its traceback.
-
-    Returns a function that gives the exit status, so that both
-    `sys.exit(main())` and console-script entry points work.
-    """
-
-    @functools.wraps(main)
-    def run(*args, **kwargs) -> int:
-        try:
-            return main(*args, **kwargs) or 0
-        except UserError as error:
-            said = one_line(error)
-        except KeyboardInterrupt:
-            print("error: interrupted", file=sys.stderr)
-            return 130
-        except BrokenPipeError:
-            discard_output()
-            return 141
-        except Exception as error:
-            text = explain(error)
-            if text is None:
-                raise
-            said = text
-        print(f"error: {said}", file=sys.stderr)
-        return 1
-
-    return run
-
-
-def discard_output() -> None:
-    """Send standard output nowhere: nobody reads it, and Python would complain at its exit."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, sys.stdout.fileno())
-    os.close(null)

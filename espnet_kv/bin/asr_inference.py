@@ -2,15 +2,15 @@
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from espnet_kv.atomic import check_writable, new_entries
-from espnet_kv.bin.options import check_device, check_search
-from espnet_kv.bin.utterances import decoding_task, extended
-from espnet_kv.errors import UserError, command, one_line
+from espnet_kv.bin.streaming_options import check_device, check_search
+from espnet_kv.cli import command
+from espnet_kv.errors import UserError, one_line
+from espnet_kv.espnet.parser import extended
+from espnet_kv.espnet.utterances import decoding_task
+from espnet_kv.files import check_writable, new_entries
 
 # the first of a pair is of no use without the second
 PAIRS = (("lm_file", "lm_train_config"), ("lm_train_config", "lm_file"))
@@ -55,19 +55,20 @@ def main(cmd: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(cmd)
     _check(args)
 
-    from espnet2.bin import asr_inference as espnet
     from typeguard import TypeCheckError
 
-    from espnet_kv.task import ASRTask, CachedDecodingTask
+    from espnet_kv.espnet.inference import our_inference
+    from espnet_kv.espnet.task import ASRTask, CachedDecodingTask
 
-    print(espnet.get_commandline_args(), file=sys.stderr)
     options = vars(args)
     options.pop("config")
     # what its Speech2Text builds models with, in this process
     cached = options.pop("kv_decoder") and not options["partial_ar"]  # a search of another kind
     task = decoding_task(CachedDecodingTask if cached else ASRTask)
     output = Path(options.pop("output_dir"))
-    with _ours(espnet, task, options.pop("fast_ctc")), new_entries(output) as partial:
+    fast_ctc = options.pop("fast_ctc")
+    with our_inference(task, fast_ctc) as espnet, new_entries(output) as partial:
+        print(espnet.get_commandline_args(), file=sys.stderr)
         try:
             espnet.inference(output_dir=str(partial), **options)
         except (NotImplementedError, TypeCheckError) as error:  # options that do not go together
@@ -92,28 +93,6 @@ def _check(args: argparse.Namespace) -> None:
     if Path(args.output_dir).is_file():
         raise UserError(f"--output_dir {args.output_dir} is a file; name a directory")
     check_writable(Path(args.output_dir))
-
-
-@contextmanager
-def _ours(espnet: Any, task: type, fast_ctc: bool) -> Iterator[None]:
-    """Within it ESPnet's inference module works with our classes."""
-    from espnet_kv.bin.speech2text import language_model_task, speech2text, too_short_result
-    from espnet_kv.decoder.ctc_prefix import FastCTCPrefixScorer, WideCTCPrefixScorer
-
-    lm_task = language_model_task(espnet.LMTask)
-    ours = {
-        "ASRTask": task,
-        "LMTask": lm_task,
-        "CTCPrefixScorer": FastCTCPrefixScorer if fast_ctc else WideCTCPrefixScorer,
-        "Speech2Text": speech2text(espnet.Speech2Text, lm_task),
-        "_too_short_result": too_short_result,
-    }
-    own = {name: getattr(espnet, name) for name in ours}
-    vars(espnet).update(ours)
-    try:
-        yield
-    finally:
-        vars(espnet).update(own)
 
 
 if __name__ == "__main__":

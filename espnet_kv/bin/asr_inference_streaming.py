@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from espnet_kv.atomic import check_writable, new_entries
-from espnet_kv.bin.options import add_streaming_options, build_recognizer, check_search
-from espnet_kv.bin.utterances import decoding_task, extended
-from espnet_kv.errors import UserError, command
+from espnet_kv.bin.streaming_options import add_streaming_options, build_recognizer, check_search
+from espnet_kv.cli import command
+from espnet_kv.errors import UserError
+from espnet_kv.espnet.parser import extended
+from espnet_kv.espnet.utterances import decoding_task
+from espnet_kv.files import check_writable, new_entries
 
 # a day
 LONGEST_MS = 86_400_000
@@ -95,9 +97,9 @@ def _decode(args: argparse.Namespace) -> None:
     from espnet2.fileio.datadir_writer import DatadirWriter
     from espnet2.torch_utils.set_all_random_seed import set_all_random_seed
 
+    from espnet_kv.espnet.task import ASRTask
     from espnet_kv.streaming.frontend import TooShortError
     from espnet_kv.streaming.meter import Meter
-    from espnet_kv.task import ASRTask
 
     set_all_random_seed(args.seed)
     recognizer = build_recognizer(args)

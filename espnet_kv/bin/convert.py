@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from espnet_kv.errors import Parser, UserError, command, one_line, whole
+from espnet_kv.cli import HelpFormatter, Parser, command, whole
+from espnet_kv.errors import UserError, one_line
 
 # of utterances that are left out so many are named
 NAMED = 10
@@ -37,7 +38,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = Parser(
         description="Convert the attention of a trained ESPnet or espnet_kv model to mla, gqa or "
         "linear. Out comes an experiment directory, for asr_inference, asr_train and the recipe.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -124,7 +125,7 @@ def run(args: argparse.Namespace, said: str) -> None:
     from espnet_kv.convert.model import convert_model
     from espnet_kv.convert.source import load_source
     from espnet_kv.convert.target import Target
-    from espnet_kv.task import ASRTask
+    from espnet_kv.espnet.task import ASRTask
 
     check_new(args.output_dir, args.asr_train_config.parent)
     target = Target(

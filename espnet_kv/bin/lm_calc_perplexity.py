@@ -4,14 +4,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from espnet_kv.errors import command
+from espnet_kv.cli import command
 
 
 def get_parser() -> argparse.ArgumentParser:
     """ESPnet's options."""
     from espnet2.bin import lm_calc_perplexity as espnet
 
-    from espnet_kv.bin.utterances import extended
+    from espnet_kv.espnet.parser import extended
 
     return extended(espnet.get_parser(), "Perplexity of a language model")
 

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from espnet_kv.errors import command
+from espnet_kv.cli import command
 
 
 @command
@@ -13,7 +13,7 @@ def main(cmd: Sequence[str] | None = None) -> None:
     Args:
         cmd: ESPnet's options; sys.argv when None.
     """
-    from espnet_kv.training import LMTraining
+    from espnet_kv.espnet.training import LMTraining
 
     LMTraining.main(cmd=cmd)
 

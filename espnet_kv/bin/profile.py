@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from espnet_kv.atomic import check_writable, write_text
-from espnet_kv.errors import Parser, UserError, command, one_line, true_or_false, whole
-from espnet_kv.recipe.config import load_config, load_yaml
-from espnet_kv.recipe.scores import read_scores
+from espnet_kv.cli import Parser, command, true_or_false, whole
+from espnet_kv.config import load_config, load_yaml
+from espnet_kv.errors import ConfigError, UserError, one_line
+from espnet_kv.files import check_writable, write_text
 from espnet_kv.report.profiles import SCHEMA
+from espnet_kv.scores import read_scores
 
 if TYPE_CHECKING:
     from espnet_kv.profile.sound import Sound
@@ -156,7 +157,7 @@ def main(cmd: Sequence[str] | None = None) -> None:
 
     import torch
 
-    from espnet_kv.profile.profile import Options, profile
+    from espnet_kv.profile.run import Options, profile
     from espnet_kv.profile.subject import Subject
 
     # what ESPnet says of a search is meant for those who decode
@@ -174,7 +175,10 @@ def main(cmd: Sequence[str] | None = None) -> None:
     sound = _sound(args, subject)
     _say(f"{named.name} on {device}, {len(sound.utterances)} utterances of {sound.name}")
     options = Options(seconds, cache_dtypes, args.repeats, args.hour, search, streaming)
-    measured = profile(subject, sound, options, _say)
+    try:
+        measured = profile(subject, sound, options, _say)
+    except ConfigError as error:
+        raise UserError(f"{args.inference_config}: {error}") from error
     measured["model"] |= named.paths | {"converted_from": _provenance(named.experiment)}
     measured["settings"]["command"] = shlex.join(
         ["python", "-m", "espnet_kv.bin.profile", *arguments]

@@ -12,8 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from espnet_kv.atomic import check_writable
-from espnet_kv.errors import Parser, UserError, command
+from espnet_kv.cli import Parser, command
+from espnet_kv.errors import UserError
+from espnet_kv.files import check_writable
 from espnet_kv.report.profiles import read_profiles
 from espnet_kv.report.write import TITLE, write_report
 

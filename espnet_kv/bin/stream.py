@@ -9,8 +9,10 @@ import unicodedata
 from collections.abc import Sequence
 from typing import TextIO
 
-from espnet_kv.bin.options import Parser, add_streaming_options, build_recognizer
-from espnet_kv.errors import UserError, command
+from espnet_kv.bin.streaming_options import add_streaming_options, build_recognizer
+from espnet_kv.cli import HelpFormatter, command
+from espnet_kv.errors import UserError
+from espnet_kv.espnet.parser import Parser
 
 REDRAW_SECONDS = 0.1
 HIGHEST_RATE = 768_000
@@ -23,7 +25,7 @@ def get_parser() -> argparse.ArgumentParser:
         description="Transcribe a wav or flac file, or raw 16-bit mono audio from standard input, "
         "as it arrives. Final text goes to standard output, a line per pause; on a terminal the "
         "words so far, real-time factor and cache are shown while they come.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add("audio", help="A file, or - for standard input")
@@ -58,9 +60,9 @@ def main(cmd: Sequence[str] | None = None) -> int:
 def _transcribe(args: argparse.Namespace) -> int:
     import numpy as np
 
-    from espnet_kv.streaming.audio import FileSource, PipeSource, Stream
     from espnet_kv.streaming.frontend import TooShortError
     from espnet_kv.streaming.meter import Meter
+    from espnet_kv.streaming.sources import FileSource, PipeSource, Stream
 
     if args.rate is not None and (args.audio != "-" or not 1 <= args.rate <= HIGHEST_RATE):
         raise UserError(
@@ -75,6 +77,8 @@ def _transcribe(args: argparse.Namespace) -> int:
             "stream; --left_chunks 4, say, bounds it",
             file=sys.stderr,
         )
+    for note in file.notes if file else ():
+        print(f"note: {args.audio}: {note}", file=sys.stderr)
     if source.rate != recognizer.sample_rate:
         print(
             f"note: {source.rate} samples per second are resampled to the "

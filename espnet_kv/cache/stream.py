@@ -12,9 +12,9 @@ import torch
 
 from espnet_kv.cache.features import Features
 from espnet_kv.cache.footprint import Footprint
+from espnet_kv.cache.position_table import PositionTables
 from espnet_kv.cache.state import KINDS
 from espnet_kv.cache.store import SPARE, Store
-from espnet_kv.cache.tables import PositionTables
 
 # slots that an unbounded left context begins with, in chunks; they double when full
 FIRST_CHUNKS = 16

@@ -15,12 +15,12 @@ import torch
 import yaml
 
 import espnet_kv
-from espnet_kv.atomic import check_writable, new_directory
 from espnet_kv.convert.model import Conversion
-from espnet_kv.convert.report import FILE, SCHEMA, write_pages
-from espnet_kv.errors import UserError
-from espnet_kv.provenance import commit
-from espnet_kv.task import ASRTask, write_statistics
+from espnet_kv.convert.record import FILE, SCHEMA, write_pages
+from espnet_kv.errors import ArgumentError
+from espnet_kv.espnet.loading import write_statistics
+from espnet_kv.espnet.task import ASRTask
+from espnet_kv.files import check_writable, commit, new_directory
 
 # keys of a config.yaml that say where that training wrote, and the way in which it ran
 OF_THE_RUN = ("config", "output_dir", "init_param", "local_rank", "dist_rank", "dist_world_size")
@@ -38,15 +38,18 @@ def check_new(directory: Path, source: Path | None = None) -> None:
             be made there, or ESPnet would misread its name.
     """
     if source is not None and directory.resolve() == source.resolve():
-        raise UserError(f"--output_dir {directory} is the model that is converted: name another")
+        raise ArgumentError(
+            "output_dir", f"{directory} is the model that is converted: name another"
+        )
     if ":" in str(directory):
-        raise UserError(
-            f"--output_dir {directory}: ESPnet's --init_param, by which the converted model is "
-            "trained further, splits paths at a colon; name another directory"
+        raise ArgumentError(
+            "output_dir",
+            f"{directory}: ESPnet's init_param, by which the converted model is "
+            "trained further, splits paths at a colon; name another directory",
         )
     check_writable(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"--output_dir {directory} exists: remove it, or name another one")
+        raise ArgumentError("output_dir", f"{directory} exists: remove it, or name another one")
 
 
 def write_experiment(

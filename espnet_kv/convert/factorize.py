@@ -8,7 +8,7 @@ from torch import Tensor
 
 from espnet_kv.attention.grouped import MultiHeadAttention
 from espnet_kv.attention.latent import MultiHeadLatentAttention
-from espnet_kv.convert.errors import output_error
+from espnet_kv.convert.layer_error import output_error
 from espnet_kv.convert.linalg import left_vectors, symmetric_root
 from espnet_kv.convert.metric import OutputMetric
 from espnet_kv.convert.modules import head_rows, successor

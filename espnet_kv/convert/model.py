@@ -12,8 +12,8 @@ from torch import Tensor
 from espnet_kv.convert.calibration import Calibration, Listener
 from espnet_kv.convert.calls import Call, recording
 from espnet_kv.convert.effects import measure_effects
-from espnet_kv.convert.errors import layer_errors
 from espnet_kv.convert.factorize import to_mla
+from espnet_kv.convert.layer_error import layer_errors
 from espnet_kv.convert.linalg import symmetric_root
 from espnet_kv.convert.measure import cache_bytes
 from espnet_kv.convert.pooling import to_gqa
@@ -21,8 +21,9 @@ from espnet_kv.convert.source import PARTS
 from espnet_kv.convert.statistics import LayerStatistics
 from espnet_kv.convert.target import Target, layer_options
 from espnet_kv.convert.transfer import to_linear, transfer
-from espnet_kv.errors import UserError
-from espnet_kv.task import ASRTask, build_filled
+from espnet_kv.errors import ArgumentError, UserError
+from espnet_kv.espnet.loading import build_filled
+from espnet_kv.espnet.task import ASRTask
 
 # attention transfer: utterances that a step learns from
 UTTERANCES = 4
@@ -83,7 +84,7 @@ def convert_model(
         UserError: a layer cannot be converted in this way.
     """
     if target.attention_type == "linear" and calibration is None:
-        raise UserError("--attention_type linear learns from audio: give --calibration_scp")
+        raise ArgumentError("attention_type", "linear learns from audio: give calibration_scp")
     parameters = {"before": _count(model)}
     cache = {part: {"before": cache_bytes(model, part)} for part in parts}
     names = {part: PARTS[part].attentions(model) for part in parts}

@@ -14,7 +14,8 @@ from torch import nn
 
 from espnet_kv.attention.grouped import MultiHeadAttention
 from espnet_kv.errors import UserError
-from espnet_kv.task import ASRTask, find_files, read_config
+from espnet_kv.espnet.loading import find_files, read_config
+from espnet_kv.espnet.task import ASRTask
 
 ENCODERS = ("conformer", "branchformer", "e_branchformer", "transformer")
 DECODER = "transformer"

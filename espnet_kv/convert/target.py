@@ -7,7 +7,7 @@ from typing import Any
 from espnet_kv.attention import ATTENTIONS
 from espnet_kv.convert.budget import choose_ranks
 from espnet_kv.convert.statistics import LayerStatistics
-from espnet_kv.errors import UserError
+from espnet_kv.errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -36,23 +36,24 @@ class Target:
         kind, options = self.attention_type, ATTENTIONS[self.attention_type].options
         for name in ("kv_rank", "num_kv_heads", "feature_map"):
             if getattr(self, name) is not None and name not in options:
-                raise UserError(f"--{name}: --attention_type {kind} does not take it")
+                raise ArgumentError(name, f"attention_type {kind} does not take it")
         fraction = self.target_compression
         if kind == "linear":
             if fraction is not None:
-                raise UserError(
-                    "--target_compression: the state of linear attention is constant; leave it out"
+                raise ArgumentError(
+                    "target_compression", "the state of linear attention is constant; leave it out"
                 )
             return
         size = "kv_rank" if kind == "mla" else "num_kv_heads"
         if (fraction is None) == (getattr(self, size) is None):
-            raise UserError(
-                f"--attention_type {kind}: give either --{size} or --target_compression"
+            raise ArgumentError(
+                "attention_type", f"{kind}: give either {size} or target_compression"
             )
         if fraction is not None and not 0 < fraction < 1:
-            raise UserError(
-                f"--target_compression {fraction}: the part of the cache that goes, allowed is "
-                "more than 0 and less than 1"
+            raise ArgumentError(
+                "target_compression",
+                f"{fraction}: the part of the cache that goes, allowed is "
+                "more than 0 and less than 1",
             )
 
     @property
@@ -90,7 +91,9 @@ def layer_options(
     if not statistics:
         rank = budget // len(numbers)
         if rank < 1:
-            raise UserError(f"--target_compression {target.target_compression}: no rank is left")
+            raise ArgumentError(
+                "target_compression", f"{target.target_compression}: no rank is left"
+            )
         return {name: {"kv_rank": rank} for name in attentions}
     layers = {name: (attention, statistics[name]) for name, attention in attentions.items()}
     ranks = choose_ranks(layers, budget, effects)
@@ -103,6 +106,7 @@ def _heads_left(heads: int, fraction: float) -> int:
         if abs(removed - fraction) < 1e-6:
             return left
     listed = ", ".join(f"{removed:g}" for removed in sorted(allowed)) or "none"
-    raise UserError(
-        f"--target_compression {fraction}: {heads} heads cannot share like that (allowed: {listed})"
+    raise ArgumentError(
+        "target_compression",
+        f"{fraction}: {heads} heads cannot share like that (allowed: {listed})",
     )

@@ -7,14 +7,14 @@ import torch
 from espnet2.asr.decoder.transformer_decoder import TransformerDecoder
 from torch import Tensor, nn
 
-from espnet_kv.arguments import complete_arguments, with_arguments_of
 from espnet_kv.attention import build_attention, check_attention, layer_confs
 from espnet_kv.attention.base import HeadSizes
 from espnet_kv.attention.positions import at_positions
 from espnet_kv.cache.step import taking
-from espnet_kv.checkpoint import refuse_partial_loads
 from espnet_kv.decoder.search import Hypothesis, Search
 from espnet_kv.errors import ConfigError
+from espnet_kv.espnet.loading import refuse_partial_loads
+from espnet_kv.espnet.signatures import complete_arguments, with_arguments_of
 
 
 @with_arguments_of(TransformerDecoder)

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from espnet_kv.arguments import complete_arguments, with_arguments_of
 from espnet_kv.attention import build_attention, check_attention, layer_confs
 from espnet_kv.attention.base import HeadSizes
 from espnet_kv.attention.chunks import Chunks, draw_chunks
-from espnet_kv.checkpoint import refuse_partial_loads
 from espnet_kv.encoder.causal import CausalConv1d
 from espnet_kv.errors import ConfigError
+from espnet_kv.espnet.loading import refuse_partial_loads
+from espnet_kv.espnet.signatures import complete_arguments, with_arguments_of
 
 # (chunk_size, left_chunks) of one pass in this thread or task; None: those of the encoder
 one_pass: ContextVar[tuple[int, int] | None] = ContextVar("one_pass", default=None)

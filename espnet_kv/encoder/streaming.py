@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from espnet_kv.attention.positions import at_positions, relative
 from espnet_kv.cache.codec import build_codec
 from espnet_kv.cache.features import Features
+from espnet_kv.cache.position_table import PositionTables
 from espnet_kv.cache.state import StateSpec
 from espnet_kv.cache.step import ChunkStep, running, taking
 from espnet_kv.cache.store import Store
 from espnet_kv.cache.stream import FIRST_CHUNKS, EncoderState
-from espnet_kv.cache.tables import PositionTables
 from espnet_kv.encoder.chunked import KVEncoder, check_chunks, subsampling
 from espnet_kv.errors import ConfigError
 

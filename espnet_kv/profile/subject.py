@@ -12,9 +12,9 @@ from torch import nn
 from espnet_kv.cache import EncoderState
 from espnet_kv.encoder.streaming import StreamingEncoder, subsampling
 from espnet_kv.errors import UserError
+from espnet_kv.espnet.task import CachedDecodingTask
 from espnet_kv.streaming.frontend import StreamingFrontend
-from espnet_kv.streaming.load import check_streams
-from espnet_kv.task import CachedDecodingTask
+from espnet_kv.streaming.requirements import check_streams
 
 
 @dataclass(frozen=True)

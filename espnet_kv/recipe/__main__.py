@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from espnet_kv.errors import command
+from espnet_kv.cli import command
 from espnet_kv.recipe.content import Content
 from espnet_kv.recipe.counts import count_sets, table
 from espnet_kv.recipe.layout import Layout

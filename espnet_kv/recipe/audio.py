@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from espnet_kv.channels import to_mono
 from espnet_kv.recipe.containers import CHECKED, is_cut_short
 
 RATES = (1000, 768000)
@@ -69,8 +70,8 @@ class Recording:
 def read_recording(entry: str, *, allow_pipes: bool = False) -> Recording:
     """Read one wav.scp entry: an audio file, `file.ark:offset`, or a command that ends in `|`.
 
-    Channels are averaged, unless they cancel each other: then the first loud one is used. Float
-    audio in the scale of 16-bit integers is divided by 32768. Both are noted.
+    Channels become one as `to_mono` says. Float audio in the scale of 16-bit integers is divided
+    by 32768. Both are noted.
 
     Args:
         allow_pipes: run commands; else they are an AudioError.
@@ -81,16 +82,8 @@ def read_recording(entry: str, *, allow_pipes: bool = False) -> Recording:
     """
     samples, rate = _decode(entry, allow_pipes)
     samples, notes = _in_scale(samples, entry)
-    if samples.shape[1] == 1:
-        return Recording(samples[:, 0], rate, notes)
-    mono = samples.mean(axis=1)
-    power = np.square(samples).mean(axis=0)
-    if np.square(mono).mean() < 0.01 * power.mean():
-        first = int((power > power.max() / 2).argmax())
-        note = f"channel {first} of {samples.shape[1]} taken, because the channels cancel out"
-        return Recording(samples[:, first].copy(), rate, (*notes, note))
-    note = f"{samples.shape[1]} channels averaged to mono"
-    return Recording(mono, rate, (*notes, note))
+    mono, note = to_mono(samples)
+    return Recording(mono, rate, notes if note is None else (*notes, note))
 
 
 def read_audio(entry: str, *, allow_pipes: bool = False) -> tuple[np.ndarray, int]:

@@ -6,12 +6,13 @@ import os
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
-from espnet_kv.recipe.atomic import write_text
+from espnet_kv.cli import progress
+from espnet_kv.files import write_text
 from espnet_kv.recipe.audio import file_of
 from espnet_kv.recipe.datadir import DataDir
-from espnet_kv.recipe.progress import Progress
 
 MISSING = "missing"
 TICK_NS = 100_000_000
@@ -64,14 +65,14 @@ class Content:
             if seen is not None and self._known.get(names[path], [None])[0] != seen
         }
         now = time.time_ns()
-        progress = Progress(label, len(new)) if label and len(new) > 1 else None
-        with ThreadPoolExecutor(self._threads) as pool:
+        counter = progress(label, len(new)) if label and len(new) > 1 else None
+        with ThreadPoolExecutor(self._threads) as pool, counter or nullcontext():
             for (path, seen), found in zip(new.items(), pool.map(_hash, new), strict=True):
                 # a file younger than the clock's tick may change once more and look the same
                 settled = now - max(seen[1:3]) > TICK_NS
                 self._known[names[path]] = [seen if settled else None, found]
-                if progress:
-                    progress.step()
+                if counter is not None:
+                    counter.update()
         # small files are hashed again faster than the memory is written
         if new and label and self._keep:
             self._memory.parent.mkdir(parents=True, exist_ok=True)

@@ -8,10 +8,10 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from espnet_kv.cli import warn_each
 from espnet_kv.errors import UserError
 from espnet_kv.recipe.audio import file_of
 from espnet_kv.recipe.kaldi import Segment, entries, read_segments, read_speakers, split_words
-from espnet_kv.recipe.progress import warn_each
 
 __all__ = ["DataDir", "Segment", "dropped_lines", "entries", "require_conserved"]
 
@@ -268,3 +268,11 @@ def _find_relative(recordings: dict[str, str], directory: Path) -> None:
 @functools.cache
 def _say_once(line: str) -> None:
     print(line, flush=True)
+
+
+def add_data(data: DataDir, directory: Path) -> None:
+    """Write the Kaldi files of `data` beside what `directory` holds already."""
+    data.write(directory / "kaldi")  # DataDir.write replaces a whole directory
+    for file in (directory / "kaldi").iterdir():
+        file.replace(directory / file.name)
+    (directory / "kaldi").rmdir()

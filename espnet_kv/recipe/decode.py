@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from espnet_kv.config import load_yaml
 from espnet_kv.errors import UserError
-from espnet_kv.recipe.atomic import write_text
-from espnet_kv.recipe.config import load_yaml
+from espnet_kv.files import write_text
 from espnet_kv.recipe.datadir import DataDir
 from espnet_kv.recipe.jobs import Job
 from espnet_kv.recipe.layout import Layout
-from espnet_kv.recipe.scores import RECORD
 from espnet_kv.recipe.steps import Step
 from espnet_kv.recipe.train import config_option, part_of, split_options, write_keys
+from espnet_kv.scores import RECORD
 
 RESULT_FILES = ("text", "token", "token_int", "score")
 

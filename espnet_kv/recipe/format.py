@@ -7,18 +7,19 @@ from pathlib import Path
 
 import numpy as np
 
+from espnet_kv.cli import progress, refuse_mostly_dropped, warn_each
 from espnet_kv.errors import UserError
-from espnet_kv.recipe.atomic import add_data, new_directory, write_text
+from espnet_kv.files import new_directory, write_text
 from espnet_kv.recipe.audio import AudioError, audio_file, read_recording, to_int16
 from espnet_kv.recipe.datadir import (
     DataDir,
     Segment,
+    add_data,
     dropped_lines,
     refuse_dropped,
     require_conserved,
 )
 from espnet_kv.recipe.pool import parallel_map
-from espnet_kv.recipe.progress import Progress, refuse_mostly_dropped, warn_each
 
 AUDIO_FORMATS = ("flac.ark", "wav.ark", "flac", "wav")
 
@@ -78,10 +79,12 @@ def format_audio(
         num_samples: dict[str, int] = {}
         unreadable: dict[str, str] = {}
         notes: dict[str, str] = {}
-        progress = Progress(label, len(data.wav_scp))
-        with _ArkStore(partial, dst) if ark else _FileStore(partial, dst, container) as store:
+        with (
+            progress(label, len(data.wav_scp)) as counter,
+            _ArkStore(partial, dst) if ark else _FileStore(partial, dst, container) as store,
+        ):
             for done in itertools.chain.from_iterable(parallel_map(_format, jobs, nj)):
-                progress.step()
+                counter.update()
                 if done.unreadable:
                     unreadable[done.utt] = done.unreadable
                     continue

@@ -26,7 +26,7 @@ from espnet_kv.recipe.logs import ALL_INVALID, JobLog, parse_epoch
 from espnet_kv.recipe.pool import OUT_OF_MEMORY, end_groups, ending, keyboard_blocked, signal_group
 
 CUDA_DEVICES = "CUDA_VISIBLE_DEVICES"
-PRELOAD = ["espnet2.bin.asr_inference", "espnet_kv.task", "espnet_kv.bin.asr_inference"]
+PRELOAD = ["espnet2.bin.asr_inference", "espnet_kv.espnet.task", "espnet_kv.bin.asr_inference"]
 """Modules that every job on the CPU starts with."""
 FULL = 1 << 14
 """Bytes below which a disk has no room for the rest of a log."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from espnet_kv.config import front_end, load_config, load_yaml
 from espnet_kv.errors import UserError
-from espnet_kv.recipe.atomic import write_text
-from espnet_kv.recipe.config import front_end, load_config, load_yaml
+from espnet_kv.files import write_text
 from espnet_kv.recipe.lengths import shortest_seconds
 
 DEFAULT_CONFIG = Path("conf/train_asr_conformer_mha.yaml")

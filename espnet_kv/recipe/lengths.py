@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from espnet_kv.cli import warn_each
 from espnet_kv.errors import UserError
-from espnet_kv.recipe.atomic import add_data, new_directory, write_text
+from espnet_kv.files import new_directory, write_text
 from espnet_kv.recipe.audio import AudioError, read_audio
-from espnet_kv.recipe.datadir import DataDir, dropped_lines, entries, require_conserved
-from espnet_kv.recipe.progress import warn_each
+from espnet_kv.recipe.datadir import DataDir, add_data, dropped_lines, entries, require_conserved
 
 SHORTEST = 0.1
 """Seconds below which the usual subsampling (conv2d) has too few frames for a single output."""

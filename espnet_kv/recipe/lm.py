@@ -7,10 +7,9 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from espnet_kv.config import load_yaml
 from espnet_kv.errors import UserError
-from espnet_kv.provenance import commit
-from espnet_kv.recipe.atomic import new_directory, write_text
-from espnet_kv.recipe.config import load_yaml
+from espnet_kv.files import commit, new_directory, write_text
 from espnet_kv.recipe.datadir import DataDir
 from espnet_kv.recipe.jobs import Job
 from espnet_kv.recipe.layout import Layout

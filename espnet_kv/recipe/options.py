@@ -11,8 +11,9 @@ from pathlib import Path
 
 import humanfriendly
 
-from espnet_kv.errors import Parser, UserError, true_or_false, whole
-from espnet_kv.recipe import convert
+from espnet_kv.cli import Parser, true_or_false, whole
+from espnet_kv.errors import UserError
+from espnet_kv.recipe import conversion
 from espnet_kv.recipe.corpora import CORPORA, name_sources
 from espnet_kv.recipe.jobs import check_gpus, cores
 
@@ -284,7 +285,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     if args.convert_from is not None:
         # stages go by configurations: those of the experiments that the conversion makes
-        args.asr_config = [exp / "config.yaml" for exp in convert.experiments(args)]
+        args.asr_config = [exp / "config.yaml" for exp in conversion.experiments(args)]
     configs = () if args.convert_from else args.asr_config
     for path in (*configs, args.inference_config, args.overlay):
         if path is not None and not path.is_file():
@@ -358,7 +359,7 @@ def _name_sets(args: argparse.Namespace) -> None:
 def _check_conversion(args: argparse.Namespace) -> None:
     """Refuse what a conversion, or its absence, would leave unused."""
     if args.convert_from is None:
-        names = ["attention_type", *(name for name, _ in convert.SIZES.values())]
+        names = ["attention_type", *(name for name, _ in conversion.SIZES.values())]
         for name in (*names, "target_compression", "finetune_epochs", "finetune_control"):
             if getattr(args, name):
                 raise UserError(f"--{name}: goes with --convert_from")

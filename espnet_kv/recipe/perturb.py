@@ -4,8 +4,9 @@ import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
+from espnet_kv.cli import progress, refuse_mostly_dropped, warn_each
 from espnet_kv.errors import UserError
-from espnet_kv.recipe.atomic import add_data, new_directory, write_text
+from espnet_kv.files import new_directory, write_text
 from espnet_kv.recipe.audio import (
     AudioError,
     audio_file,
@@ -13,9 +14,8 @@ from espnet_kv.recipe.audio import (
     resample,
     to_int16,
 )
-from espnet_kv.recipe.datadir import DataDir, Segment, dropped_lines, require_conserved
+from espnet_kv.recipe.datadir import DataDir, Segment, add_data, dropped_lines, require_conserved
 from espnet_kv.recipe.pool import parallel_map
-from espnet_kv.recipe.progress import Progress, refuse_mostly_dropped, warn_each
 
 
 def perturb_speed(
@@ -62,16 +62,17 @@ def perturb_speed(
         dropped: dict[str, str] = {}
         notes: dict[str, str] = {}
         copies = [copy.utt for job in jobs for copy in job.copies]
-        progress = Progress(label, len(copies))
         outcomes = itertools.chain.from_iterable(parallel_map(_perturb, jobs, nj))
+        counter = progress(label, len(copies))
         for utt, (reason, note) in zip(copies, outcomes, strict=True):
-            progress.step()
+            counter.update()
             if note:
                 notes[utt] = note
             if reason:
                 dropped[utt] = reason
                 for table in (perturbed.wav_scp, perturbed.text, perturbed.utt2spk):
                     table.pop(utt, None)
+        counter.close()
         warn_each(label, notes, "copies were made of audio that had to be converted")
         warn_each(label, dropped, f"of {len(copies)} copies cannot be made")
         refuse_mostly_dropped(label, dropped, len(copies))

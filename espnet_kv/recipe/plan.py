@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from espnet_kv.recipe import convert, data, decode, lm, profiling, scoring, train
+from espnet_kv.recipe import conversion, data, decode, lm, profiling, scoring, train
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.steps import Step
 
@@ -53,8 +53,8 @@ def plan(layout: Layout) -> list[Step]:
     results = [scoring.results_step(layout, scored)]
     if args.convert_from is not None:
         results += [
-            convert.report_step(layout, converted, list(scored.values()))
-            for converted in convert.plan(args)
+            conversion.report_step(layout, converted, list(scored.values()))
+            for converted in conversion.plan(args)
         ]
     profiles, rates = [], []
     for config in args.asr_config:
@@ -97,14 +97,14 @@ def _models(layout: Layout, lengths: Sequence[Step], tokens: Step) -> dict[int, 
         return {10: list(stats.values()), 11: trainings}
 
     steps = []
-    for converted in convert.plan(args):
-        conversion = convert.convert_step(layout, converted, lengths[:1])
-        steps.append(conversion)
+    for converted in conversion.plan(args):
+        converting = conversion.convert_step(layout, converted, lengths[:1])
+        steps.append(converting)
         if converted.fine_tuned is not None:
             start, end = converted.experiment, converted.fine_tuned
-            steps.append(convert.fine_tuning_step(layout, start, end, [conversion]))
-    if (control := convert.control(args)) is not None:
-        steps.append(convert.fine_tuning_step(layout, args.convert_from, control, []))
+            steps.append(conversion.fine_tuning_step(layout, start, end, [converting]))
+    if (control := conversion.control(args)) is not None:
+        steps.append(conversion.fine_tuning_step(layout, args.convert_from, control, []))
     return {10: [_statistics_of_source(layout)], 11: steps}
 
 

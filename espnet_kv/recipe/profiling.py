@@ -5,18 +5,18 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from espnet_kv.config import load_yaml
 from espnet_kv.errors import UserError
-from espnet_kv.recipe.atomic import write_text
-from espnet_kv.recipe.config import load_yaml
+from espnet_kv.files import write_text
 from espnet_kv.recipe.decode import require_model
 from espnet_kv.recipe.jobs import Job
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.options import DECODE, DECODE_STREAMING
-from espnet_kv.recipe.scores import read_scores
 from espnet_kv.recipe.steps import Step
 from espnet_kv.recipe.train import default_gpus
 from espnet_kv.report.profiles import SCHEMA, read_profiles
 from espnet_kv.report.write import TITLE, write_report
+from espnet_kv.scores import read_scores
 
 
 def profile_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Step:

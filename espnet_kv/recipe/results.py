@@ -9,8 +9,8 @@ from importlib import metadata
 from pathlib import Path
 
 from espnet_kv.errors import UserError
-from espnet_kv.recipe.atomic import write_text
-from espnet_kv.scorefile import KINDS, Scores, scored_sets
+from espnet_kv.files import write_text
+from espnet_kv.scores import KINDS, Scores, scored_sets
 
 BEGIN, END = "<!-- generated -->", "<!-- /generated -->"
 COLUMNS = ("Snt", "Wrd", "Corr", "Sub", "Del", "Ins", "Err", "S.Err")

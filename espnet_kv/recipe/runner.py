@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
 from espnet_kv.errors import UserError
+from espnet_kv.files import locked
 from espnet_kv.recipe.jobs import Job, run_jobs
-from espnet_kv.recipe.lock import locked
 from espnet_kv.recipe.steps import State, Step, Steps
 
 

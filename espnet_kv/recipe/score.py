@@ -9,9 +9,9 @@ from pathlib import Path
 import jiwer
 
 from espnet_kv.errors import UserError
-from espnet_kv.recipe.atomic import new_directory, write_text
+from espnet_kv.files import new_directory, write_text
 from espnet_kv.recipe.tokens import SPACE
-from espnet_kv.scorefile import KINDS, Rates, percent
+from espnet_kv.scores import KINDS, Rates, percent
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Score:
 
     @property
     def counts(self) -> dict[str, int]:
-        """What scores.json says of it, see `espnet_kv.scorefile`."""
+        """What scores.json says of it, see `espnet_kv.scores`."""
         found = self.alignment
         return {
             "utterances": len(self.utterances),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from espnet_kv.errors import UserError
-from espnet_kv.recipe.atomic import write_text
+from espnet_kv.files import write_text
 from espnet_kv.recipe.counts import count_sets, markdown
 from espnet_kv.recipe.datadir import DataDir
 from espnet_kv.recipe.layout import Layout
@@ -14,7 +14,7 @@ from espnet_kv.recipe.results import write_results
 from espnet_kv.recipe.score import score, write_score
 from espnet_kv.recipe.steps import Step
 from espnet_kv.recipe.tokens import piece_tokenizer
-from espnet_kv.scorefile import FILE, KINDS, RECORD, is_streaming, read_scored_set
+from espnet_kv.scores import FILE, KINDS, RECORD, is_streaming, read_scored_set
 
 STAMP = ".scored.done.json"
 

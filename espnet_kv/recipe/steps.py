@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from espnet_kv.recipe.atomic import write_text
+from espnet_kv.files import write_text
 from espnet_kv.recipe.content import Content
 from espnet_kv.recipe.jobs import Job
 

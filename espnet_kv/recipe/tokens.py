@@ -10,7 +10,7 @@ from pathlib import Path
 import sentencepiece
 
 from espnet_kv.errors import UserError
-from espnet_kv.recipe.atomic import new_directory, write_text
+from espnet_kv.files import new_directory, write_text
 from espnet_kv.recipe.kaldi import split_words
 
 RESERVED = "\u2585"

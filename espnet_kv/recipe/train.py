@@ -10,10 +10,9 @@ from typing import Any
 
 import yaml
 
+from espnet_kv.config import front_end, load_yaml
 from espnet_kv.errors import UserError
-from espnet_kv.provenance import commit
-from espnet_kv.recipe.atomic import new_directory, write_text
-from espnet_kv.recipe.config import front_end, load_yaml
+from espnet_kv.files import commit, new_directory, write_text
 from espnet_kv.recipe.datadir import DataDir
 from espnet_kv.recipe.jobs import Job, visible_gpus
 from espnet_kv.recipe.layout import Layout
@@ -179,7 +178,7 @@ def _finish_training(layout: Layout, exp: Path) -> None:
 
 def check_models(exp: Path) -> None:
     """Raise UserError where an averaged model of an experiment is not finite."""
-    from espnet_kv.saving import check_finite  # loads torch
+    from espnet_kv.espnet.saving import check_finite  # loads torch
 
     for model in exp.glob("*.ave.pth"):
         check_finite(model)

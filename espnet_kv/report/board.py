@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from espnet_kv.atomic import new_directory
+from espnet_kv.files import new_directory
 from espnet_kv.report.columns import tables
 from espnet_kv.report.looks import Entry
 

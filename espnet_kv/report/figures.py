@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from espnet_kv.atomic import new_file
+from espnet_kv.files import new_file
 from espnet_kv.report import bars, curves, scatter
 from espnet_kv.report.looks import GRID, INK, MUTED, PAPER, Entry, style
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from espnet_kv.atomic import write_text
 from espnet_kv.errors import UserError
+from espnet_kv.files import write_text
 from espnet_kv.report.board import write_scalars
 from espnet_kv.report.figures import PLOTS, save
 from espnet_kv.report.looks import Entry, style

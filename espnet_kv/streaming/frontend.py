@@ -61,8 +61,7 @@ class StreamingFrontend:
         """Take the next samples and give the features that are complete now.
 
         Args:
-            speech: (N,) float samples, any N >= 0; of (N, channels) the first channel is taken,
-                as ESPnet does.
+            speech: (N,) float samples, any N >= 0; (N, channels) are averaged.
             is_final: the stream ends with this piece; the next one begins another.
 
         Returns:
@@ -133,7 +132,7 @@ def _checked(speech: Tensor) -> Tensor:
         raise UserError(f"audio of shape {tuple(speech.shape)} was given: expected (samples,)")
     if not torch.isfinite(speech).all():
         raise UserError("the audio holds samples that are infinite or no number")
-    return speech[:, 0] if speech.dim() == 2 else speech
+    return speech.mean(dim=1) if speech.dim() == 2 else speech
 
 
 def _check_streams(frontend: DefaultFrontend, normalize: AbsNormalize | None) -> None:

@@ -13,12 +13,13 @@ from espnet2.text.token_id_converter import TokenIDConverter
 from torch import Tensor
 
 from espnet_kv.encoder.streaming import subsampling
-from espnet_kv.errors import UserError
+from espnet_kv.errors import ArgumentError, UserError
+from espnet_kv.espnet.loading import load_tokenizer
+from espnet_kv.espnet.task import ASRTask
 from espnet_kv.streaming.ctc import CTCHypothesis, build_search
 from espnet_kv.streaming.endpoint import Endpointer
 from espnet_kv.streaming.frontend import StreamingFrontend, TooShortError
-from espnet_kv.streaming.load import check_streams, load_tokenizer
-from espnet_kv.task import ASRTask
+from espnet_kv.streaming.requirements import check_streams
 
 type Result = tuple[str | None, list[str], list[int], Hypothesis]
 """(text, token, token_int, hypothesis), as ESPnet's Speech2Text gives them."""
@@ -99,10 +100,10 @@ class StreamingRecognizer:
             max_segment_seconds=max_segment_seconds,
         )
         if dtype not in DTYPES:
-            raise UserError(f"--dtype {dtype}: unknown (allowed: {', '.join(DTYPES)})")
+            raise ArgumentError("dtype", f"{dtype}: unknown (allowed: {', '.join(DTYPES)})")
         if asr_model is None:
             if asr_train_config is None or asr_model_file is None:
-                raise UserError("give --asr_train_config and --asr_model_file")
+                raise UserError("give asr_train_config and asr_model_file")
             asr_model, asr_train_args = ASRTask.build_model_from_file(
                 asr_train_config, asr_model_file, device
             )
@@ -229,19 +230,23 @@ class StreamingRecognizer:
         encoder = self.asr_model.encoder
         if chunk_size is None and encoder.chunk_size == 0:
             raise UserError(
-                "the model has no chunk size of its own (chunk_size: 0): give --chunk_size, "
-                "e.g. --chunk_size 16"
+                "the model has no chunk size of its own (chunk_size: 0): give chunk_size, "
+                "e.g. chunk_size 16"
             )
         if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
-            raise UserError(f"--chunk_size {chunk_size}: allowed are 1 or more encoder frames")
+            raise ArgumentError("chunk_size", f"{chunk_size}: allowed are 1 or more encoder frames")
         if left_chunks is not None and (type(left_chunks) is not int or left_chunks < -1):
-            raise UserError(f"--left_chunks {left_chunks}: allowed are -1 (all) or more chunks")
+            raise ArgumentError(
+                "left_chunks", f"{left_chunks}: allowed are -1 (all) or more chunks"
+            )
         size, left = chunk_size or encoder.chunk_size, left_chunks
         left = encoder.left_chunks if left is None else left
         if size * (max(left, 0) + 1) > MOST_FRAMES:
-            raise UserError(
-                f"--chunk_size {size}, --left_chunks {left}: at most {MOST_FRAMES} encoder frames "
-                "are held; give --left_chunks -1 for all"
+            name, value = ("chunk_size", size) if left_chunks is None else ("left_chunks", left)
+            raise ArgumentError(
+                name,
+                f"{value}: at most {MOST_FRAMES} encoder frames are held; give smaller numbers or "
+                "left_chunks -1 for all",
             )
         if encoder.chunk_size == 0 and not encoder.dynamic_chunk_training:
             logging.warning("the model was trained on whole utterances only; chunks are new to it")

@@ -9,8 +9,9 @@ import numpy as np
 import soundfile
 import soxr
 
+from espnet_kv.channels import to_mono
 from espnet_kv.errors import UserError
-from espnet_kv.streaming.audio import cut_short, mono, open_audio, reason
+from espnet_kv.streaming.sources import cut_short, open_audio, reason
 
 
 def read_scp(file: Path | str) -> dict[str, str]:
@@ -80,19 +81,20 @@ def read_utterance(
     Args:
         entry, kind: as in `read_recording`.
         rate: samples per second of the model; other audio is resampled.
-        channels: whether the model takes several channels; else they are averaged.
+        channels: whether the model takes several channels; else they become one (`to_mono`).
         note: is given a sentence about what was changed.
 
     Returns:
         (N,) samples, or (N, channels) if `channels` and the audio has several.
 
     Raises:
-        UserError: as `read_recording`, or the channels cancel each other.
+        UserError: as `read_recording`.
     """
     samples, found = read_recording(entry, kind)
     if samples.ndim > 1 and not channels and found is not None:
-        note(f"audio of {samples.shape[1]} channels: their mean is used")
-        samples = mono(samples, entry)
+        samples, changed = to_mono(samples)
+        if changed is not None:
+            note(changed)
     if found in (None, rate):
         return samples
     note(f"audio of {found} samples per second is resampled to the {rate} of the model")

@@ -1,12 +1,8 @@
-"""The helpers of tests/ are importable here as well; each module has a forkserver of its own."""
+"""Each module of these tests has a forkserver of its own."""
 
-import sys
 from multiprocessing import forkserver
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 @pytest.fixture(autouse=True, scope="module")

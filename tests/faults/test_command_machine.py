@@ -17,10 +17,11 @@ from profile_json import make_profile, write_profile
 from small_models import save
 from small_sources import write_audio
 
-from espnet_kv.atomic import new_directory, new_entries, new_file
 from espnet_kv.bin import asr_inference, asr_inference_streaming, convert, profile, report
+from espnet_kv.cli import command
 from espnet_kv.convert import experiment
-from espnet_kv.errors import UserError, command
+from espnet_kv.errors import UserError
+from espnet_kv.files import new_directory, new_entries, new_file
 
 ROOT = os.geteuid() == 0
 

@@ -15,9 +15,9 @@ from small_sources import Experiment, write_audio
 
 from espnet_kv.bin import asr_inference, asr_inference_streaming, convert, profile, stream
 from espnet_kv.errors import UserError
+from espnet_kv.espnet.task import ASRTask, TrainingTask
 from espnet_kv.profile.subject import Source, Subject
 from espnet_kv.streaming.recognizer import StreamingRecognizer
-from espnet_kv.task import ASRTask, TrainingTask
 
 FULL = ["--attention_type", "mla", "--kv_rank", "4"]
 
@@ -204,7 +204,7 @@ def test_a_checkpoint_of_torch_before_1_6_starts_a_training(tmp_path):
     config = yaml.safe_load((source.folder / "config.yaml").read_text())
     TrainingTask.build_model(argparse.Namespace(**config | {"init_param": [str(old)]}))
     old.write_bytes(old.read_bytes()[:3000])
-    with pytest.raises(UserError, match=r"^--init_param .*old.pth is no model file, or it is dam"):
+    with pytest.raises(UserError, match=r"^init_param .*old.pth is no model file, or it is dam"):
         TrainingTask.build_model(argparse.Namespace(**config | {"init_param": [str(old)]}))
 
 

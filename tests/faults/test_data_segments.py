@@ -105,7 +105,7 @@ def test_segments_survive_being_written(meeting, tmp_path):
 
 def test_more_jobs_than_recordings_give_the_same_bytes(meeting, tmp_path):
     results = []
-    for nj in (1, 32):  # 2 and stage 2: tests/test_audio_stages.py
+    for nj in (1, 32):  # 2 and stage 2: tests/recipe/test_audio_stages.py
         format_audio(meeting, tmp_path / "dump", 8000, nj=nj)
         results.append(content(tmp_path / "dump"))
     assert results[0] == results[1]

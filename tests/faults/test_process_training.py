@@ -16,11 +16,11 @@ from commands import Forked, assert_one_line, run
 from espnet2.tasks.abs_task import AbsTask
 from small_training import lm_options, options, same, weights, write_data
 
-from espnet_kv import saving
 from espnet_kv.bin import asr_train, lm_train
 from espnet_kv.errors import UserError
-from espnet_kv.saving import check_finite
-from espnet_kv.training import ASRTraining  # the forks have ESPnet loaded, then
+from espnet_kv.espnet import saving
+from espnet_kv.espnet.saving import check_finite
+from espnet_kv.espnet.training import ASRTraining  # the forks have ESPnet loaded, then
 
 AVERAGE = "valid.acc.ave.pth"
 

@@ -13,8 +13,8 @@ import pytest
 import soundfile
 from small_recipe import leftovers, make_recipe, results, run, said, start
 
+from espnet_kv.files import locked
 from espnet_kv.recipe import train
-from espnet_kv.recipe.lock import locked
 
 STAGES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13)
 WITH_LM = ("--use_lm", "true", "--lm_config", "lm.yaml")

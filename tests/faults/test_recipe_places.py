@@ -45,7 +45,7 @@ def test_a_moved_experiment_works_from_any_directory(trained, tmp_path, monkeypa
     moved = tmp_path / "moved"
     shutil.copytree(exp, moved, symlinks=True)
     monkeypatch.chdir(tmp_path)
-    from espnet_kv.task import ASRTask
+    from espnet_kv.espnet.task import ASRTask
 
     model, _ = ASRTask.build_model_from_file(moved / "config.yaml", moved / "valid.acc.ave.pth")
     assert model.normalize.mean.abs().sum() > 0

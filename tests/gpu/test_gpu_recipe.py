@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from devices import device_or_skip
-from test_recipe import RECIPE, REPO, SIZES, TINY
+from synth_recipe import RECIPE, REPO, SIZES, TINY
 
 DEVICE = device_or_skip()
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]

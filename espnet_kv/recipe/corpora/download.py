@@ -14,8 +14,8 @@ import urllib.request
 import zlib
 from pathlib import Path
 
+from espnet_kv.cli import progress
 from espnet_kv.errors import UserError
-from espnet_kv.recipe.progress import Progress
 
 # Subset -> (OpenSLR's number, MD5 of SUBSET.tar.gz as OpenSLR publishes it).
 ARCHIVES = {
@@ -70,16 +70,15 @@ def fetch_and_extract(
         return
     archive = into / url.rsplit("/", 1)[-1]
     fetch(url, archive, md5, instead=instead)
-    progress = Progress(f"extract {archive.name} (MiB)", archive.stat().st_size // _MIB)
     try:
         with (
             open(archive, "rb") as compressed,
             tarfile.open(fileobj=compressed, mode="r:gz") as tar,
+            progress(f"extract {archive.name}", archive.stat().st_size, unit="B") as counter,
         ):
             for member in tar:
                 tar.extract(member, into, filter="data")
-                while progress.done < compressed.tell() // _MIB:
-                    progress.step()
+                counter.update(compressed.tell() - counter.n)
             while tar.fileobj and tar.fileobj.read(_MIB):
                 pass  # the gzip checksum comes after the last member
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
@@ -196,9 +195,8 @@ def _continue(url: str, part: Path) -> bool:
             done = 0  # the server knows no ranges and sends the whole file
         length = response.headers.get("Content-Length")
         total = done + int(length) if length else 0
-        progress = Progress(f"download {part.stem} (MiB)", -(-total // _MIB))
-        progress.done = done // _MIB
-        with _opened(part, "a" if done else "w") as out:
+        counter = progress(f"download {part.stem}", total, initial=done, unit="B")
+        with counter, _opened(part, "a" if done else "w") as out:
             while block := response.read(_MIB):
                 left = memoryview(block)
                 try:
@@ -207,7 +205,7 @@ def _continue(url: str, part: Path) -> bool:
                 except OSError as error:
                     raise _unwritable(part, error) from None
                 done += len(block)
-                progress.step()
+                counter.update(len(block))
     return done >= total
 
 

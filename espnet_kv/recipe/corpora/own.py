@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from espnet_kv.errors import UserError
-from espnet_kv.recipe.atomic import add_data, new_directory
+from espnet_kv.files import new_directory
 from espnet_kv.recipe.audio import file_of
-from espnet_kv.recipe.datadir import DataDir, entries, require_conserved
+from espnet_kv.recipe.datadir import DataDir, add_data, entries, require_conserved
 
 MARK = "source"
 """A file in each directory that `bring_in` wrote: the path of the directory it was made of."""

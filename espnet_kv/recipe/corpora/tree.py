@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from espnet_kv.cli import progress
 from espnet_kv.errors import UserError
 from espnet_kv.recipe.pool import parallel_map
-from espnet_kv.recipe.progress import Progress
 
 SAMPLE_RATE = 16000
 
@@ -79,9 +79,9 @@ def build_tree[Item: Utterance](
         for file, lines in transcripts.items():
             file.parent.mkdir(parents=True)
             file.write_text("".join(lines), encoding="utf-8")
-        progress = Progress(name, len(utterances))
-        for _ in parallel_map(partial(_write, render, new), utterances, nj):
-            progress.step()
+        with progress(name, len(utterances)) as counter:
+            for _ in parallel_map(partial(_write, render, new), utterances, nj):
+                counter.update()
         (new / f"{name}.json").write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
         if tree.exists():
             shutil.rmtree(tree)

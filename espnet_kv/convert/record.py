@@ -1,0 +1,209 @@
+"""The report of a conversion: conversion.json as a page and a figure.
+
+Imports no torch: the recipe writes it anew when word error rates are known.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from espnet_kv.errors import UserError, one_line
+from espnet_kv.files import new_file, write_text
+from espnet_kv.scores import scored_sets
+
+SCHEMA = "espnet_kv.conversion/1"
+FILE, PAGE, FIGURE = "conversion.json", "conversion.md", "conversion.png"
+# keys of "wer" and how the page calls them
+STAGES = {
+    "before": "before",
+    "after": "converted",
+    "fine_tuned": "converted, fine-tuned",
+    "control": "not converted, fine-tuned alike",
+}
+ERRORS = ("k", "v", "output")
+
+
+def read_record(experiment: Path) -> dict[str, Any]:
+    """The conversion.json of an experiment.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    file = experiment / FILE
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{file} does not exist: {experiment} is no converted model") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged ({one_line(error)}): convert again") from error
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        raise UserError(f"{file} is no record of a conversion of this version: convert again")
+    return record
+
+
+def read_wer(experiment: Path) -> dict[str, dict[str, float]]:
+    """Decoding -> test set -> WER (%) of what stage 13 scored; empty where nothing is."""
+    rates: dict[str, dict[str, float]] = {}
+    for place, scores in scored_sets(experiment, "decode_*"):
+        if "wer" in scores.rates:
+            rates.setdefault(place.parent.name, {})[place.name] = scores.rates["wer"].err
+    return rates
+
+
+def update_report(experiment: Path, related: Mapping[str, Path]) -> None:
+    """Write the word error rates of `experiment` and its relatives into its record and page.
+
+    Args:
+        experiment: a converted model.
+        related: keys of STAGES -> experiments.
+
+    Raises:
+        UserError: `experiment` is no converted model, or its record or a score file is damaged.
+    """
+    record = read_record(experiment)
+    record["wer"] = {stage: rates for stage, place in related.items() if (rates := read_wer(place))}
+    try:
+        write_pages(experiment, record, experiment.name)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{experiment / FILE} is damaged ({error!r}): convert again") from error
+    write_text(experiment / FILE, json.dumps(record, indent=1) + "\n")
+
+
+def write_pages(directory: Path, record: Mapping[str, Any], name: str) -> None:
+    """Write conversion.md and conversion.png of a record.
+
+    name: what the page calls the model.
+    """
+    draw(record, directory / FIGURE)
+    write_text(directory / PAGE, page(record, name))
+
+
+def page(record: Mapping[str, Any], name: str) -> str:
+    """The Markdown of a record."""
+    source, options, heard = record["source"], record["options"], record["calibration"]
+    lines = [
+        f"# {name}",
+        "",
+        f"- converted from `{source['model_file']}` (sha256 `{source['model_sha256'][:16]}`)",
+        f"- command: `{record['command']}`",
+        f"- commit: `{record['commit']}`, {record['date']}",
+        f"- attention_type: `{options['attention_type']}`, parts: {', '.join(options['parts'])}",
+    ]
+    if heard is None:
+        lines.append("- fitted to the weights alone (Frobenius norm): no calibration audio")
+    else:
+        seconds = heard["seconds"]
+        lines.append(
+            f"- fitted to {seconds['fit']:g} s of `{heard['scp']}` (seed {heard['seed']}), errors "
+            f"measured on {seconds['held_out']:g} s that were not fitted to"
+        )
+    if tuned := record.get("finetune"):
+        length = tuned["iterations_per_epoch"] or "all"
+        lines.append(
+            f"- then fine-tuned: {tuned['epochs']} epochs of {length} batches, learning rate "
+            f"{tuned['lr']:g}"
+        )
+    lines += ["", "## Attention cache, bytes of one utterance", ""]
+    lines += _table(
+        ("part", "utterance", "before", "after", "removed", "measured in"),
+        [
+            (part, _length(cache["before"]), *_bytes(cache), cache["after"]["how"])
+            for part, cache in record["cache"].items()
+        ],
+    )
+    lines += ["", "## Layers", ""]
+    layers = record["layers"]
+    rows = []
+    for layer in layers:
+        errors = layer["errors"] or {}
+        conf = ", ".join(f"{key} {value}" for key, value in layer["conf"].items())
+        figures = [f"{errors[key]:.4f}" if key in errors else "" for key in ERRORS]
+        rows.append((layer["name"], conf, *figures))
+    lines += _table(("layer", "option", "error of K", "of V", "of the output"), rows)
+    lines += [
+        "",
+        "An error is the root of the squared error over the variance; K and V as the best affine "
+        "map reads them from what is stored."
+        * (heard is not None)
+        + "No audio, so no errors." * (heard is None),
+    ]
+    lines += _wer_lines(record.get("wer") or {})
+    lines += ["", f"![errors, spectra, cache]({FIGURE})", ""]
+    return "\n".join(lines)
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)]
+
+
+def _length(cache: Mapping[str, Any]) -> str:
+    return f"{cache['frames']} frames" if "frames" in cache else f"{cache['tokens']} tokens"
+
+
+def _bytes(cache: Mapping[str, Any]) -> tuple[str, str, str]:
+    before, after = cache["before"]["bytes"], cache["after"]["bytes"]
+    return f"{before}", f"{after}", f"{100 * (1 - after / before):.2f} %"
+
+
+def _wer_lines(wer: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
+    lines = []
+    for decoding in sorted({name for rates in wer.values() for name in rates}):
+        sets = sorted({test for rates in wer.values() for test in rates.get(decoding, {})})
+        rows = [
+            (
+                title,
+                *(f"{rates[test]:.1f}" if test in rates else "" for test in sets),
+            )
+            for stage, title in STAGES.items()
+            if (rates := wer.get(stage, {}).get(decoding))
+        ]
+        lines += ["", f"## WER (%), {decoding}", "", *_table(("model", *sets), rows)]
+    return lines
+
+
+def draw(record: Mapping[str, Any], file: Path) -> None:
+    """Draw errors, spectra and cache of a record as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    layers = record["layers"]
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    errors, spectra, cache = figure.subplots(1, 3)
+    numbers = range(len(layers))
+    for key in ERRORS:
+        values = [(layer["errors"] or {}).get(key) for layer in layers]
+        if None not in values:
+            errors.plot(numbers, values, marker="o", label=key)
+    if errors.lines:
+        errors.legend()
+    errors.set(title="relative error, held-out audio", xlabel="layer", ylim=(0, None))
+    errors.set_xticks(list(numbers))
+
+    colors = {part: f"C{n}" for n, part in enumerate(record["cache"])}
+    labelled = set()
+    for layer in layers:
+        values, part = layer["spectrum"], layer["part"]
+        label = None if part in labelled else part
+        labelled.add(part)
+        spectra.semilogy(range(1, 1 + len(values)), values, color=colors[part], lw=1, label=label)
+        rank = layer["conf"].get("kv_rank")
+        if rank is not None and rank <= len(values):
+            spectra.plot([rank], [values[rank - 1]], "|", color=colors[part], ms=12)
+    spectra.set(title="singular values of [W_k; W_v]", xlabel="number (|: kv_rank)")
+    spectra.set_ylim(bottom=1e-5)
+    spectra.legend()
+
+    parts = list(record["cache"])
+    for shift, stage in ((-0.2, "before"), (0.2, "after")):
+        heights = [record["cache"][part][stage]["bytes"] / 1000 for part in parts]
+        bars = cache.bar([n + shift for n in range(len(parts))], heights, 0.4, label=stage)
+        cache.bar_label(bars, fmt="%.3g", fontsize=8)
+    cache.set_xticks(
+        range(len(parts)), [f"{p}\n{_length(record['cache'][p]['before'])}" for p in parts]
+    )
+    cache.set(title="attention cache of one utterance, kB")
+    cache.legend()
+    with new_file(file) as partial:
+        figure.savefig(partial, dpi=110)

@@ -1,0 +1,1 @@
+"""Everything that knows the inside of ESPnet; each replacement is undone when its caller leaves."""

@@ -1,0 +1,92 @@
+"""Making our classes known to ESPnet, whatever is imported first.
+
+ESPnet keeps its `--encoder` choices in module-level tables, one in `espnet2.tasks.asr` and a
+copy in ESPnet3. Loading ESPnet takes many seconds, so the tables are filled when their module
+is imported rather than when `espnet_kv` is.
+"""
+
+import argparse
+import contextlib
+import importlib
+import importlib.abc
+import importlib.machinery
+import io
+import sys
+from multiprocessing.reduction import ForkingPickler
+
+# module that owns a table of choices -> its table -> choice -> where our class is
+CHOICES = {
+    "encoder_choices": {
+        "kv_conformer": "espnet_kv.encoder.encoders:KVConformerEncoder",
+        "kv_branchformer": "espnet_kv.encoder.encoders:KVBranchformerEncoder",
+        "kv_e_branchformer": "espnet_kv.encoder.encoders:KVEBranchformerEncoder",
+        "kv_transformer": "espnet_kv.encoder.encoders:KVTransformerEncoder",
+    },
+    "decoder_choices": {
+        "kv_transformer": "espnet_kv.decoder.transformer:KVTransformerDecoder",
+    },
+}
+TASK_MODULES = ("espnet2.tasks.asr", "espnet3.systems.esp2_asr.task")
+ATTENTION_MODULE = "espnet2.legacy.nets.pytorch_backend.transformer.attention"
+
+
+def register() -> None:
+    """Add our classes to ESPnet's choices, now or as soon as ESPnet is imported.
+
+    Safe to call any number of times. Processes that ESPnet spawns (it sends them its
+    argparse.Namespace) import `espnet_kv`, and so register, before their work begins.
+    """
+    if not any(isinstance(finder, _ModuleFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _ModuleFinder())
+        ForkingPickler.register(argparse.Namespace, _reduce_namespace)
+    for name in TASK_MODULES:
+        # a module that is still being imported has no tables yet: its loader will call us
+        if hasattr(sys.modules.get(name), "ASRTask"):
+            _fill_choices(sys.modules[name])
+
+
+def _fill_choices(module) -> None:
+    for table_name, choices in CHOICES.items():
+        table = getattr(module, table_name)
+        for choice, target in choices.items():
+            module_name, class_name = target.split(":")
+            table.classes[choice] = getattr(importlib.import_module(module_name), class_name)
+
+
+def _run_quietly(run_module, module) -> None:
+    """Without the line that says that flash_attn, which nothing here needs, is not installed."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        run_module(module)
+    for line in said.getvalue().splitlines(keepends=True):
+        if "No module named 'flash_attn'" not in line:
+            sys.stderr.write(line)
+
+
+class _ModuleFinder(importlib.abc.MetaPathFinder):
+    """Finds a few modules of ESPnet as usual; fills the tables of its tasks once they have run."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname not in (*TASK_MODULES, ATTENTION_MODULE):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            run_module = spec.loader.exec_module
+
+            def exec_module(module):
+                if fullname == ATTENTION_MODULE:
+                    _run_quietly(run_module, module)
+                else:
+                    run_module(module)
+                    _fill_choices(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _restore_namespace(values: dict) -> argparse.Namespace:
+    return argparse.Namespace(**values)
+
+
+def _reduce_namespace(namespace: argparse.Namespace):
+    # unpickling looks up a function of ours, which imports espnet_kv in the new process
+    return _restore_namespace, (vars(namespace),)

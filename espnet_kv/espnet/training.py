@@ -1,0 +1,184 @@
+"""ESPnet's training commands, made safe against kills, full disks and divergence."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from espnet2.tasks.abs_task import AbsTask
+from espnet2.tasks.lm import LMTask
+from espnet2.train.reporter import Reporter
+
+from espnet_kv.cli import HelpFormatter
+from espnet_kv.errors import UserError
+from espnet_kv.espnet.saving import (
+    CHECKPOINT,
+    PREVIOUS,
+    DamagedError,
+    read,
+    refuse_diverged,
+    safe_saves,
+)
+from espnet_kv.espnet.task import TrainingTask
+
+
+class SafeTraining(AbsTask):
+    """Mixin for tasks of ESPnet: `safe_saves` in every process of a training.
+
+    A resumed training begins with what is whole, and ends at once where it could not end well.
+    """
+
+    @classmethod
+    def get_parser(cls) -> argparse.ArgumentParser:
+        """ESPnet's, whose help leaves out defaults of None."""
+        parser = super().get_parser()
+        parser.formatter_class = HelpFormatter
+        return parser
+
+    @classmethod
+    def main(cls, args: argparse.Namespace | None = None, cmd: Sequence[str] | None = None):
+        """Train as the task does.
+
+        Raises:
+            UserError: a file of an earlier run is needed but missing; a loss is not finite; a
+                file cannot be saved.
+        """
+        if args is None:
+            args = cls.get_parser().parse_args(cmd)
+        trains = not (args.print_config or args.collect_stats or args.dry_run)
+        first = not args.dist_rank  # None or 0
+        if trains and first and args.output_dir is not None:
+            mend(Path(args.output_dir), args)
+        super().main(args=args)
+        if trains and first:
+            (Path(args.output_dir) / PREVIOUS).unlink(missing_ok=True)
+
+    @classmethod
+    def main_worker(cls, args: argparse.Namespace) -> None:
+        """One process of the training; ESPnet spawns several where there are several GPUs."""
+        with safe_saves():
+            super().main_worker(args)
+
+
+class ASRTraining(SafeTraining, TrainingTask):
+    """Training of speech recognition."""
+
+
+class LMTraining(SafeTraining, LMTask):
+    """Training of a language model."""
+
+
+def mend(directory: Path, args: argparse.Namespace) -> None:
+    """Make the files of a training that was cut off those that ESPnet resumes from.
+
+    What was done is said in lines `warning: ...` on standard error.
+
+    Args:
+        args: ESPnet's options of the training.
+
+    Raises:
+        UserError: the training diverged, or a model file that its end needs is missing or cut.
+    """
+    for partial in directory.glob(".partial.*.pth"):
+        partial.unlink()
+    if not args.resume or args.use_deepspeed:
+        return
+    states = _whole_checkpoint(directory)
+    if states is None:
+        return
+    refuse_diverged(states, directory / CHECKPOINT)
+    reporter = Reporter()
+    reporter.load_state_dict(states["reporter"])
+    last = reporter.get_epoch()
+    best = _best_epochs(reporter, args)
+    for epoch in sorted({last, *best}):
+        _mend_model(directory, epoch, last, states)
+    _link(directory / "latest.pth", f"{last}epoch.pth")
+    for phase, name, mode in args.best_model_criterion:
+        if reporter.has(phase, name):
+            epoch = reporter.get_best_epoch(phase, name, mode)
+            _link(directory / f"{phase}.{name}.best.pth", f"{epoch}epoch.pth")
+
+
+def _whole_checkpoint(directory: Path) -> dict[str, Any] | None:
+    """The newest checkpoint that can be read, which is checkpoint.pth then; None: there is none."""
+    checkpoint, previous = directory / CHECKPOINT, directory / PREVIOUS
+    if not checkpoint.exists() and not previous.exists():
+        return None
+    try:
+        return read(checkpoint)
+    except DamagedError as error:
+        damaged = error
+    if checkpoint.exists():
+        kept = directory / "checkpoint.damaged.pth"
+        os.replace(checkpoint, kept)
+        _warn(f"{checkpoint} cannot be read ({_short(damaged)}), it is kept as {kept.name}")
+    try:
+        states = read(previous)
+    except DamagedError:
+        _warn(f"{directory} has no other checkpoint: the training starts again from epoch 1")
+        return None
+    os.replace(previous, checkpoint)
+    _warn(f"{directory}: the training goes on from epoch {states['reporter']['epoch']}")
+    return states
+
+
+def _best_epochs(reporter: Reporter, args: argparse.Namespace) -> set[int]:
+    """Epochs whose models are averaged if no better ones come; ESPnet removes the others."""
+    kept = args.keep_nbest_models
+    most = max([1, *kept] if isinstance(kept, list | tuple) else [1, kept])
+    return {
+        epoch
+        for phase, name, mode in args.best_model_criterion
+        if reporter.has(phase, name)
+        for epoch in reporter.sort_epochs(phase, name, mode)[:most]
+    }
+
+
+def _mend_model(directory: Path, epoch: int, last: int, states: dict[str, Any]) -> None:
+    """Write the model of an epoch anew where it is missing or cut and the checkpoint has it."""
+    file = directory / f"{epoch}epoch.pth"
+    try:
+        read(file)
+        return
+    except DamagedError as error:
+        damaged = error
+    sources = [states]
+    with_previous = directory / PREVIOUS
+    if epoch != last and with_previous.exists():
+        try:
+            sources.append(read(with_previous))
+        except DamagedError as error:
+            logging.info("%s", error)
+    for source in sources:
+        if source["reporter"]["epoch"] == epoch:
+            with safe_saves():
+                torch.save(source["model"], file)
+            _warn(f"{file} was missing or cut, it is written again from the checkpoint")
+            return
+    what = "is missing" if not file.exists() else f"cannot be read ({_short(damaged)})"
+    raise UserError(
+        f"{file} {what}, and the average of the best epochs needs it: put it back, give a smaller "
+        f"keep_nbest_models, or remove {directory} to train again"
+    )
+
+
+def _short(error: Exception) -> str:
+    said = " ".join(str(error.__cause__).split())
+    return said if len(said) <= 100 else said[:96] + " ..."
+
+
+def _link(link: Path, target: str) -> None:
+    """Make a symbolic link, which a kill can have removed before ESPnet made it anew."""
+    if link.is_symlink() and os.readlink(link) == target:
+        return
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,229 @@
+"""The beam search of whole utterances: its time, and what the decoder keeps while it runs."""
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from espnet2.asr.decoder.transformer_decoder import TransformerDecoder
+from torch import Tensor
+from typeguard import TypeCheckError
+
+from espnet_kv.cache import FrameState
+from espnet_kv.decoder.search import Search
+from espnet_kv.decoder.transformer import KVTransformerDecoder
+from espnet_kv.errors import ConfigError, one_line
+from espnet_kv.espnet.ctc_prefix import FastCTCPrefixScorer
+from espnet_kv.espnet.inference import replaced
+from espnet_kv.profile.analytic import decoder_bytes
+from espnet_kv.profile.cache_bytes import check
+from espnet_kv.profile.clock import median, milliseconds, spread, undisturbed
+from espnet_kv.profile.sound import Sound
+from espnet_kv.profile.subject import Subject
+
+# a search on random weights emits so many tokens for a second of audio, about as many as speech
+# has pieces of a vocabulary of 5000
+TOKENS_PER_SECOND = 3
+KINDS = {"self": "decoder_self", "cross": "decoder_cross"}
+OPTIONS = ("beam_size", "ctc_weight", "penalty", "maxlenratio", "minlenratio")
+"""What of an inference configuration plays a part here."""
+
+
+class Recognizer:
+    """ESPnet's Speech2Text of an already loaded model, with our CTC scorer and cached decoder.
+
+    Args:
+        subject: what it recognizes with.
+        options: of OPTIONS.
+
+    Raises:
+        ConfigError: an option cannot be used.
+    """
+
+    def __init__(self, subject: Subject, options: Mapping[str, Any]):
+        self.subject = subject
+        with _espnet_inference(subject) as espnet:
+            defaults = inspect.signature(espnet.Speech2Text).parameters
+            self.options = {key: options.get(key, defaults[key].default) for key in OPTIONS}
+            tokens = len(subject.model.token_list)
+            _check(self.options)
+            if self.options["beam_size"] > tokens:
+                raise ConfigError(
+                    f"beam_size: {self.options['beam_size']} is more than the "
+                    f"{tokens} tokens of the model; give a smaller one"
+                )
+            try:
+                self.speech2text = espnet.Speech2Text(device=subject.device, **self.options)
+            except (TypeError, TypeCheckError) as error:
+                raise ConfigError(one_line(error)) from error
+        if isinstance(subject.model.decoder, KVTransformerDecoder):
+            subject.model.decoder.prepare_search()  # as the command does
+        self._never_ends = False
+        if not subject.source.trained:
+            self._force_length()
+
+    def _force_length(self) -> None:
+        """Keep hypotheses of random weights from ending by themselves."""
+        output = getattr(self.subject.model.decoder, "output_layer", None)
+        if output is not None:
+            with torch.no_grad():
+                output.bias[self.subject.model.eos] -= 10000
+            self._never_ends = True
+
+    def __call__(self, samples: np.ndarray | Tensor) -> list:
+        """N-best results of (N,) samples."""
+        if self._never_ends:
+            seconds = len(samples) / self.subject.sample_rate
+            self.speech2text.maxlenratio = -float(math.ceil(TOKENS_PER_SECOND * seconds))
+        with self.subject.offline():
+            return self.speech2text(samples)
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    """Refuse numbers that no search can use; those of a YAML are of any type."""
+    for key, value in options.items():
+        least, most = (1, math.inf) if key == "beam_size" else (-math.inf, math.inf)
+        least, most = (0, 1) if key == "ctc_weight" else (least, most)
+        number = type(value) is int or (type(value) is float and key != "beam_size")
+        if not number or not least <= value <= most or not math.isfinite(value):
+            bounds = "from 0 to 1" if most == 1 else f"of {least} or more" if least == 1 else ""
+            raise ConfigError(f"{key}: {value!r} is no number {bounds}".rstrip())
+
+
+@contextmanager
+def _espnet_inference(subject: Subject) -> Iterator[Any]:
+    """ESPnet's inference module, which within it builds searches of the loaded model."""
+    from espnet2.bin import asr_inference as espnet
+
+    class Loaded:
+        """Stands in for the task."""
+
+        @staticmethod
+        def build_model_from_file(*_: Any) -> tuple[Any, Any]:
+            return subject.model, subject.args
+
+    with replaced(espnet, ASRTask=Loaded, CTCPrefixScorer=FastCTCPrefixScorer):
+        yield espnet
+
+
+def time_utterances(recognizer: Recognizer, sound: Sound, repeats: int) -> dict[str, Any]:
+    """{"utterance_ms", "rtf"}: the median of the repeats of each utterance counts."""
+    device = recognizer.subject.device
+    recognizer(sound.utterances[0])
+    times = []
+    with undisturbed():
+        for samples in sound.utterances:
+            runs = [milliseconds(device, recognizer, samples) for _ in range(repeats)]
+            times.append(median(runs))
+    return {"utterance_ms": spread(times), "rtf": sum(times) / 1000 / sound.seconds}
+
+
+@dataclass
+class Watched:
+    """What a search did, and what it held after each of its steps."""
+
+    steps: list["SearchStep"] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SearchStep:
+    """After a token.
+
+    Attributes:
+        hypotheses: that took it.
+        living: hypotheses that the search knows.
+        stored: tokens in the store, where there is one.
+        frames: of the utterance.
+        held: bytes by kind.
+        allocated: bytes of the storage, by the same kinds.
+    """
+
+    hypotheses: int
+    living: int
+    stored: int
+    frames: int
+    held: dict[str, int]
+    allocated: dict[str, int]
+
+    @classmethod
+    def of(cls, search: Search, hypotheses: int) -> "SearchStep":
+        """As the search is now."""
+        stores = [state for state in search.states if isinstance(state, FrameState)]
+        stored = sum(search.held) if stores else 0
+        held, allocated = (
+            {KINDS[kind]: count for kind, count in counts.items()}
+            for counts in (search.nbytes_by_kind(), search.capacity_by_kind())
+        )
+        return cls(hypotheses, search.living, stored, search.frames, held, allocated)
+
+
+@contextmanager
+def watch(decoder: KVTransformerDecoder) -> Iterator[Watched]:
+    """See what a search asks of the decoder within it."""
+    watched = Watched()
+    score = decoder.batch_score
+
+    def batch_score(ys: Tensor, states: Any, *args: Any, **kwargs: Any) -> Any:
+        scores, new = score(ys, states, *args, **kwargs)
+        watched.steps.append(SearchStep.of(new[0].search, len(ys)))
+        return scores, new
+
+    decoder.batch_score = batch_score  # type: ignore[method-assign]
+    try:
+        yield watched
+    finally:
+        del decoder.batch_score
+
+
+def measure_decoder(recognizer: Recognizer, samples: np.ndarray) -> dict[str, Any] | None:
+    """The profile's `decoder_cache`, of one utterance; None without a cached decoder.
+
+    Raises:
+        MismatchError: the search does not hold what arithmetic says.
+    """
+    decoder = recognizer.subject.model.decoder
+    if not isinstance(decoder, KVTransformerDecoder):
+        return None
+    with watch(decoder) as watched:
+        recognizer(samples)
+    if not watched.steps:
+        return None  # CTC alone
+    most = max(watched.steps, key=lambda step: step.held["decoder_self"])
+    size = recognizer.subject.encoder.output_size()
+    analytic = decoder_bytes(
+        decoder_conf(recognizer.subject), size, most.stored, most.living, most.frames
+    )
+    check(most.held, analytic, f"decoder, {most.stored} tokens, {most.frames} frames")
+    return {
+        "hypotheses": max(step.hypotheses for step in watched.steps),
+        "tokens": len(watched.steps),
+        "frames": most.frames,
+        "bytes": most.held,
+        "analytic": analytic,
+        "allocated": most.allocated,
+        "bytes_per_token": most.held["decoder_self"] / most.stored if most.stored else 0.0,
+        "bytes_per_frame": _per_frame(recognizer.subject, most.frames),
+    }
+
+
+def decoder_conf(subject: Subject) -> dict[str, Any]:
+    """Every argument of the kv_transformer decoder."""
+    parameters = inspect.signature(KVTransformerDecoder).parameters
+    espnet = inspect.signature(TransformerDecoder).parameters
+    defaults = {name: p.default for name, p in (espnet | parameters).items()}
+    return defaults | dict(subject.args.decoder_conf)
+
+
+def _per_frame(subject: Subject, frames: int) -> float:
+    """Bytes that an encoder frame adds to what cross-attention keeps."""
+    xs = torch.zeros(1, frames + 1, subject.encoder.output_size(), device=subject.device)
+    with torch.no_grad():
+        shorter, longer = (
+            Search(subject.model.decoder, xs[:, :length], None).nbytes_by_kind()["cross"]
+            for length in (frames, frames + 1)
+        )
+    return float(longer - shorter)

@@ -1,0 +1,175 @@
+"""A whole profile: every measurement of one model, as docs/profile.md describes it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from espnet_kv.cache.codec import FLOATS
+from espnet_kv.decoder.transformer import KVTransformerDecoder
+from espnet_kv.errors import UserError
+from espnet_kv.files import commit
+from espnet_kv.profile import cache_bytes, growth, machine, macs
+from espnet_kv.profile.beam_search import (
+    TOKENS_PER_SECOND,
+    Recognizer,
+    decoder_conf,
+    measure_decoder,
+    time_utterances,
+)
+from espnet_kv.profile.latency import Streamer, time_chunks, time_hour
+from espnet_kv.profile.sound import Sound, features
+from espnet_kv.profile.subject import Subject
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is profiled.
+
+    seconds: lengths, ascending. cache_dtypes: besides the model's own. repeats: of every
+    utterance. hour: whether an hour is streamed. search, streaming_search: options of the two.
+    """
+
+    seconds: Sequence[float]
+    cache_dtypes: Sequence[str] = ()
+    repeats: int = 3
+    hour: bool = False
+    search: Mapping[str, Any] = field(default_factory=dict)
+    streaming_search: Mapping[str, Any] = field(default_factory=dict)
+
+
+def profile(
+    subject: Subject, sound: Sound, options: Options, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Everything that is measured of a model: the profile without name, paths and error rates.
+
+    Args:
+        say: told what is being done.
+
+    Raises:
+        UserError: a measurement cannot be made, or a cache does not hold what it should.
+    """
+    own = model_dtype(subject)
+    say(f"cache: {sound.name}, {', '.join(f'{s:g}' for s in options.seconds)} s")
+    xs = features(subject, sound.clip(options.seconds[-1]))
+    caches = {}
+    for cache_dtype in dict.fromkeys([own, *options.cache_dtypes]):
+        caches[cache_dtype] = cache_bytes.measure(subject, xs, options.seconds, cache_dtype)
+        say(f"cache {cache_dtype}: {_summary(caches[cache_dtype])}")
+    longest = caches[own]["lengths"][-1]
+    compression = cache_bytes.compare(subject, xs, options.seconds[-1], longest, own)
+    say(f"compression: {compression['mha']['bounded']:.3g} against mha")
+
+    macs_per_second = macs.macs_per_second(subject, sound)
+    chunk_ms = time_chunks(subject, sound)
+    say(f"chunk: {chunk_ms['p50']:.2f} ms")
+    streamer = Streamer(subject, options.streaming_search)
+    streaming_rtf = streamer.real_time_factor(sound)
+    first_token_ms = streamer.first_tokens(sound)
+    say(f"streaming: real-time factor {streaming_rtf:.3f}")
+    task = growth.Task(
+        subject.source, sound, options.seconds, subject.chunk_size, subject.left_chunks
+    )
+    method, rows = growth.measure(task, subject, say)
+    hour = time_hour(subject, sound) if options.hour else None
+    # last, because it bends the bias of random weights
+    recognizer = Recognizer(subject, options.search)
+    utterances = time_utterances(recognizer, sound, options.repeats)
+    mean = utterances["utterance_ms"]["mean"]
+    say(f"utterances: {mean:.0f} ms, real-time factor {utterances['rtf']:.3f}")
+    return {
+        "model": _model(subject) | {"macs_per_second": macs_per_second},
+        "settings": _settings(subject, sound, recognizer, streamer),
+        "cache": caches,
+        "decoder_cache": measure_decoder(recognizer, _typical(sound)),
+        "compression": compression,
+        "time": {
+            **utterances,
+            "chunk_ms": chunk_ms,
+            "streaming_rtf": streaming_rtf,
+            "first_token_ms": first_token_ms,
+            "lengths": [_pick(row, "encode_ms", "chunk_ms") for row in rows],
+            "hour": hour,
+        },
+        "memory": {
+            "method": method,
+            "lengths": [_pick(row, "offline_bytes", "streaming_bytes") for row in rows],
+            "offline_bytes": rows[-1].get("offline_bytes"),
+            "streaming_bytes": rows[-1].get("streaming_bytes"),
+        },
+    }
+
+
+def model_dtype(subject: Subject) -> str:
+    """The model's own type by the name that cache_dtype gives it."""
+    dtype = next(subject.encoder.parameters()).dtype
+    for name, known in FLOATS.items():
+        if known == dtype:
+            return name
+    raise UserError(
+        f"a model of {dtype} cannot be profiled (allowed: {', '.join(FLOATS)}): convert its "
+        "parameters, model.float()"
+    )
+
+
+def _summary(measured: dict[str, Any]) -> str:
+    longest = measured["lengths"][-1]
+    bounded, unbounded = (longest[b]["allocated"]["attention"] for b in ("bounded", "unbounded"))
+    return (
+        f"attention {bounded} bytes allocated ({longest['bounded']['bytes']['attention']} held) "
+        f"bounded, {unbounded} unbounded at {longest['seconds']:g} s"
+    )
+
+
+def _typical(sound: Sound) -> Any:
+    """The utterance of median length."""
+    return sorted(sound.utterances, key=len)[len(sound.utterances) // 2]
+
+
+def _pick(row: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {"seconds": row["seconds"]} | {key: row.get(key) for key in keys}
+
+
+def _model(subject: Subject) -> dict[str, Any]:
+    conf = subject.args.encoder_conf
+    decoder = subject.model.decoder
+    attention: dict[str, Any] = {}
+    for place in ("self", "src"):
+        for key in (f"{place}_attention_type", f"{place}_attention_conf"):
+            attention[key] = None
+            if isinstance(decoder, KVTransformerDecoder):
+                attention[key] = decoder_conf(subject)[key] or {}
+    return {
+        "encoder": cache_bytes.encoder_name(subject),
+        "attention_type": conf.get("attention_type", "mha"),
+        "attention_conf": conf.get("attention_conf") or {},
+        "decoder": None if decoder is None else str(subject.args.decoder).removeprefix("kv_"),
+        **attention,
+        "weights": "trained" if subject.source.trained else "random",
+        **macs.parameters(subject.model),
+    }
+
+
+def _settings(
+    subject: Subject, sound: Sound, recognizer: Recognizer, streamer: Streamer
+) -> dict[str, Any]:
+    return {
+        "device": subject.device,
+        "device_name": machine.device_name(subject.device),
+        "dtype": str(next(subject.encoder.parameters()).dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "seed": subject.source.seed,
+        "chunk_size": subject.chunk_size,
+        "left_chunks": subject.left_chunks,
+        "frame_ms": 1000 * subject.frame_seconds,
+        "audio": sound.name,
+        "utterances": len(sound.utterances),
+        "utterance_seconds": sound.seconds,
+        "search": recognizer.options,
+        "streaming_search": streamer.options,
+        "tokens_per_second": None if subject.source.trained else TOKENS_PER_SECOND,
+        "commit": commit(),
+        "date": machine.now(),
+        **machine.versions(),
+    }

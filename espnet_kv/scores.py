@@ -1,0 +1,199 @@
+"""scores.json: the error rates of one decoded test set, written by stage 13 of the recipe.
+
+    {"streaming": whether it was decoded as streams,
+     "wer": {"utterances", "words", "corr", "sub", "del", "ins", "err", "s_err", "missing"},
+     "cer": {...}, "ter": {...}}
+
+All of them are counts; the words of cer and ter are characters and pieces. Everything that shows an
+error rate reads it here. A test set that ESPnet's asr.sh scored has no such file: its figures are
+those of score_*/result.txt.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from espnet_kv.errors import UserError, one_line
+
+FILE, RECORD = "scores.json", "decoding.json"
+"""What stage 13 and stage 12 write beside a decoding's results."""
+KINDS = ("wer", "cer", "ter")
+COUNTS = ("utterances", "words", "corr", "sub", "del", "ins", "err", "s_err")
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The figures of one kind.
+
+    utterances, words: how many there are in the reference.
+    corr, sub, deleted, ins, err: per cent of the words. s_err: per cent of the utterances, those
+    with an error.
+    """
+
+    utterances: int
+    words: int
+    corr: float
+    sub: float
+    deleted: float
+    ins: float
+    err: float
+    s_err: float
+
+    @classmethod
+    def of(cls, counts: Mapping[str, int]) -> "Rates":
+        """The rates of COUNTS."""
+        utterances, words = counts["utterances"], counts["words"]
+        return cls(
+            utterances=utterances,
+            words=words,
+            corr=percent(counts["corr"], words),
+            sub=percent(counts["sub"], words),
+            deleted=percent(counts["del"], words),
+            ins=percent(counts["ins"], words),
+            err=percent(counts["err"], words),
+            s_err=percent(counts["s_err"], utterances),
+        )
+
+    @property
+    def percents(self) -> list[float]:
+        """corr, sub, deleted, ins, err and s_err."""
+        return [self.corr, self.sub, self.deleted, self.ins, self.err, self.s_err]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One decoded test set.
+
+    streaming: whether it was decoded as streams. rates: of KINDS, those that were scored.
+    """
+
+    streaming: bool
+    rates: Mapping[str, Rates]
+
+
+def percent(count: int, total: int) -> float:
+    """count in per cent of total; infinite for something of nothing."""
+    if total:
+        return 100 * count / total
+    return 0.0 if count == 0 else float("inf")
+
+
+def scored_sets(experiment: Path, decodings: str = "*") -> Iterator[tuple[Path, Scores]]:
+    """The directory of every test set below EXPERIMENT/DECODING that is scored, and its scores.
+
+    Args:
+        decodings: pattern of the names of the decodings.
+
+    Raises:
+        UserError: see `read_scored_set`.
+    """
+    found = {path.parent for path in experiment.glob(f"{decodings}/*/{FILE}")}
+    for kind in KINDS:
+        results = experiment.glob(f"{decodings}/*/score_{kind}/result.txt")
+        found |= {result.parents[1] for result in results}
+    for directory in sorted(found):
+        yield directory, read_scored_set(directory)
+
+
+def read_scored_set(directory: Path) -> Scores:
+    """The scores of one decoded test set.
+
+    Raises:
+        UserError: scores.json or, where there is none, a result.txt is damaged.
+    """
+    file = directory / FILE
+    if not file.exists():
+        results = {kind: directory / f"score_{kind}" / "result.txt" for kind in KINDS}
+        rates = {kind: _sclite(result) for kind, result in results.items() if result.exists()}
+        return Scores(is_streaming(directory), rates)
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        streaming = data["streaming"]
+        rates = {kind: Rates.of(data[kind]) for kind in KINDS if kind in data}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise _damaged(file, one_line(error)) from error
+    if not isinstance(streaming, bool):
+        raise _damaged(file, f"streaming is {streaming!r}, and neither true nor false")
+    for kind in rates:
+        for name in COUNTS:
+            if type(count := data[kind][name]) is not int or count < 0:
+                raise _damaged(
+                    file, f"{kind}.{name} is {count!r}, and no whole number of 0 or more"
+                )
+    return Scores(streaming, rates)
+
+
+def is_streaming(directory: Path) -> bool:
+    """Whether a test set was decoded as streams.
+
+    That is read off the record of stage 12 or, where ESPnet's asr.sh decoded, off the command in
+    its log.
+
+    Raises:
+        UserError: the record is damaged.
+    """
+    record, log = directory / RECORD, directory / "logdir" / "asr_inference.1.log"
+    if record.exists():
+        try:
+            return bool(json.loads(record.read_text(encoding="utf-8"))["streaming"])
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise UserError(f"{record} is damaged: run stage 12 again") from error
+    if not log.exists():
+        return False
+    with log.open(encoding="utf-8", errors="replace") as lines:
+        head = "".join(line for line, _ in zip(lines, range(20), strict=False))
+    return re.search(r"asr_inference_streaming\b", head) is not None
+
+
+def _sclite(result: Path) -> Rates:
+    """The figures of the line Sum/Avg of a result.txt, as sclite writes it."""
+    try:
+        for line in result.read_text(encoding="utf-8").splitlines():
+            name, _, rest = line.strip("| ").partition("|")
+            figures = rest.replace("|", " ").split()
+            if name.strip() == "Sum/Avg" and len(figures) == len(COUNTS):
+                return Rates(*map(int, figures[:2]), *map(float, figures[2:]))
+    except (OSError, ValueError) as error:
+        raise _damaged(result, one_line(error)) from error
+    raise UserError(f"{result} has no line Sum/Avg: remove it and score again (stage 13)")
+
+
+def _damaged(file: Path, reason: str) -> UserError:
+    return UserError(f"{file} is damaged ({reason}): remove it and score again (stage 13)")
+
+
+def read_scores(experiment: Path, preferred: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """{"offline", "streaming"} -> test set -> {"wer", "cer", "decoding"}, in per cent.
+
+    Of several decodings of one kind the first of the preferred counts, else the one of the
+    shortest name: options that were given lengthen it.
+
+    Raises:
+        UserError: a score file is damaged.
+    """
+    scores: dict[str, dict[str, Any]] = {"offline": {}, "streaming": {}}
+    order = {name: rank for rank, name in enumerate(dict.fromkeys(preferred))}
+
+    def rank(decoding: str) -> tuple[int, int, str]:
+        return order.get(decoding, len(order)), len(decoding), decoding
+
+    found = [
+        (place.parent.name, place.name, scored)
+        for place, scored in scored_sets(experiment, "decode_*")
+        if "wer" in scored.rates
+    ]
+    for decoding, name, scored in sorted(found, key=lambda one: (*rank(one[0]), one[1])):
+        row: dict[str, Any] = {"wer": _known(scored.rates["wer"]), "decoding": decoding}
+        if "cer" in scored.rates:
+            row["cer"] = _known(scored.rates["cer"])
+        scores["streaming" if scored.streaming else "offline"].setdefault(name, row)
+    return scores
+
+
+def _known(rates: Rates) -> float | None:
+    """The error rate; None where there are errors in a reference without a word."""
+    return rates.err if math.isfinite(rates.err) else None
