@@ -223,7 +223,7 @@ def test_a_conversion_goes_to_a_directory_of_its_own(name, said, folder, tmp_pat
 
 def test_calls_name_arguments_and_commands_options(folder, tmp_path, capsys):
     files = {"asr_train_config": folder / "config.yaml", "asr_model_file": folder / "model.pth"}
-    with pytest.raises(ArgumentError, match="^chunk_size 0: "):
+    with pytest.raises(ArgumentError, match=r"^chunk_size 0: "):
         StreamingRecognizer(**files, chunk_size=0)
     main, others = options(folder, tmp_path / "out")["stream"]
     one_error(main([*others, "--chunk_size", "0"]), "--chunk_size 0: ", capsys)
