@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.metadata
-import itertools
 import math
 import statistics
 import sys
@@ -88,24 +87,6 @@ def timed(device: str, run: Callable, *operands) -> float:
     run(*operands)
     synchronize(device)
     return time.perf_counter() - begin
-
-
-def peak_bytes(device: str, run: Callable) -> int:
-    """Most bytes of tensors that live at once during a run, beyond those that lived before."""
-    import torch
-
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiler:
-        run()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    changes = [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())]
-    return max(itertools.accumulate(changes, initial=0))
 
 
 def rounds(

@@ -22,7 +22,6 @@ import torch
 from common import (
     add_machine_options,
     by_side,
-    peak_bytes,
     positive,
     print_device,
     print_software,
@@ -40,6 +39,7 @@ from torch import Tensor
 from espnet_kv.cli import command
 from espnet_kv.decoder.transformer import KVTransformerDecoder
 from espnet_kv.espnet.ctc_prefix import FastCTCPrefixScorer
+from espnet_kv.profile.memory import peak_bytes
 
 SIZE = 256
 SIZES = {"attention_heads": 4, "linear_units": 2048}

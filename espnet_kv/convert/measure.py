@@ -1,6 +1,6 @@
 """Cache bytes of a model, counted while it really streams or searches.
 
-What is fed is noise: bytes depend on how much was heard, not on what.
+The input is noise: bytes depend on its length, not on its content.
 """
 
 from typing import Any
@@ -31,8 +31,8 @@ def cache_bytes(model: Any, part: str) -> dict[str, Any]:
         part: a key of PARTS.
 
     Returns:
-        {"layers": [bytes], "bytes": their sum, "frames" or "tokens": how many, "how": how it was
-        measured}.
+        {"layers": [bytes], "bytes": their sum, "allocated": bytes of the storage behind them,
+        "frames" or "tokens": how many, "how": how it was measured}.
     """
     if part == "encoder":
         return _of_encoder(model)
@@ -46,13 +46,16 @@ def cache_bytes(model: Any, part: str) -> dict[str, Any]:
     for length in range(1, TOKENS + 1):
         _, state = decoder.score(tokens[:length], state, encoded)
     if part == "decoder_cross":
-        held = [layer.nbytes([FRAMES]) for layer in state.search.memory.states]
-        return _result(held, {"frames": FRAMES}, "a search")
+        layers = state.search.memory.states
+        held = [layer.nbytes([FRAMES]) for layer in layers]
+        allocated = sum(layer.capacity_bytes for layer in layers)
+        return _result(held, allocated, {"frames": FRAMES}, "a search")
     held = [
         state.sums[n].nbytes if isinstance(layer, SumState) else layer.nbytes(state.search.held)
         for n, layer in enumerate(state.search.states)
     ]
-    return _result(held, {"tokens": TOKENS}, "a search")
+    allocated = state.search.capacity_by_kind()["self"]
+    return _result(held, allocated, {"tokens": TOKENS}, "a search")
 
 
 def _of_encoder(model: Any) -> dict[str, Any]:
@@ -67,15 +70,17 @@ def _of_encoder(model: Any) -> dict[str, Any]:
         xs = torch.randn(1, FRAMES, encoder.output_size(), generator=generator)
         states = [attention.init_cross_state(xs, spec, None) for attention in attentions]
         held = [state.nbytes([FRAMES]) for state in states]
+        allocated = sum(state.capacity_bytes for state in states)
         how = f"all frames at once, as the encoder cannot stream ({refusal})"
-        return _result(held, {"frames": FRAMES}, how)
+        return _result(held, allocated, {"frames": FRAMES}, how)
     stride, window = subsampling(encoder.embed)
     features = (FRAMES - 1) * stride + window
     xs = torch.randn(1, features, state.features.size, generator=generator)
     encoder.forward_chunk(xs, state, is_final=True)
     held = [state.modules[attention.state_index].nbytes for attention in attentions]
-    return _result(held, {"frames": FRAMES}, "a stream")
+    allocated = state.capacity_by_kind()["attention"]
+    return _result(held, allocated, {"frames": FRAMES}, "a stream")
 
 
-def _result(held: list[int], of: dict[str, int], how: str) -> dict[str, Any]:
-    return {"layers": held, "bytes": sum(held), **of, "how": how}
+def _result(held: list[int], allocated: int, of: dict[str, int], how: str) -> dict[str, Any]:
+    return {"layers": held, "bytes": sum(held), "allocated": allocated, **of, "how": how}

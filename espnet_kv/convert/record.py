@@ -12,7 +12,7 @@ from espnet_kv.errors import UserError, one_line
 from espnet_kv.files import new_file, write_text
 from espnet_kv.scores import scored_sets
 
-SCHEMA = "espnet_kv.conversion/1"
+SCHEMA = "espnet_kv.conversion/2"
 FILE, PAGE, FIGURE = "conversion.json", "conversion.md", "conversion.png"
 # keys of "wer" and how the page calls them
 STAGES = {
@@ -104,7 +104,7 @@ def page(record: Mapping[str, Any], name: str) -> str:
             f"- then fine-tuned: {tuned['epochs']} epochs of {length} batches, learning rate "
             f"{tuned['lr']:g}"
         )
-    lines += ["", "## Attention cache, bytes of one utterance", ""]
+    lines += ["", "## Attention cache, bytes held (allocated) of one utterance", ""]
     lines += _table(
         ("part", "utterance", "before", "after", "removed", "measured in"),
         [
@@ -141,9 +141,10 @@ def _length(cache: Mapping[str, Any]) -> str:
     return f"{cache['frames']} frames" if "frames" in cache else f"{cache['tokens']} tokens"
 
 
-def _bytes(cache: Mapping[str, Any]) -> tuple[str, str, str]:
+def _bytes(cache: Mapping[str, Any]) -> tuple[str, ...]:
     before, after = cache["before"]["bytes"], cache["after"]["bytes"]
-    return f"{before}", f"{after}", f"{100 * (1 - after / before):.2f} %"
+    cells = (f"{one['bytes']} ({one['allocated']})" for one in (cache["before"], cache["after"]))
+    return *cells, f"{100 * (1 - after / before):.2f} %"
 
 
 def _wer_lines(wer: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
@@ -203,7 +204,7 @@ def draw(record: Mapping[str, Any], file: Path) -> None:
     cache.set_xticks(
         range(len(parts)), [f"{p}\n{_length(record['cache'][p]['before'])}" for p in parts]
     )
-    cache.set(title="attention cache of one utterance, kB")
+    cache.set(title="attention cache of one utterance, kB held")
     cache.legend()
     with new_file(file) as partial:
         figure.savefig(partial, dpi=110)

@@ -22,6 +22,9 @@ from espnet_kv.profile.latency import Streamer, time_chunks, time_hour
 from espnet_kv.profile.sound import Sound, features
 from espnet_kv.profile.subject import Subject
 
+MEMORY = ("offline_bytes", "streaming_bytes", "offline_rss_bytes", "streaming_rss_bytes")
+"""Peak memory of an encoder pass over the whole and of a stream, by torch and by the system."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -73,7 +76,7 @@ def profile(
     )
     method, rows = growth.measure(task, subject, say)
     hour = time_hour(subject, sound) if options.hour else None
-    # last, because it bends the bias of random weights
+    # must come last: it changes the output bias of random weights in place
     recognizer = Recognizer(subject, options.search)
     utterances = time_utterances(recognizer, sound, options.repeats)
     mean = utterances["utterance_ms"]["mean"]
@@ -94,9 +97,8 @@ def profile(
         },
         "memory": {
             "method": method,
-            "lengths": [_pick(row, "offline_bytes", "streaming_bytes") for row in rows],
-            "offline_bytes": rows[-1].get("offline_bytes"),
-            "streaming_bytes": rows[-1].get("streaming_bytes"),
+            "lengths": [_pick(row, *MEMORY) for row in rows],
+            **{key: rows[-1].get(key) for key in MEMORY},
         },
     }
 

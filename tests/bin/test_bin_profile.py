@@ -137,7 +137,7 @@ def _in_this_process():
 
     def measure(task: growth.Task):
         subject = task.load("cpu")
-        for run in task.runs(subject, growth.ProcessPeak):
+        for run in task.runs(subject):
             yield from run()
 
     with pytest.MonkeyPatch.context() as patch:

@@ -109,6 +109,8 @@ def test_cache_is_counted_where_it_is_held(streaming, stock, tmp_path):
         for part, length in (("encoder", 256), ("decoder_self", 64), ("decoder_cross", 256)):
             assert cache[part]["before"]["layers"] == [4 * 2 * SIZE * length] * BLOCKS
             assert cache[part]["after"]["layers"] == [4 * 4 * length] * BLOCKS
+            for one in cache[part].values():
+                assert one["allocated"] >= one["bytes"] == sum(one["layers"])
 
 
 def test_provenance_and_report(stock, audio, tmp_path):

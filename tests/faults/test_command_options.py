@@ -190,7 +190,7 @@ def test_a_damaged_profile_is_named(content, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[" * 20000, json.dumps({"schema": "espnet_kv.conversion/1"})], ids=range(3)
+    "content", ["", "[" * 20000, json.dumps({"schema": "espnet_kv.conversion/2"})], ids=range(3)
 )
 def test_a_damaged_record_of_a_conversion_is_named(content, tmp_path):
     file = tmp_path / "conversion.json"

@@ -19,7 +19,7 @@ from espnet_kv.attention.latent import MultiHeadLatentAttention
 from espnet_kv.cache import Footprint
 from espnet_kv.errors import UserError
 from espnet_kv.espnet.register import CHOICES
-from espnet_kv.profile import analytic, cache_bytes, growth, macs
+from espnet_kv.profile import analytic, cache_bytes, growth, macs, memory
 from espnet_kv.profile.beam_search import Recognizer, measure_decoder, watch
 from espnet_kv.profile.latency import Streamer, time_chunks, time_hour
 from espnet_kv.profile.sound import Sound, features
@@ -334,7 +334,7 @@ class TestGrowth:
 
         samples = tones().clip(40)
         with Sizes():
-            growth.encode(tone_subject, samples, growth.ProcessPeak, 40)
+            growth.encode(tone_subject, samples, 40)
         assert 0 < max(biggest) < 4000**2
 
     def test_a_length_that_memory_does_not_suffice_for_stays_unmeasured(
@@ -349,14 +349,35 @@ class TestGrowth:
         assert said[0] == "1 s: encode_ms 2, offline_bytes 3"
         assert said[1:] == ["9 s: not enough memory to encode it in one go"]
 
-    @pytest.mark.skipif(not growth.RESETS, reason="the peak of a process cannot be forgotten here")
-    def test_the_peak_is_that_of_the_moment(self):
-        size = 64 * 2**20
-        del [torch.ones(2 * size // 4)][:]  # an earlier and higher peak
-        peak = growth.ProcessPeak()
-        x = torch.ones(size // 4)
+    def test_the_memory_of_a_stream_is_bounded_and_its_own(self, tone_subject):
+        rows = list(growth.stream(tone_subject, tones().clip(12), [3, 12]))
+        first, last = (row["streaming_bytes"] for row in rows)
+        assert first == last > tone_subject.init_state().capacity_bytes
+        assert [row["seconds"] for row in rows] == [3, 12]
+
+    def test_the_memory_of_the_whole_grows_and_is_the_same_again(self, tone_subject):
+        short, again, long = (
+            growth.encode(tone_subject, tones().clip(s), s)["offline_bytes"] for s in (2, 2, 8)
+        )
+        assert short == again < long
+
+
+class TestMemory:
+    SIZE = 64 * 2**20
+
+    def run(self):
+        x = torch.ones(self.SIZE // 4)
+        y = torch.ones(self.SIZE // 8)
         del x
-        assert 0.9 * size < peak.read() < 1.5 * size
+        return torch.ones(self.SIZE // 8) + y[0]
+
+    def test_the_peak_of_tensors_is_exact(self):
+        del [torch.ones(2 * self.SIZE // 4)][:]  # an earlier and higher peak
+        small = 64 * 4  # numbers that are added, and their padding
+        assert 0 <= memory.peak_bytes("cpu", self.run) - 3 * self.SIZE // 2 <= small
+
+    def test_the_peak_of_the_process_is_near_it(self):
+        assert memory.peak_resident_bytes(self.run) > 0.9 * self.SIZE
 
 
 def test_profiles_are_json(tone_subject):

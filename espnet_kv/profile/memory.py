@@ -1,0 +1,63 @@
+"""Peak memory of a run, counted in two ways: by torch's allocator and by the operating system."""
+
+import itertools
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import torch
+
+SAMPLING_SECONDS = 0.002
+METHODS = {"cpu": "torch profiler", "cuda": "cuda allocator"}
+"""How `peak_bytes` counts, by device."""
+
+
+def peak_bytes(device: str, run: Callable[[], object]) -> int:
+    """The most bytes that tensors take at once during a run, beyond those that lived before it.
+
+    On a CPU torch's profiler reports every allocation, so the figure is the same in every run. On a
+    GPU the peak is that of torch's caching allocator.
+
+    Args:
+        device: cpu or cuda.
+    """
+    if device != "cpu":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    # of the profiler's library, which on a machine without GPU reports that as an error
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        run()
+    events: Any = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    memory = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in memory), initial=0))
+
+
+def peak_resident_bytes(run: Callable[[], object]) -> int:
+    """The most by which the resident set of this process grows during a run.
+
+    A thread looks at it every 2 ms. The figure includes what the allocator keeps for later and
+    depends on what the process did before.
+    """
+    process, ended = psutil.Process(), threading.Event()
+    before = most = process.memory_info().rss
+
+    def watch() -> None:
+        nonlocal most
+        while not ended.wait(SAMPLING_SECONDS):
+            most = max(most, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        run()
+        most = max(most, process.memory_info().rss)
+    finally:
+        ended.set()
+        watcher.join()
+    return most - before
