@@ -25,9 +25,11 @@ demo-all:  ## the same for all eight models; resumes where it was stopped
 	@python=$$(scripts/environment.sh) && export python && cd $(RECIPE) && \
 	    ./run_all.sh $(DEMO) $(ARGS)
 
+# a process of tests per core, at most 8: each of them loads ESPnet
 test:  ## run the test suite
 	@python=$$(scripts/environment.sh) && \
-	    PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$$python" -m pytest $(ARGS)
+	    PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$$python" -m pytest \
+	    --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # ESPNET_KV_TEST_DEVICE=cpu runs the same tests without a GPU
 test-gpu:  ## run the tests that need a GPU, where there is one
