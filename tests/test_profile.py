@@ -19,6 +19,7 @@ from espnet_kv.attention.latent import MultiHeadLatentAttention
 from espnet_kv.cache import Footprint
 from espnet_kv.errors import UserError
 from espnet_kv.profile import analytic, cache, counts, growth
+from espnet_kv.profile.profile import attention_label
 from espnet_kv.profile.search import Recognizer, measure_decoder, watch
 from espnet_kv.profile.sound import Sound, features
 from espnet_kv.profile.stream import Streamer, time_chunks, time_hour
@@ -183,6 +184,27 @@ class TestCache:
         held = cache.hold(encoder, torch.randn(300, FEATURES), [100, 300], CHUNK, -1)
         assert cache._slope(*held) == 0
         assert held[0].bytes["attention"] == held[1].bytes["attention"] > 0
+
+
+class TestLabel:
+    @pytest.mark.parametrize(
+        ("kind", "conf", "label"),
+        [
+            ("mha", {}, "mha"),
+            ("mha", {"cache": "input"}, "mha input"),
+            ("mla", {"kv_rank": [8, 12]}, "mla r8-12"),
+            ("mla", {"kv_rank": [12, 8]}, "mla r8-12"),
+            ("linear", {"decay": [0.5, 0.25]}, "linear decay 0.25-0.5"),
+            ("linear", {"decay": [None, 0.25]}, "linear, linear decay 0.25"),
+        ],
+    )
+    def test_layers_share_a_label(self, kind, conf, label):
+        encoder = build("kv_conformer", attention_type=kind, attention_conf=conf)
+        assert attention_label(encoder) == label
+
+    def test_a_decoder_has_two(self, tone_subject):
+        decoder = tone_subject.model.decoder
+        assert [attention_label(decoder, cross) for cross in (False, True)] == ["mla r6", "mha"]
 
 
 class TestSound:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from espnet_kv.atomic import check_writable, write_text
+from espnet_kv.atomic import check_writable
 from espnet_kv.errors import Parser, UserError, command, one_line, true_or_false, whole
+from espnet_kv.profile.schema import write_profile
 from espnet_kv.recipe.config import load_config, load_yaml
 from espnet_kv.recipe.scores import read_scores
-from espnet_kv.report.profiles import SCHEMA
 
 if TYPE_CHECKING:
     from espnet_kv.profile.sound import Sound
@@ -180,8 +180,7 @@ def main(cmd: Sequence[str] | None = None) -> None:
         ["python", "-m", "espnet_kv.bin.profile", *arguments]
     )
     wer = read_scores(named.experiment, args.decoding.split()) if named.experiment else {}
-    document = {"schema": SCHEMA, "name": named.name, **measured, "wer": wer}
-    write_text(output, json.dumps(document, indent=1, allow_nan=False) + "\n")
+    write_profile(output, {"name": named.name, **measured, "wer": wer})
     print(output)
 
 

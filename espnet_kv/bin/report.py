@@ -14,7 +14,7 @@ from pathlib import Path
 
 from espnet_kv.atomic import check_writable
 from espnet_kv.errors import Parser, UserError, command
-from espnet_kv.report.profiles import read_profiles
+from espnet_kv.profile.schema import read_profiles
 from espnet_kv.report.write import TITLE, write_report
 
 

@@ -1,11 +1,13 @@
 """A whole profile: every measurement of one model, as docs/profile.md describes it."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from espnet_kv.attention import Attention
 from espnet_kv.cache.codec import FLOATS
 from espnet_kv.decoder.transformer import KVTransformerDecoder
 from espnet_kv.errors import UserError
@@ -135,20 +137,42 @@ def _model(subject: Subject) -> dict[str, Any]:
     conf = subject.args.encoder_conf
     decoder = subject.model.decoder
     attention: dict[str, Any] = {}
-    for place in ("self", "src"):
-        for key in (f"{place}_attention_type", f"{place}_attention_conf"):
-            attention[key] = None
-            if isinstance(decoder, KVTransformerDecoder):
+    if isinstance(decoder, KVTransformerDecoder):
+        for place in ("self", "src"):
+            for key in (f"{place}_attention_type", f"{place}_attention_conf"):
                 attention[key] = decoder_conf(subject)[key] or {}
+            attention[f"{place}_attention_label"] = attention_label(decoder, place == "src")
     return {
         "encoder": cache.encoder_name(subject),
         "attention_type": conf.get("attention_type", "mha"),
         "attention_conf": conf.get("attention_conf") or {},
+        "attention_label": attention_label(subject.encoder),
         "decoder": None if decoder is None else str(subject.args.decoder).removeprefix("kv_"),
         **attention,
         "weights": "trained" if subject.source.trained else "random",
         **counts.parameters(subject.model),
     }
+
+
+def attention_label(model: torch.nn.Module, cross: bool = False) -> str:
+    """The label of a model's attention modules: one, or several where its layers differ.
+
+    Labels that differ in numbers alone become one with ranges: mla r32-64.
+
+    Args:
+        model: an encoder or decoder.
+        cross: whether the modules that attend to encoded utterances are meant.
+    """
+    modules = [m for m in model.modules() if isinstance(m, Attention) and m.cross is cross]
+    labels = list(dict.fromkeys(module.label for module in modules))
+    parts = [re.split(r"(\d+(?:\.\d+)?)", label) for label in labels]
+    if len({(*words[::2],) for words in parts}) != 1:
+        return ", ".join(labels) or "no attention"
+    merged = list(parts[0])
+    for place in range(1, len(merged), 2):
+        numbers = sorted({words[place] for words in parts}, key=float)
+        merged[place] = "-".join(dict.fromkeys((numbers[0], numbers[-1])))
+    return "".join(merged)
 
 
 def _settings(

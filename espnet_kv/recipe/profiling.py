@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from espnet_kv.errors import UserError
+from espnet_kv.profile.schema import SCHEMA, read_profiles
 from espnet_kv.recipe.atomic import write_text
 from espnet_kv.recipe.config import load_yaml
 from espnet_kv.recipe.decode import require_model
@@ -15,7 +16,6 @@ from espnet_kv.recipe.options import DECODE, DECODE_STREAMING
 from espnet_kv.recipe.scores import read_scores
 from espnet_kv.recipe.steps import Step
 from espnet_kv.recipe.train import default_gpus
-from espnet_kv.report.profiles import SCHEMA, read_profiles
 from espnet_kv.report.write import TITLE, write_report
 
 
