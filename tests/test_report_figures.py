@@ -158,7 +158,7 @@ def test_time_is_the_median_and_reaches_the_95th_percentile(models_of):
     ):
         axis = panel(figure, title)
         spreads = [getattr(entry.profile.time, part) for entry in models]
-        assert [bar.get_width() for bar in axis.containers[0]] == [s.p50 for s in spreads]
+        assert [bar.get_width() for bar in axis.patches] == [s.p50 for s in spreads]
         assert [line.get_xdata()[-1] for line in axis.lines] == [s.p95 for s in spreads]
 
 
@@ -166,7 +166,7 @@ def test_memory_bars_are_the_peaks(models_of):
     models = models_of(eight())
     figure = plots.peak_memory(models)
     for title, part in (("streaming", "streaming"), ("whole utterance, offline", "offline")):
-        widths = [bar.get_width() for bar in panel(figure, title).containers[0]]
+        widths = [bar.get_width() for bar in panel(figure, title).patches]
         assert widths == [getattr(e.profile.memory, f"{part}_bytes") for e in models]
 
 

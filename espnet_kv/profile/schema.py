@@ -209,17 +209,17 @@ class DecoderCache(Part):
 class Ratio(Part):
     """Compression: allocated attention bytes of a reference over those of this model."""
 
-    bounded: Number | None = None
-    unbounded: Number | None = None
+    bounded: Number
+    unbounded: Number
 
 
 class Spread(Part):
     """Distribution of a time in ms."""
 
-    mean: Number | None = None
-    p50: Number | None = None
-    p95: Number | None = None
-    p99: Number | None = None
+    mean: Number
+    p50: Number
+    p95: Number
+    p99: Number
 
 
 class TimeLength(Part):

@@ -15,7 +15,11 @@ MARKERS = ("o", "s", "D", "^", "P", "X", "v", "*")
 # these keep their place, colour and marker in every report; others follow by name
 ENCODERS = ("conformer", "branchformer", "e_branchformer", "transformer")
 ATTENTIONS = ("mha", "gqa", "mla", "linear")
-ORIGINS = ("trained", "converted", "fine-tuned")
+ORIGINS = {
+    "trained": "trained from scratch",
+    "converted": "converted",
+    "fine-tuned": "converted and fine-tuned",
+}
 
 # keys of the settings that must agree for figures to be comparable
 COMPARED = (
@@ -80,7 +84,7 @@ def entries(profiles: Sequence[Profile]) -> list[Entry]:
         return (
             encoders.index(model.encoder),
             attentions.index(model.attention_type),
-            ORIGINS.index(origin(profile)),
+            list(ORIGINS).index(origin(profile)),
             -(cache.allocated.attention if cache else 0),
             profile.name,
         )

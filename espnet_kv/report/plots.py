@@ -10,31 +10,13 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-from espnet_kv.profile.schema import Spread
+from espnet_kv.report import style
 from espnet_kv.report.comparison import ORIGINS, Entry, by_encoder
-from espnet_kv.report.style import (
-    CONV,
-    GRID,
-    INK,
-    INPUT,
-    MUTED,
-    PAPER,
-    label_ends,
-    label_points,
-    lay_out,
-    length_axis,
-    log_axis,
-    milliseconds,
-    on_ticks,
-    panels,
-    room_for,
-    size,
-)
+from espnet_kv.report.style import CONV, GRID, INK, INPUT, MUTED, PAPER, milliseconds, size
 
 Points = list[tuple[float, float]]
-Bars = Sequence[tuple[Entry, float, float | None]]
-"""Model, length of its bar, end of the thin line on it."""
-FILLS: Mapping[str, Any] = dict(zip(ORIGINS, ("full", "none", "bottom"), strict=True))
+OFFLINE = "whole utterance, offline"
+FILLS: Mapping[str, Any] = {"trained": "full", "converted": "none", "fine-tuned": "bottom"}
 DASHED = (0, (4, 2))
 
 
@@ -64,41 +46,31 @@ def cache_size(models: Sequence[Entry], narrow: bool = False) -> Figure | None:
         handler_map={tuple: HandlerTuple(ndivide=None, pad=0.2)},
         ncols=3,
     )
-    lay_out(figure)
+    style.lay_out(figure)
     return figure
 
 
 def inference_time(models: Sequence[Entry], narrow: bool = False) -> Figure | None:
     """Median and 95th percentile of a chunk, of an utterance, and of the first token."""
-    parts: dict[str, Callable[[Entry], Spread | None]] = {
-        "one chunk, streamed": lambda e: e.profile.time.chunk_ms,
-        "whole utterance, offline": lambda e: e.profile.time.utterance_ms,
-        "first token": lambda e: e.profile.time.first_token_ms,
-    }
-    shown: dict[str, Bars] = {
-        title: [
-            (entry, spread.p50, spread.p95)
-            for entry in models
-            if (spread := part(entry)) and spread.p50 is not None
-        ]
-        for title, part in parts.items()
-    }
+
+    def bar(entry: Entry, part: str) -> tuple[float, float] | None:
+        spread = getattr(entry.profile.time, f"{part}_ms")
+        return (spread.p50, spread.p95) if spread else None
+
+    parts = {"chunk": "one chunk, streamed", "utterance": OFFLINE, "first_token": "first token"}
     label = "median; the thin line ends at the 95th percentile"
-    return _bars(shown, milliseconds, narrow, label)
+    return _bars(models, narrow, parts, bar, milliseconds, label)
 
 
 def peak_memory(models: Sequence[Entry], narrow: bool = False) -> Figure | None:
     """Peak above what the loaded model takes, at the longest audio."""
-    parts = {"streaming": "streaming_bytes", "whole utterance, offline": "offline_bytes"}
-    shown: dict[str, Bars] = {
-        title: [
-            (entry, float(value), None)
-            for entry in models
-            if (value := getattr(entry.profile.memory, part)) is not None
-        ]
-        for title, part in parts.items()
-    }
-    return _bars(shown, size, narrow, "peak above the loaded model")
+
+    def bar(entry: Entry, mode: str) -> tuple[float, float] | None:
+        peak = getattr(entry.profile.memory, f"{mode}_bytes")
+        return None if peak is None else (peak, peak)
+
+    modes = {"streaming": "streaming", "offline": OFFLINE}
+    return _bars(models, narrow, modes, bar, size, "peak above the loaded model")
 
 
 def cache_dtypes(models: Sequence[Entry], narrow: bool = False) -> Figure | None:
@@ -120,36 +92,51 @@ def cache_dtypes(models: Sequence[Entry], narrow: bool = False) -> Figure | None
             place: Any = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center"}
             axis.annotate(dtypes, (value, row), fontsize=7.5, **place)
     values = [value for sizes in shown.values() for value in sizes.values()]
-    log_axis(axis.xaxis, size, values, narrow)
+    style.log_axis(axis.xaxis, size, values, narrow)
     axis.set_xlim(min(values) / 1.5, max(values) * 1.5)
     axis.grid(axis="x")
     axis.set_xlabel("cache of one stream, allocated (logarithmic)")
-    lay_out(figure)
+    style.lay_out(figure)
     return figure
 
 
 def _bars(
-    shown: Mapping[str, Bars], text: Callable[[float], str], narrow: bool, label: str
+    models: Sequence[Entry],
+    narrow: bool,
+    parts: Mapping[str, str],
+    bar: Callable[[Entry, str], tuple[float, float] | None],
+    text: Callable[[float], str],
+    label: str,
 ) -> Figure | None:
-    """A panel for each title that has values."""
-    shown = {title: values for title, values in shown.items() if values}
-    if not shown:
+    """A panel for each part that is known, with a bar for each model.
+
+    Args:
+        parts: second argument of `bar` -> the panel's title.
+        bar: length of a bar, and end of the thin line on it.
+        text: writes a length beside its bar.
+    """
+    found = {
+        title: {entry: lengths for entry in models if (lengths := bar(entry, part))}
+        for part, title in parts.items()
+    }
+    found = {title: bars for title, bars in found.items() if bars}
+    if not found:
         return None
-    models = list(dict.fromkeys(entry for values in shown.values() for entry, *_ in values))
-    figure, axes, places = _rows(models, len(shown), narrow)
-    room = 0.3 if narrow else 0.16 * (1 + len(axes))  # for the values beside the bars
-    row_of = dict(zip(models, places, strict=True))
-    for axis, (title, values) in zip(axes, shown.items(), strict=True):
-        rows, colours = [row_of[e] for e, *_ in values], [e.colour for e, *_ in values]
-        axis.barh(rows, [value for _, value, _ in values], height=0.62, color=colours)
-        for row, (_, value, end) in zip(rows, values, strict=True):
-            if end is not None:
-                axis.plot([value, max(value, end)], [row, row], color=MUTED, lw=1.2)
-            _beside(axis, max(value, end or 0.0), row, text(value))
-        _value_axis(axis, max(max(v, end or 0.0) for _, v, end in values), text, room)
+    known = [entry for entry in models if any(entry in bars for bars in found.values())]
+    figure, axes, rows = _rows(known, len(found), narrow)
+    room = 0.3 if narrow else 0.16 * (1 + len(axes))  # for the texts beside the bars
+    for axis, (title, bars) in zip(axes, found.items(), strict=True):
+        for entry, row in zip(known, rows, strict=True):
+            if entry in bars:
+                length, end = bars[entry]
+                axis.barh(row, length, height=0.62, color=entry.colour)
+                if end > length:
+                    axis.plot([length, end], [row, row], color=MUTED, lw=1.2)
+                _beside(axis, max(length, end), row, text(length))
+        _value_axis(axis, max(map(max, bars.values())), text, room)
         axis.set_title(title)
     figure.supxlabel(label, fontsize=9)
-    lay_out(figure)
+    style.lay_out(figure)
     return figure
 
 
@@ -162,7 +149,7 @@ def _rows(
         place += 0.0 if n == 0 else 1.0 if entry.encoder == models[n - 1].encoder else 1.5
         rows.append(place)
     tall = 1.1 + (height + 0.14 * narrow) * (place + 1)
-    figure, axes = panels(count, narrow, tall, columns=count, sharey=True)
+    figure, axes = style.panels(count, narrow, tall, columns=count, sharey=True)
     axes[0].set_ylim(place + 0.7, -0.7)
     for axis in axes:
         if narrow:  # names stand above their bars
@@ -185,7 +172,7 @@ def _beside(axis: Axes, value: float, row: float, text: str) -> None:
 def _value_axis(axis: Axes, largest: float, text: Callable[[float], str], room: float) -> None:
     axis.set_xlim(0, (largest or 1.0) * (1 + room))
     axis.xaxis.set_major_locator(MaxNLocator(3))
-    axis.xaxis.set_major_formatter(on_ticks(text))
+    axis.xaxis.set_major_formatter(style.on_ticks(text))
     axis.grid(axis="x", color=GRID)
 
 
@@ -254,8 +241,8 @@ def _curves(
     groups = by_encoder([entry for entry, drawn in found.items() if any(drawn.values())])
     if not groups:
         return None
-    figure, axes = panels(len(groups), narrow, 3.2, sharex=True, sharey=True)
-    room = room_for([entry.short for entry in models], narrow)
+    figure, axes = style.panels(len(groups), narrow, 3.2, sharex=True, sharey=True)
+    room = style.room_for([entry.short for entry in models], narrow)
     every = [point for drawn in found.values() for line in drawn.values() for point in line]
     xs, ys = [x for x, _ in every], [y for _, y in every]
     for axis, (encoder, members) in zip(axes, groups.items(), strict=True):
@@ -266,8 +253,8 @@ def _curves(
                     look: Any = {"ls": dashes, "lw": 1.6, "marker": "." if text else "", "ms": 5}
                     axis.plot(*zip(*line, strict=True), color=entry.colour, label=name, **look)
         if text:
-            log_axis(axis.yaxis, text, ys, narrow=True)
-            length_axis(axis, xs, room)
+            style.log_axis(axis.yaxis, text, ys, narrow=True)
+            style.length_axis(axis, xs, room)
             axis.set(xlabel="length of the audio (logarithmic)", ylabel=f"{label} (logarithmic)")
         else:
             axis.set(xlim=(0, max(*xs, 1) / (1 - room)), ylim=(0, max(ys) * 1.15))
@@ -282,10 +269,11 @@ def _curves(
             for dashes, word in zip(("-", "--"), lines.values(), strict=True)
         ]
         figure.legend(handles=handles, loc="outside upper left", ncols=1 if narrow else 2)
-    lay_out(figure)
+    style.lay_out(figure)
     for axis, members in zip(axes, groups.values(), strict=True):
-        ends = [(found[entry][next(iter(lines))], entry) for entry in members]
-        label_ends(axis, [(*line[-1], entry.short, entry.colour) for line, entry in ends if line])
+        first = [(found[entry][next(iter(lines))], entry) for entry in members]
+        ends = [(*line[-1], entry.short, entry.colour) for line, entry in first if line]
+        style.label_ends(axis, ends)
     return figure
 
 
@@ -313,7 +301,7 @@ def wer_against_cache(models: Sequence[Entry], narrow: bool = False) -> Figure |
                     found.setdefault(f"{name}, {mode}", {})[entry] = point
     if not found:
         return None
-    figure, axes = panels(len(found), narrow, 3.3)
+    figure, axes = style.panels(len(found), narrow, 3.3)
     # all panels have the same kind of axis, so that they can be compared
     ranges = [[wer for _, wer in points.values()] for points in found.values()]
     logarithmic = min(map(min, ranges)) > 0 and any(max(r) / min(r) > 5 for r in ranges)
@@ -322,11 +310,11 @@ def wer_against_cache(models: Sequence[Entry], narrow: bool = False) -> Figure |
         axis.set_title(title)
     handles = _legend([entry for entry in models if any(entry in ps for ps in found.values())])
     figure.legend(handles=handles, loc="outside upper left", ncols=2 if narrow else 4)
-    lay_out(figure)
+    style.lay_out(figure)
     for axis, points in zip(axes, found.values(), strict=True):
         # encoder and origin are seen in the marker
         names = {entry: entry.short.replace(f" ({entry.origin})", "") for entry in points}
-        label_points(axis, [(*place, names[entry]) for entry, place in points.items()])
+        style.label_points(axis, [(*place, names[entry]) for entry, place in points.items()])
     return figure
 
 
@@ -343,11 +331,11 @@ def _scatter(axis: Axes, points: Mapping[Entry, tuple[float, float]], logarithmi
         fill = _marker(entry.marker, entry.origin, entry.colour, entry.colour)
         axis.plot([x], [y], label=entry.name, zorder=3, **fill)
     sizes, rates = [x for x, _ in points.values()], [y for _, y in points.values()]
-    log_axis(axis.xaxis, size, sizes, narrow=True)
+    style.log_axis(axis.xaxis, size, sizes, narrow=True)
     axis.set_xlim(min(sizes) / 1.9, max(sizes) * 1.9)
     low, high = min(rates), max(rates)
     if logarithmic:
-        log_axis(axis.yaxis, lambda y: f"{y:g} %", rates, narrow=True)
+        style.log_axis(axis.yaxis, lambda y: f"{y:g} %", rates, narrow=True)
         axis.set_ylim(low / 1.3, high * 1.3)
         axis.set_ylabel("WER (%, logarithmic)")
     else:
@@ -375,16 +363,14 @@ def _marker(marker: str, origin: str, colour: str, fill: str) -> dict[str, Any]:
 
 
 def _legend(models: Sequence[Entry]) -> list[Line2D]:
-    words = ("trained from scratch", "converted", "converted and fine-tuned")
-    signs = [(group[0].marker, "trained", name) for name, group in by_encoder(models).items()]
+    signs = [(name, group[0].marker, "trained") for name, group in by_encoder(models).items()]
     origins = [name for name in ORIGINS if any(entry.origin == name for entry in models)]
     if origins != ["trained"]:
-        signs += [("o", name, words[ORIGINS.index(name)]) for name in origins]
-    handles = [
-        Line2D([], [], label=text, **_marker(marker, name, INK, MUTED))
-        for marker, name, text in signs
+        signs += [(ORIGINS[name], "o", name) for name in origins]
+    return [
+        *(Line2D([], [], label=text, **_marker(*look, INK, MUTED)) for text, *look in signs),
+        Line2D([], [], color=MUTED, ls=DASHED, label="Pareto front"),
     ]
-    return [*handles, Line2D([], [], color=MUTED, ls=DASHED, label="Pareto front")]
 
 
 PLOTS: dict[str, Callable[[Sequence[Entry], bool], Figure | None]] = {

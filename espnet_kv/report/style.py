@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
@@ -147,25 +148,26 @@ def label_ends(axis: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
     The figure must be laid out (`lay_out`), with the limits of `axis` final.
     """
     unit = axis.get_figure(root=True).dpi / 72  # type: ignore[union-attr]
-    heights = {end: axis.transData.transform(end[:2])[1] / unit for end in ends}
-    order = sorted(ends, key=lambda end: heights[end], reverse=True)  # from the top
-    below = float("inf")
-    places = []
-    for n, end in enumerate(order):
-        # the names that still come need room above the lower edge
-        least = axis.get_window_extent().y0 / unit + LINE * (len(order) - 1 - n)
-        below = min(max(heights[end], least), below - LINE)
-        places.append(below)
-    for end, place in zip(order, places, strict=True):
-        x, y, text, colour = end
+    ends = sorted(ends, key=lambda end: axis.transData.transform(end[:2])[1])
+    own = np.array([axis.transData.transform(end[:2])[1] for end in ends]) / unit
+    heights = own.copy()
+    for _ in range(200):  # neighbours that are too near push each other apart
+        lacking = np.maximum(LINE - np.diff(heights), 0.0)
+        heights[:-1] -= lacking / 2
+        heights[1:] += lacking / 2
+    low, high = (edge / unit for edge in axis.get_window_extent().intervaly)
+    heights += max(low + LINE / 2 - heights.min(initial=low + LINE), 0.0)
+    heights -= max(heights.max(initial=low) - (high + LINE / 2), 0.0)
+    line = {"arrowstyle": "-", "lw": 1, "shrinkA": 2, "shrinkB": 3, "relpos": (0, 0.5)}
+    for (x, y, text, colour), shift in zip(ends, heights - own, strict=True):
         axis.annotate(
             text,
             (x, y),
-            xytext=(18, place - heights[end]),
+            xytext=(18, shift),
             textcoords="offset points",
             va="center",
             fontsize=SIZE,
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 1, "shrinkA": 2, "shrinkB": 3},
+            arrowprops=line | {"color": colour},
             annotation_clip=False,
         ).set_in_layout(False)
 
