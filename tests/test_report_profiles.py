@@ -119,7 +119,7 @@ def test_none_at_all_is_an_error():
 def test_what_is_written_is_what_is_read(tmp_path):
     data = make_profile("branchformer", "mla")
     plain = read_profile(write_profile(tmp_path / "plain.json", data))
-    schema.write_profile(tmp_path / "p.json", {k: v for k, v in data.items() if k != "schema"})
+    schema.write_profile(tmp_path / "p.json", data)
     assert read_profile(tmp_path / "p.json") == plain
     assert json.loads((tmp_path / "p.json").read_text()) == data
 
@@ -127,7 +127,7 @@ def test_what_is_written_is_what_is_read(tmp_path):
 def test_a_key_that_the_schema_lacks_is_not_written(tmp_path):
     data = make_profile(time__latency=3.0)
     with pytest.raises(ValidationError, match=r"time\.latency"):
-        schema.write_profile(tmp_path / "p.json", {k: v for k, v in data.items() if k != "schema"})
+        schema.write_profile(tmp_path / "p.json", data)
     assert not list(tmp_path.iterdir())
 
 

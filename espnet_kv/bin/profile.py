@@ -174,13 +174,13 @@ def main(cmd: Sequence[str] | None = None) -> None:
     sound = _sound(args, subject)
     _say(f"{named.name} on {device}, {len(sound.utterances)} utterances of {sound.name}")
     options = Options(seconds, cache_dtypes, args.repeats, args.hour, search, streaming)
-    measured = profile(subject, sound, options, _say)
+    measured = profile(named.name, subject, sound, options, _say).model_dump(by_alias=True)
     measured["model"] |= named.paths | {"converted_from": _provenance(named.experiment)}
     measured["settings"]["command"] = shlex.join(
         ["python", "-m", "espnet_kv.bin.profile", *arguments]
     )
     wer = read_scores(named.experiment, args.decoding.split()) if named.experiment else {}
-    write_profile(output, {"name": named.name, **measured, "wer": wer})
+    write_profile(output, measured | {"wer": wer})
     print(output)
 
 

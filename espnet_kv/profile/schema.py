@@ -7,14 +7,14 @@ absent or null in a file, which means that the value is not known.
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from espnet_kv.atomic import write_text
 from espnet_kv.errors import UserError, one_line
 
-SCHEMA = "espnet_kv.profile/3"
+SCHEMA: Final = "espnet_kv.profile/3"
 
 Count = Annotated[int, Field(ge=0)]
 Number = Annotated[float, Field(ge=0)]
@@ -357,12 +357,12 @@ def write_profile(path: Path, content: Mapping[str, Any]) -> None:
     """Write a profile in one step.
 
     Args:
-        content: the profile without `schema`; every key must be in the schema.
+        content: the profile; every key must be in the schema.
 
     Raises:
         ValidationError: `content` does not match the schema (an error of the program).
     """
-    profile = Profile.model_validate({"schema": SCHEMA, **content}, extra="forbid")
+    profile = Profile.model_validate(content, extra="forbid")
     write_text(path, profile.model_dump_json(indent=1, by_alias=True) + "\n")
 
 

@@ -368,7 +368,7 @@ def _legend(models: Sequence[Entry]) -> list[Line2D]:
     if origins != ["trained"]:
         signs += [(ORIGINS[name], "o", name) for name in origins]
     return [
-        *(Line2D([], [], label=text, **_marker(*look, INK, MUTED)) for text, *look in signs),
+        *(Line2D([], [], label=text, **_marker(m, o, INK, MUTED)) for text, m, o in signs),
         Line2D([], [], color=MUTED, ls=DASHED, label="Pareto front"),
     ]
 
