@@ -16,7 +16,6 @@ from espnet_kv.recipe.options import DECODE, DECODE_STREAMING
 from espnet_kv.recipe.scores import read_scores
 from espnet_kv.recipe.steps import Step
 from espnet_kv.recipe.train import default_gpus
-from espnet_kv.report.write import TITLE, write_report
 
 
 def profile_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Step:
@@ -97,6 +96,8 @@ def compare_step(layout: Layout, profiled: Sequence[Step]) -> Step:
             raise UserError(
                 f"{args.expdir} holds no */profile/profile.json: profile first (stage 14)"
             )
+        from espnet_kv.report.write import TITLE, write_report  # takes a second: pandas, matplotlib
+
         page = write_report(read_profiles(paths), out, args.results, TITLE, args.command)
         print(f"  page: {page.resolve()}")
         print(f"  scalars: tensorboard --logdir {args.expdir.resolve()}")
