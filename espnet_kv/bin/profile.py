@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from espnet_kv.cli import Parser, command, true_or_false, whole
 from espnet_kv.config import load_config, load_yaml
 from espnet_kv.errors import ConfigError, UserError, one_line
-from espnet_kv.files import check_writable, write_text
-from espnet_kv.report.profiles import SCHEMA
+from espnet_kv.files import check_writable
+from espnet_kv.profile.schema import write_profile
 from espnet_kv.scores import read_scores
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def main(cmd: Sequence[str] | None = None) -> None:
     _say(f"{named.name} on {device}, {len(sound.utterances)} utterances of {sound.name}")
     options = Options(seconds, cache_dtypes, args.repeats, args.hour, search, streaming)
     try:
-        measured = profile(subject, sound, options, _say)
+        measured = profile(named.name, subject, sound, options, _say).model_dump(by_alias=True)
     except ConfigError as error:
         raise UserError(f"{args.inference_config}: {error}") from error
     measured["model"] |= named.paths | {"converted_from": _provenance(named.experiment)}
@@ -184,8 +184,7 @@ def main(cmd: Sequence[str] | None = None) -> None:
         ["python", "-m", "espnet_kv.bin.profile", *arguments]
     )
     wer = read_scores(named.experiment, args.decoding.split()) if named.experiment else {}
-    document = {"schema": SCHEMA, "name": named.name, **measured, "wer": wer}
-    write_text(output, json.dumps(document, indent=1, allow_nan=False) + "\n")
+    write_profile(output, measured | {"wer": wer})
     print(output)
 
 

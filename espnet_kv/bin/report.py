@@ -15,7 +15,7 @@ from pathlib import Path
 from espnet_kv.cli import Parser, command
 from espnet_kv.errors import UserError
 from espnet_kv.files import check_writable
-from espnet_kv.report.profiles import read_profiles
+from espnet_kv.profile.schema import read_profiles
 from espnet_kv.report.write import TITLE, write_report
 
 

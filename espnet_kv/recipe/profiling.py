@@ -8,14 +8,13 @@ from pathlib import Path
 from espnet_kv.config import load_yaml
 from espnet_kv.errors import UserError
 from espnet_kv.files import write_text
+from espnet_kv.profile.schema import SCHEMA, read_profiles
 from espnet_kv.recipe.decode import require_model
 from espnet_kv.recipe.jobs import Job
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.options import DECODE, DECODE_STREAMING
 from espnet_kv.recipe.steps import Step
 from espnet_kv.recipe.train import default_gpus
-from espnet_kv.report.profiles import SCHEMA, read_profiles
-from espnet_kv.report.write import TITLE, write_report
 from espnet_kv.scores import read_scores
 
 
@@ -97,6 +96,8 @@ def compare_step(layout: Layout, profiled: Sequence[Step]) -> Step:
             raise UserError(
                 f"{args.expdir} holds no */profile/profile.json: profile first (stage 14)"
             )
+        from espnet_kv.report.write import TITLE, write_report  # takes a second: pandas, matplotlib
+
         page = write_report(read_profiles(paths), out, args.results, TITLE, args.command)
         print(f"  page: {page.resolve()}")
         print(f"  scalars: tensorboard --logdir {args.expdir.resolve()}")
