@@ -40,8 +40,8 @@ class Layer:
     """One converted attention layer.
 
     part: key of PARTS. name: name of the module in the model. conf: options of its attention type.
-    spectrum: singular values of [W_k; W_v], weighted by the covariance of the calibration frames,
-        in descending order, normalised to a sum of squares of 1.
+    spectrum: singular values of [W_k; W_v], with audio weighted by the square root of the frame
+        covariance, in descending order, normalised to a sum of squares of 1.
     errors: relative errors of k, v and output on held-out audio; None without audio.
     """
 
