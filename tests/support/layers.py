@@ -44,7 +44,7 @@ class Source:
         return torch.randn(*shape, dtype=torch.float64, generator=self.rng)
 
     def frames(self, batch: int, frames: int) -> Tensor:
-        """(B, T, D); adjacent frames are correlated."""
+        """(B, T, D): neighbours are alike."""
         z = self._randn(batch, frames + 2, self.size)
         z = (z[:, 2:] + z[:, 1:-1] + z[:, :-2]) / 3**0.5
         return z @ self.mix.T + self.mean
