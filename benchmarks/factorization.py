@@ -61,10 +61,7 @@ def measure(attention: Any, seen: Sequence, unseen: Sequence, rank: int) -> dict
         new.linear_v_up.weight.copy_(up_v)
         ups = torch.cat([up_k, up_v])
         activations = activation_error(attention, down, ups, x)
-        result[way] = {
-            "activations": activations,
-            "output": output_error(attention, new, unseen),
-        }
+        result[way] = {"activations": activations, "output": output_error(attention, new, unseen)}
     ours = to_mla(attention, rank, known)
     result[WAYS[2]] = {"activations": None, "output": output_error(attention, ours, unseen)}
     return result
@@ -72,7 +69,7 @@ def measure(attention: Any, seen: Sequence, unseen: Sequence, rank: int) -> dict
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    from espnet_kv.convert.calibration import Listener, read_calibration
+    from espnet_kv.convert.calibration import CalibrationRunner, read_calibration
     from espnet_kv.convert.calls import recording
     from espnet_kv.convert.source import PARTS as SLOTS
     from espnet_kv.convert.source import load_source
@@ -84,14 +81,14 @@ def main(argv: list[str] | None = None) -> None:
     audio = read_calibration(
         args.wav_scp, args.audio_type, args.minutes, 0, argparse.Namespace(**config), ASRTask
     )
-    listener = Listener(model, decoding=any(part != "encoder" for part in args.parts))
-    listener.learn_words([*audio.fit, *audio.held_out], lambda: None)
+    runner = CalibrationRunner(model, decoding=any(part != "encoder" for part in args.parts))
+    runner.transcribe([*audio.fit, *audio.held_out], lambda: None)
     layers = {part: SLOTS[part].attentions(model) for part in args.parts}
     every = {name: layer for named in layers.values() for name, layer in named.items()}
     with recording(every) as seen:
-        listener.hear(audio.fit)
+        runner.run(audio.fit)
     with recording(every) as unseen:
-        listener.hear(audio.held_out)
+        runner.run(audio.held_out)
 
     seconds = audio.source["seconds"]
     print(f"{args.experiment}: {seconds['fit']} s to fit to, {seconds['held_out']} s to measure on")

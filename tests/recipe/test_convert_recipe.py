@@ -151,7 +151,7 @@ def test_convert_fine_tune_decode_score(source, capsys):
     converted, tuned = Path("exp/asr_mha_mla_r4"), Path("exp/asr_mha_mla_r4_ft1x1")
     record = read_record(converted)
     assert set(record["wer"]) == {"before", "after", "fine_tuned", "control"}
-    assert "not converted, fine-tuned alike" in (converted / "conversion.md").read_text()
+    assert "not converted, same fine-tuning" in (converted / "conversion.md").read_text()
     assert record["source"]["experiment"] == "exp/asr_mha"
     assert "--convert_from" in json.loads((converted / "run.json").read_text())["command"]
     assert read_record(tuned)["finetune"]["start"] == str(converted / "valid.acc.ave.pth")
