@@ -242,7 +242,7 @@ WRONG = {
     ),
     "after the end": (
         lambda e, x: e.forward_chunk(x, e.forward_chunk(x, e.init_state(), True)[1]),
-        "stream 0 had its last frames already",
+        "stream 0 has ended",
     ),
     "training": (lambda e, x: e.train().forward_chunk(x, e.init_state()), "eval()"),
     "cache_dtype": (lambda e, x: e.init_state(cache_dtype="int3"), "int3"),
