@@ -128,7 +128,7 @@ AUDIO = {
     "missing": (None, "u2: {t}/bad.flac does not exist"),
     "cut": ("cut", "u2: {t}/bad.flac "),
     "text": (b"no audio", "u2: {t}/bad.flac cannot be read as audio"),
-    "nan": ("nan", "u2: {t}/bad.flac holds samples that are infinite or no number"),
+    "nan": ("nan", "u2: {t}/bad.flac holds samples that are infinite or NaN"),
 }
 
 

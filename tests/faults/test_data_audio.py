@@ -186,7 +186,7 @@ def test_channels_in_antiphase_are_not_averaged_to_silence(corpus, tmp_path, cap
     format_audio(corpus, tmp_path / "dump")
     _, samples = kaldiio.load_scp(str(tmp_path / "dump" / "wav.scp"))["anti"]
     np.testing.assert_allclose(samples, speech(), atol=1e-4)
-    assert "anti: channel 0 of 2 taken, because the channels cancel out" in capsys.readouterr().err
+    assert "anti: channel 0 of 2 used, because the channels cancel out" in capsys.readouterr().err
 
 
 def test_speech_on_one_channel_alone_is_averaged_as_ever(tmp_path):
