@@ -93,7 +93,7 @@ def score(
         tokenizer: text -> tokens; needed for ter, see `tokens.piece_tokenizer`.
 
     Raises:
-        UserError: no reference at all, or a hypothesis without a reference.
+        UserError: there is no reference, or a hypothesis has no reference.
     """
     if kind not in KINDS or (kind == "ter" and tokenizer is None):
         raise ValueError(f"kind must be wer, cer, or ter with a tokenizer, not {kind!r}")
