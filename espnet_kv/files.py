@@ -107,7 +107,7 @@ def check_writable(path: Path) -> None:
     if above == path and path.is_file():
         above = path.absolute().parent
     if not above.is_dir():
-        raise UserError(f"{path}: {above} is no directory; name another path")
+        raise UserError(f"{path}: {above} is not a directory; name another path")
     if not os.access(above, os.W_OK):
         raise UserError(
             f"{path}: {above} cannot be written to; change its permissions, or name another path"

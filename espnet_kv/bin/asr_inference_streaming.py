@@ -78,7 +78,7 @@ def _check(args: argparse.Namespace) -> None:
     check_search(args)
     if not 0 <= args.simulate_chunk_ms <= LONGEST_MS or args.sim_chunk_length < 0:
         raise UserError(
-            "--simulate_chunk_ms, --sim_chunk_length: allowed are 0 (at once) or more, at "
+            "--simulate_chunk_ms, --sim_chunk_length: allowed: 0 (at once) or more, at "
             f"most {LONGEST_MS} ms"
         )
     if args.simulate_chunk_ms and args.sim_chunk_length:

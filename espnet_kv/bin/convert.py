@@ -82,7 +82,7 @@ def get_parser() -> argparse.ArgumentParser:
 def _parts(text: str) -> tuple[str, ...]:
     parts = tuple(text.split(","))
     if not set(parts) <= set(PARTS) or len(set(parts)) < len(parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of {', '.join(PARTS)}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of {', '.join(PARTS)}")
     return tuple(part for part in PARTS if part in parts)
 
 

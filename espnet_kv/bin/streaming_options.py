@@ -103,7 +103,7 @@ def check_device(ngpu: int) -> None:
     import torch
 
     if ngpu not in (0, 1):
-        raise UserError(f"--ngpu {ngpu}: allowed are 0 (CPU) and 1; a model decodes on one GPU")
+        raise UserError(f"--ngpu {ngpu}: allowed: 0 (CPU) and 1; a model decodes on one GPU")
     if ngpu and not torch.cuda.is_available():
         raise UserError(f"--ngpu {ngpu}: no GPU was found; leave it out to use the CPU")
 
@@ -117,13 +117,13 @@ def check_search(args: argparse.Namespace) -> None:
     for name, (least, most) in COUNTS.items():
         value = getattr(args, name, least)
         if type(value) is not int or not least <= value <= most:
-            raise UserError(f"--{name} {value}: allowed are whole numbers from {least} to {most}")
+            raise UserError(f"--{name} {value}: allowed: whole numbers from {least} to {most}")
     for name, (low, high) in NUMBERS.items():
         number = getattr(args, name, low if math.isfinite(low) else 0)
         if type(number) not in (int, float) or not math.isfinite(number):
             raise UserError(f"--{name} {number}: a finite number is needed")
         if not low <= number <= high:
-            raise UserError(f"--{name} {number}: allowed are {low:g} to {high:g}")
+            raise UserError(f"--{name} {number}: allowed: {low:g} to {high:g}")
     if args.nbest > args.beam_size:
         raise UserError(
             f"--nbest {args.nbest} is more than --beam_size {args.beam_size}: a search keeps no "

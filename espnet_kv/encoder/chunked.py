@@ -72,7 +72,7 @@ class KVEncoder:
         **espnet_conf: Any,
     ):
         if not isinstance(attention_conf, Mapping | None):
-            raise ConfigError(f"attention_conf: {attention_conf!r} is no mapping of options")
+            raise ConfigError(f"attention_conf: {attention_conf!r} is not a mapping of options")
         attention_conf = dict(attention_conf or {})
         check_attention(attention_type, attention_conf)
         check_chunks(chunk_size, left_chunks)

@@ -34,9 +34,9 @@ def read_checkpoint(file: Path | str) -> dict[str, Tensor]:
     if not path.exists():
         raise UserError(f"{file} does not exist")
     if path.is_dir():
-        raise UserError(f"{file} is no model file but a directory: name a file in it")
+        raise UserError(f"{file} is a directory, not a model file: name a file in it")
     if not path.stat().st_size:
-        raise UserError(f"{file} is no model file: it is empty; copy or train it again")
+        raise UserError(f"{file} is not a model file: it is empty; copy or train it again")
     with path.open("rb"):  # raises errors of the system; below, any exception means damage
         pass
     try:
@@ -52,22 +52,22 @@ def read_checkpoint(file: Path | str) -> dict[str, Tensor]:
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     if not isinstance(state, Mapping):
-        raise UserError(f"{file} is no model file: it holds a {type(state).__name__}")
+        raise UserError(f"{file} is not a model file: it holds a {type(state).__name__}")
     if isinstance(state.get("model"), Mapping) and "optimizers" in state:
         raise UserError(
-            f"{file} is the state of a training, no model file: name a model beside it, e.g. "
+            f"{file} is the state of a training, not a model file: name a model beside it, e.g. "
             "valid.acc.ave.pth"
         )
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{file} is no model file: it holds other things than named parameters")
+        raise UserError(f"{file} is not a model file: it holds other things than named parameters")
     return dict(state)
 
 
 def _damaged(file: Path | str, error: Exception) -> UserError:
     first = next(iter(str(error).splitlines()), "").split(". ")[0].strip()
     return UserError(
-        f"{file} is no model file, or it is damaged ({type(error).__name__}: {one_line(first)}): "
-        "copy or train it again"
+        f"{file} is not a model file, or it is damaged ({type(error).__name__}: "
+        f"{one_line(first)}): copy or train it again"
     )
 
 
@@ -156,16 +156,16 @@ def read_config(
     try:
         config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except IsADirectoryError as error:
-        raise UserError(f"{file} is no config.yaml but a directory: name the file") from error
+        raise UserError(f"{file} is a directory, not a config.yaml: name the file") from error
     except (UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError(
-            f"{file} is no config.yaml of a trained model: {one_line(error)}"
+            f"{file} is not a config.yaml of a trained model: {one_line(error)}"
         ) from error
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
-        raise UserError(f"{file} is no config.yaml of a trained model: it holds no keys")
+        raise UserError(f"{file} is not a config.yaml of a trained model: it holds no keys")
     for key in keys:
         if not config.get(key):
-            raise UserError(f"{file} is no config.yaml of a trained model: it names no {key}")
+            raise UserError(f"{file} is not a config.yaml of a trained model: it names no {key}")
     return config
 
 
@@ -277,5 +277,7 @@ def load_tokenizer(
     try:
         tokenizer.tokens2text([])  # the model is read at the first use
     except (RuntimeError, OSError) as error:
-        raise UserError(f"bpemodel {bpemodel} is no sentencepiece model, or is damaged") from error
+        raise UserError(
+            f"bpemodel {bpemodel} is not a sentencepiece model, or is damaged"
+        ) from error
     return tokenizer

@@ -191,7 +191,7 @@ def _decode(entry: str, allow_pipes: bool) -> tuple[np.ndarray, int]:
     if not np.isfinite(samples).all():
         raise AudioError(f"corrupt audio: {entry}: samples are not finite")
     if not RATES[0] <= rate <= RATES[1]:
-        raise AudioError(f"corrupt audio: {entry}: the header says {rate} samples a second")
+        raise AudioError(f"corrupt audio: {entry}: the header states {rate} samples a second")
     return samples, rate
 
 
@@ -273,7 +273,7 @@ def _decode_sound(file: BinaryIO) -> tuple[np.ndarray, int]:
         raise ValueError(_foreign(start) or unknown) from None
     with sound:
         if sound.format not in CHECKED:
-            raise ValueError(f"whether {sound.format} is complete cannot be told; {_CONVERT}")
+            raise ValueError(f"whether {sound.format} is complete cannot be determined; {_CONVERT}")
         blocks = []
         while len(block := sound.read(1 << 20, dtype="float32", always_2d=True)):
             blocks.append(block)

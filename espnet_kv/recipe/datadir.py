@@ -221,7 +221,7 @@ def refuse_dropped(name: str, dropped: Mapping[str, str], total: int) -> None:
         more = f"; and {len(dropped) - 3} more" if len(dropped) > 3 else ""
         raise UserError(
             f"{name}: {len(dropped)} of {total} utterances of a test set cannot be used "
-            f"({first}{more}); mend them, or remove their lines from the data directory"
+            f"({first}{more}); fix them, or remove their lines from the data directory"
         )
 
 

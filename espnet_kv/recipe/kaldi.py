@@ -67,7 +67,7 @@ def entries(
         if broken := _BROKEN.search(entry):
             raise UserError(
                 f"{file}:{line}: utterance {_shown(key)} has the character "
-                f"U+{ord(broken[0]):04X}, which is not text; remove it or mend the encoding"
+                f"U+{ord(broken[0]):04X}, which is not text; remove it or fix the encoding"
             )
         if not key.isascii() and any(unicodedata.category(char) == "Cf" for char in key):
             raise UserError(

@@ -202,7 +202,7 @@ class Steps:
                 if then["after"].get(before.name) != now["after"][before.name]:
                     cause = self.why(before)
                     changes.append(cause if cause != "not made yet" else f"{before.name} changed")
-        return "; ".join(dict.fromkeys(changes)) or "its inputs were made anew"
+        return "; ".join(dict.fromkeys(changes)) or "its inputs were made again"
 
     def begin(self, step: Step) -> None:
         """Remove the stamp and record the inputs of the work."""

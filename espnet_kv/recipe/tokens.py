@@ -122,7 +122,7 @@ def piece_tokenizer(model: Path) -> Callable[[str], list[str]]:
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{model} is no sentencepiece model: run stage 5 again") from error
+        raise UserError(f"{model} is not a sentencepiece model: run stage 5 again") from error
     return lambda text: processor.encode(text, out_type=str)
 
 

@@ -234,11 +234,9 @@ class StreamingRecognizer:
                 "e.g. chunk_size 16"
             )
         if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
-            raise ArgumentError("chunk_size", f"{chunk_size}: allowed are 1 or more encoder frames")
+            raise ArgumentError("chunk_size", f"{chunk_size}: allowed: 1 or more encoder frames")
         if left_chunks is not None and (type(left_chunks) is not int or left_chunks < -1):
-            raise ArgumentError(
-                "left_chunks", f"{left_chunks}: allowed are -1 (all) or more chunks"
-            )
+            raise ArgumentError("left_chunks", f"{left_chunks}: allowed: -1 (all) or more chunks")
         size, left = chunk_size or encoder.chunk_size, left_chunks
         left = encoder.left_chunks if left is None else left
         if size * (max(left, 0) + 1) > MOST_FRAMES:
@@ -349,4 +347,4 @@ def _check_numbers(**values: float) -> None:
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not (whole or (isinstance(value, float) and not count)) or not least <= value <= most:
             bounds = f"{least} to {most}" if most == 1 else f"{least} or more"
-            raise UserError(f"--{name} {value}: allowed are {bounds}")
+            raise UserError(f"--{name} {value}: allowed: {bounds}")

@@ -122,7 +122,7 @@ def read_lines(file: Path | str) -> list[str]:
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 at byte {error.start}; convert it first") from None
     if text.startswith("\ufeff"):
-        raise UserError(f"{file}:1: a byte order mark stands before the first key; save it without")
+        raise UserError(f"{file}:1: remove the byte order mark before the first key")
     lines = text.split("\n")
     return lines[:-1] if lines[-1] == "" else lines
 

@@ -205,7 +205,7 @@ def warn_overlap(sets: Mapping[str, DataDir]) -> None:
         if shared:
             print(
                 f"warning: {len(shared)} of {len(data.wav_scp)} utterances of {name} are in "
-                f"{train} as well (the first: {shared[0]}); scores on them say little",
+                f"{train} as well (the first: {shared[0]}); scores on them are not meaningful",
                 file=sys.stderr,
                 flush=True,
             )

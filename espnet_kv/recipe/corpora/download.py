@@ -155,7 +155,7 @@ def _download(url: str, part: Path, attempts: int, wait: float, instead: str) ->
                 raise UserError(f"{url}: {error.code} {error.reason}; {instead}") from None
             problem = f"{error.code} {error.reason}"
         except (http.client.InvalidURL, ValueError) as error:
-            raise UserError(f"{url} is no address to download from: {error}; {instead}") from None
+            raise UserError(f"{url} is not a valid address: {error}; {instead}") from None
         except (OSError, http.client.HTTPException) as error:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             # A name that was found a moment ago may be lost for a moment.

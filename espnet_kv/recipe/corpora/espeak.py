@@ -74,7 +74,7 @@ def speak(text: str, voice: Voice) -> np.ndarray:
         )
     if answer[:1] != b"+" or len(answer) == 1:
         reason = answer[1:].decode(errors="replace") or "it gave no samples"
-        raise UserError(f"eSpeak NG cannot say {text!r} with voice {voice.name!r}: {reason}")
+        raise UserError(f"eSpeak NG cannot speak {text!r} with voice {voice.name!r}: {reason}")
     return np.frombuffer(answer, dtype=np.int16, offset=1)
 
 

@@ -30,7 +30,7 @@ def name_sources(paths: Iterable[Path], data_dir: Path) -> dict[str, Path]:
     resolved = list(dict.fromkeys(Path(path).resolve() for path in paths))
     for path in resolved:
         if not path.is_dir():
-            raise UserError(f"{path} is no data directory: it does not exist")
+            raise UserError(f"{path} is not a data directory: it does not exist")
         stem = "_".join(path.name.split()) or "data"
         parent = "_".join(path.parent.name.split()) or "root"
         tries = [stem, f"{parent}_{stem}", *(f"{parent}_{stem}_{n}" for n in range(2, 99))]

@@ -36,13 +36,13 @@ def is_built(tree: Path, name: str, stamp: Mapping[str, Any]) -> bool:
     """
     if not tree.is_dir():
         if tree.exists():
-            raise UserError(f"{tree} is no folder: move it away, or name another folder")
+            raise UserError(f"{tree} is not a folder: move it away, or name another folder")
         return False
     if not any(tree.iterdir()):
         return False
     file = tree / f"{name}.json"
     if not file.is_file():
-        raise UserError(f"{tree} is no {name} corpus: move it away, or name another folder")
+        raise UserError(f"{tree} is not a {name} corpus: move it away, or name another folder")
     try:
         return json.loads(file.read_text(encoding="utf-8")) == stamp
     except ValueError:  # truncated, e.g. by a full disk
