@@ -286,7 +286,7 @@ def test_wrong_use_is_told(wrong, words):
                 "pos_enc_layer_type": "legacy_rel_pos",
                 "selfattention_layer_type": "legacy_rel_selfattn",
             },
-            ["legacy_rel_selfattn", "ESPnet made it"],
+            ["legacy_rel_selfattn", "ESPnet's own attention"],
         ),
     ],
     ids=str,

@@ -327,11 +327,11 @@ class TestRefusals:
             ({"ctc_weight": 1.5}, "--ctc_weight 1.5: allowed: 0 to 1"),
             ({"ctc_weight": math.nan}, "--ctc_weight nan"),
             ({"endpoint_silence_ms": -1}, "--endpoint_silence_ms -1: allowed: 0 or more"),
-            ({"chunk_size": 0}, "--chunk_size 0: allowed: 1 or more encoder frames"),
-            ({"left_chunks": -2}, "--left_chunks -2: allowed: -1"),
+            ({"chunk_size": 0}, "chunk_size 0: allowed: 1 or more encoder frames"),
+            ({"left_chunks": -2}, "left_chunks -2: allowed: -1"),
             ({"cache_dtype": "int3"}, "int3"),
-            ({"dtype": "int8"}, "--dtype int8: unknown"),
-            ({"token_type": "bpe", "bpemodel": "no.model"}, "no.model does not exist.*--bpemodel"),
+            ({"dtype": "int8"}, "dtype int8: unknown"),
+            ({"token_type": "bpe", "bpemodel": "no.model"}, "no.model does not exist.*give bpemodel"),
         ],
         ids=lambda x: ",".join(x) if isinstance(x, dict) else "",
     )
@@ -340,7 +340,7 @@ class TestRefusals:
 
     def test_a_model_without_chunks_needs_a_chunk_size(self, options):
         self.changed(options, encoder_conf={"chunk_size": 0})
-        self.refused("give --chunk_size", **options)
+        self.refused("give chunk_size", **options)
         assert StreamingRecognizer(**options, **CHUNKS, ctc_weight=1)(speech("B"))[0][0] == "B"
 
     def test_what_looks_ahead(self, tmp_path):
