@@ -2,9 +2,9 @@
 
     python -m espnet_kv -m espnet2.bin.asr_train --encoder kv_conformer ...
 
-takes the place of `python`: ESPnet's own `asr.sh --python "python3 -m espnet_kv"` works unchanged,
-and with `--use_streaming true` too: ESPnet's streaming command runs encoders of its own only, so
-for a model with one of ours `espnet_kv.bin.asr_inference_streaming` takes its place.
+replaces `python`, e.g. in ESPnet's `asr.sh --python "python3 -m espnet_kv"`. ESPnet's streaming
+command supports only ESPnet's streaming encoders; for a model with an encoder of this package it
+is replaced by `espnet_kv.bin.asr_inference_streaming`.
 """
 
 import argparse
@@ -18,7 +18,7 @@ USAGE = "usage: python -m espnet_kv (-m MODULE | -c CODE | SCRIPT) [ARGUMENT ...
 
 
 def main() -> None:
-    """Hand the command line over; exit status, options and sys.argv are the target's own."""
+    """Run the target with its options as sys.argv; the exit status is that of the target."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -46,14 +46,14 @@ def main() -> None:
 
 
 def _encoder_is_ours(options: list[str]) -> bool:
-    """Whether the training configuration that a decoding command names has an encoder of ours."""
+    """Whether the training configuration in the options has an encoder of this package."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--asr_train_config")
     try:
         with open(parser.parse_known_args(options)[0].asr_train_config, encoding="utf-8") as file:
             return any(re.match(r"encoder:\s*kv_", line) for line in file)
     except (OSError, TypeError, UnicodeDecodeError, argparse.ArgumentError):
-        return False  # the command will say what is wrong
+        return False  # the command itself reports the error
 
 
 if __name__ == "__main__":

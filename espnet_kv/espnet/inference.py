@@ -1,7 +1,7 @@
-"""ESPnet's offline inference with our classes in the place of its own, within a context.
+"""ESPnet's offline inference with our classes, replaced within a context.
 
-Its Speech2Text ends with a traceback on audio that is too short, on models of 16 bits and on beams
-larger than the vocabulary; the subclass here does not.
+ESPnet's Speech2Text fails with a traceback for audio that is too short, models of 16 bits and beams
+larger than the vocabulary. The subclass here handles these cases.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from espnet_kv.espnet.loading import (
 
 @contextmanager
 def replaced(module: Any, **ours: Any) -> Iterator[None]:
-    """Within the block, names of a module of ESPnet stand for other objects."""
+    """Replace attributes of an ESPnet module within the block."""
     own = {name: getattr(module, name) for name in ours}
     vars(module).update(ours)
     try:
@@ -37,10 +37,10 @@ def replaced(module: Any, **ours: Any) -> Iterator[None]:
 
 @contextmanager
 def our_inference(task: Any, fast_ctc: bool) -> Iterator[Any]:
-    """ESPnet's module `espnet2.bin.asr_inference`, which within the block works with our classes.
+    """Yield `espnet2.bin.asr_inference` with our classes in place of ESPnet's.
 
     Args:
-        task: builds the ASR model.
+        task: task that builds the ASR model.
         fast_ctc: compute CTC prefix scores of all frames at once.
     """
     from espnet2.bin import asr_inference as espnet
@@ -58,16 +58,16 @@ def our_inference(task: Any, fast_ctc: bool) -> Iterator[Any]:
 
 
 def speech2text(espnet_class: Any, lm_task: Any) -> Any:
-    """ESPnet's Speech2Text with what its command lacks.
+    """Subclass ESPnet's Speech2Text with checks, 16-bit models and `prepare_search`.
 
     Args:
-        lm_task: of `language_model_task`, which loads its language model.
+        lm_task: class from `language_model_task` that loads the language model.
     """
 
     class Speech2Text(espnet_class):
         def __init__(self, *args: Any, **options: Any):
             super().__init__(*args, **options)
-            lm_tokens = getattr(lm_task, "tokens", None)  # None: there is no language model
+            lm_tokens = getattr(lm_task, "tokens", None)  # None: no language model
             if lm_tokens is not None and list(lm_tokens) != list(self.asr_model.token_list):
                 raise ArgumentError(
                     "lm_train_config",
@@ -75,7 +75,7 @@ def speech2text(espnet_class: Any, lm_task: Any) -> Any:
                     "of the ASR model; give a language model of the same tokens",
                 )
             names = (options.get(name) for name in ("token_type", "bpemodel"))
-            load_tokenizer(self.asr_train_args, *names)  # ESPnet's would fail at the first text
+            load_tokenizer(self.asr_train_args, *names)  # ESPnet would fail at the first text
             tokens, beam = len(self.asr_model.token_list), options.get("beam_size", 1)
             if beam > tokens:
                 raise ArgumentError(
@@ -84,7 +84,7 @@ def speech2text(espnet_class: Any, lm_task: Any) -> Any:
                 )
             if (dtype := options.get("dtype")) in ("float16", "bfloat16"):
                 _features_in_32_bits(self.asr_model, getattr(torch, dtype))
-                self.dtype = "float32"  # of the audio that it is given
+                self.dtype = "float32"  # type of the audio
             if hasattr(self.asr_model.decoder, "prepare_search"):
                 self.asr_model.decoder.prepare_search()
 
@@ -92,7 +92,7 @@ def speech2text(espnet_class: Any, lm_task: Any) -> Any:
             """N-best results of (N,) samples.
 
             Raises:
-                TooShortUttError: there are fewer samples than the first frame needs.
+                TooShortUttError: the audio is shorter than the first frame.
             """
             if not isinstance(speech, list | tuple):
                 _check_length(self.asr_model, [len(speech)])
@@ -112,9 +112,9 @@ def speech2text(espnet_class: Any, lm_task: Any) -> Any:
 
 
 def language_model_task(espnet_task: Any) -> Any:
-    """ESPnet's LMTask, which loads as strictly as ours does an ASR model.
+    """Subclass ESPnet's LMTask with strict loading, as in our ASRTask.
 
-    ESPnet leaves what a checkpoint lacks at its random start, and says nothing.
+    ESPnet silently leaves missing parameters at their random initialisation.
     """
 
     class LanguageModelTask(espnet_task):
@@ -129,7 +129,7 @@ def language_model_task(espnet_task: Any) -> Any:
             """Build a trained language model.
 
             Raises:
-                UserError: a file is missing, damaged or of another kind, or the two do not fit.
+                UserError: a file is missing, damaged or of another kind, or they do not match.
             """
             read_config(config_file, keys=("lm", "token_list"))
             read_checkpoint(model_file)
@@ -149,7 +149,7 @@ def language_model_task(espnet_task: Any) -> Any:
 
 
 def too_short_result(nbest: int, enh_s2t_task: bool, speech2text: Any) -> list:
-    """The n-best list of an utterance that is too short: empty, as streaming's; as ESPnet's."""
+    """The n-best list of an utterance that is too short: empty texts, as in streaming."""
     hypothesis = Hypothesis(score=0.0, scores={}, states={}, yseq=[])
     text = None if speech2text.tokenizer is None else ""
     results: list = [(text, [], [], hypothesis)] * nbest
@@ -173,7 +173,7 @@ def _check_length(model: nn.Module, lengths: list[int]) -> None:
 
 
 def _features_in_32_bits(model: Any, dtype: torch.dtype) -> None:
-    """Compute features in float32: powers of a spectrum leave the range of 16 bits."""
+    """Compute features in float32, because a power spectrum exceeds the range of 16 bits."""
     for module in (model.frontend, model.normalize):
         if module is not None:
             module.float()

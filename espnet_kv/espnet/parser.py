@@ -13,14 +13,14 @@ from espnet_kv.errors import UserError, one_line
 
 
 class Parser(config_argparse.ArgumentParser):
-    """ESPnet's parser with --config; what is wrong is told in one line."""
+    """ESPnet's parser with --config; it raises UserError with a message of one line."""
 
     def error(self, message: str) -> NoReturn:
         """Raise a UserError."""
         raise UserError(f"{message} (see --help)")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parse, also where --config names a broken file."""
+        """Parse options; an unreadable file in --config is a UserError."""
         try:
             return super().parse_args(args, namespace)
         except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
@@ -28,9 +28,9 @@ class Parser(config_argparse.ArgumentParser):
 
 
 def extended(parser: argparse.ArgumentParser, description: str) -> Parser:
-    """ESPnet's parser of a command that reads data, with our errors and paths that hold commas."""
+    """Extend ESPnet's parser of a decoding command by our errors and by paths with commas."""
     for action in parser._actions:
-        # some of ESPnet's help texts hold a bare %, on which --help would end
+        # some of ESPnet's help texts have a bare %, at which --help would fail
         action.help = re.sub(r"%(?![(%])", "%%", action.help or "")
     ours = Parser(
         description=description,
@@ -45,9 +45,9 @@ def extended(parser: argparse.ArgumentParser, description: str) -> Parser:
 
 
 def path_name_type(text: str) -> tuple[str, str, str]:
-    """Type of --data_path_and_name_and_type, ESPnet's: PATH,NAME,TYPE, where PATH may hold commas.
+    """Type of ESPnet's --data_path_and_name_and_type: PATH,NAME,TYPE; PATH may contain commas.
 
-    Lists in a YAML come as their text, with brackets and quotes.
+    A list in a YAML is passed as its text, with brackets and quotes.
     """
     words = text.strip()
     if words[:1] in tuple("([") and words[-1:] in tuple(")]"):

@@ -1,4 +1,4 @@
-"""Stage 12: decoding of every test set with every model."""
+"""Stage 12: decoding of all test sets with all models."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ def decode_step(layout: Layout, config_file: Path, name: str, before: Sequence[S
     """Stage 12: decode a test set in `inference_nj` parallel jobs.
 
     Args:
-        before: the formatted set, the trained model and the language models it is decoded with.
+        before: steps of the formatted set, the trained model and the language models.
     """
     args = layout.args
     exp = layout.asr_exp(config_file)
@@ -105,7 +105,7 @@ def decode_step(layout: Layout, config_file: Path, name: str, before: Sequence[S
 
 
 def require_model(file: Path) -> None:
-    """Raise UserError where a file of a trained model is missing."""
+    """Raise UserError if a file of a trained model is missing."""
     if not file.is_file():
         raise UserError(
             f"{file} does not exist: train first (stage 11), or name another model with "
@@ -129,7 +129,7 @@ def _options(layout: Layout) -> dict[str, Any]:
 
 
 def _check_keys(hypotheses: Path, dump: Path) -> None:
-    """A test set never loses an utterance.
+    """Check that each utterance of a test set has one hypothesis.
 
     Raises:
         UserError: an utterance has no hypothesis, or more than one.

@@ -1,4 +1,4 @@
-"""RESULTS.md: every score below exp/ in the tables that ESPnet's recipes publish."""
+"""RESULTS.md: all scores in exp/, as tables in the format of ESPnet's recipes."""
 
 import json
 import subprocess
@@ -19,14 +19,14 @@ COLUMNS = ("Snt", "Wrd", "Corr", "Sub", "Del", "Ins", "Err", "S.Err")
 def write_results(expdir: Path, out: Path, header: Iterable[str] = ()) -> None:
     """Collect the scores of all `expdir/asr_*` into the Markdown file `out`.
 
-    What stands in `out` outside the markers BEGIN and END is kept. Where an experiment has
-    a run.json, its command, config, commit and overlay are stated above its tables.
+    The text of `out` outside the markers BEGIN and END is kept. The command, config, commit and
+    overlay in the run.json of an experiment are stated above its tables.
 
     Args:
-        header: lines to stand below the list of versions.
+        header: lines below the list of versions.
 
     Raises:
-        UserError: nothing is scored yet, or `out`, a result or a run.json is damaged.
+        UserError: there are no scores, or `out`, a result or a run.json is damaged.
     """
     experiments = [
         section
@@ -41,7 +41,7 @@ def write_results(expdir: Path, out: Path, header: Iterable[str] = ()) -> None:
 
 
 def _placed(out: Path, block: str) -> str:
-    """The text of `out` with `block` in the place of the earlier one, or at its end."""
+    """The text of `out` with the earlier block replaced by `block`, or with `block` appended."""
     if not out.exists():
         return block + "\n"
     text = out.read_text(encoding="utf-8")
@@ -83,7 +83,7 @@ def _git(checkout: Path, *arguments: str) -> str:
 
 
 def _experiment(exp: Path, title: str) -> str:
-    """One experiment's part of the page; empty where nothing of it is scored."""
+    """The section of one experiment; empty if it has no scores."""
     tables = []
     scored = list(scored_sets(exp))
     for kind in KINDS:

@@ -55,10 +55,10 @@ def score_step(layout: Layout, config_file: Path, name: str, decoded: Step) -> S
 
 
 def results_step(layout: Layout, scored: Mapping[tuple[Path, str], Step]) -> Step:
-    """Write RESULTS.md from all scores there are, and print the word error rates of this run.
+    """Write RESULTS.md from all scores, and print the word error rates of this run.
 
     Args:
-        scored: (experiment, test set) -> its scoring.
+        scored: (experiment, test set) -> scoring step.
     """
     args = layout.args
 

@@ -33,14 +33,14 @@ class SharedAttention(SoftmaxAttention):
         k = self.linear_up(small)  # (B, 1, S, d_k)
         return k, k
 
-    def to_store(self, x: Tensor) -> tuple[Tensor, ...]:
+    def cached_vectors(self, x: Tensor) -> tuple[Tensor, ...]:
         return (self.linear_down(x)[:, None],)
 
-    def attend_stored(self, q, stored, bias):
-        return super().attend_stored(q, self._up(stored[0]), bias)
+    def attend_cached(self, q, stored, bias):
+        return super().attend_cached(q, self._up(stored[0]), bias)
 
     @property
-    def stored_vectors(self) -> list[tuple[int, int]]:
+    def cached_vector_sizes(self) -> list[tuple[int, int]]:
         return [(1, self.width)]
 
     @property

@@ -139,7 +139,7 @@ class TestRefusals:
             ((), "give one of --experiment"),
             (("--experiment", "no/where"), "no/where does not exist"),
             (("--config", "conf/no.yaml", "--output", "x"), "conf/no.yaml does not exist"),
-            (("--config", "{repo}/conf/decode_asr.yaml", "--output", "x"), "no encoder is named"),
+            (("--config", "{repo}/conf/decode_asr.yaml", "--output", "x"), "names no encoder"),
             (("--config", "{repo}/conf/train_asr_conformer_mla.yaml"), "give --output"),
             (("--asr_model_file", "x.pth"), "both --asr_train_config and --asr_model_file"),
             (("--experiment", "x", "--config", "y"), "give one of"),
@@ -163,7 +163,7 @@ class TestRefusals:
 
     def test_too_short_lengths(self, experiment, capsys):
         said = refusal(capsys, "--experiment", str(experiment), "--lengths", "1")
-        assert "the longest is at least two chunks, 1.28 s" in said
+        assert "the longest must be at least two chunks, 1.28 s" in said
 
     def test_missing_audio(self, experiment, capsys, tmp_path):
         (tmp_path / "wav.scp").write_text("u1 /no/where.wav\n")

@@ -222,7 +222,7 @@ def data(mode: str, folder: Path, scp: Path) -> list[str]:
         (["linear"], "linear is trained on audio: give calibration_scp"),
         (["linear", "--target_compression", "0.5"], "linear attention has a fixed state size"),
         (["flash"], "--attention_type: invalid choice: 'flash'"),
-        (["mla", "--kv_rank", "4", "--parts", "encoder,lm"], "--parts: 'encoder,lm' is no list"),
+        (["mla", "--kv_rank", "4", "--parts", "encoder,lm"], "--parts: 'encoder,lm' is not a list"),
         (["mla", "--kv_rank", "4", "--calibration_scp", "none.scp"], "none.scp does not exist"),
         (["mla", "--kv_rank", "4", "--calibration_minutes", "0"], "'0' is not more than 0"),
     ],

@@ -93,7 +93,7 @@ def test_a_read_only_disk_is_told_before_the_work(name, model, small_disk, capsy
 def test_a_file_where_a_directory_is_needed(name, model, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     main, options = arguments(model, tmp_path / "file/out")[name]
-    one_error(main(options), f"{tmp_path}/file is no directory", capsys)
+    one_error(main(options), f"{tmp_path}/file is not a directory", capsys)
     assert (tmp_path / "file").read_text() == "x"
 
 

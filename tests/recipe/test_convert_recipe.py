@@ -189,7 +189,7 @@ def test_what_the_source_was_trained_on_must_be_there(source, capsys):
     ("words", "told"),
     [
         ([*MLA[:3], "four"], "argument --kv_rank: invalid int value: 'four'"),
-        ([*MLA, "--convert_parts", "encoder lm"], "'encoder,lm' is no list of encoder"),
+        ([*MLA, "--convert_parts", "encoder lm"], "'encoder,lm' is not a list of encoder"),
         ([*MLA, "--inference_asr_model", "x.pth"], "exp/asr_mha/x.pth does not exist"),
     ],
     ids=["rank", "parts", "model"],

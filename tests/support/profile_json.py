@@ -1,4 +1,4 @@
-"""Profiles as `espnet_kv.bin.profile` would write them, made by hand for tests of the report."""
+"""Hand-made profiles in the format of `espnet_kv.bin.profile`, for tests of the report."""
 
 import json
 from collections.abc import Iterator
@@ -27,9 +27,9 @@ def make_profile(
     cache_dtypes: tuple[str, ...] = ("fp32", "int8"),
     **parts: Any,
 ) -> dict[str, Any]:
-    """A whole profile; `parts` replace keys of it, a dot in their name being written __.
+    """A complete profile; `parts` replace its keys, with __ for a dot in the name.
 
-    `model__weights="random"` sets one key of model; `time=None` takes a part out.
+    `model__weights="random"` sets one key of model; `time=None` removes a part.
     """
 
     def kinds(frames: int, cache_dtype: str) -> dict[str, int]:
