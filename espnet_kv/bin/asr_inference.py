@@ -55,19 +55,14 @@ def main(cmd: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(cmd)
     _check(args)
 
-    from espnet2.bin import asr_inference as espnet
     from typeguard import TypeCheckError
 
-    from espnet_kv.task import ASRTask, CachedDecodingTask
-
-    print(espnet.get_commandline_args(), file=sys.stderr)
     options = vars(args)
     options.pop("config")
-    # what its Speech2Text builds models with, in this process
-    cached = options.pop("kv_decoder") and not options["partial_ar"]  # a search of another kind
-    task = decoding_task(CachedDecodingTask if cached else ASRTask)
     output = Path(options.pop("output_dir"))
-    with _ours(espnet, task, options.pop("fast_ctc")), new_entries(output) as partial:
+    ours = _ours(options.pop("kv_decoder"), options.pop("fast_ctc"), options["partial_ar"])
+    with ours as espnet, new_entries(output) as partial:
+        print(espnet.get_commandline_args(), file=sys.stderr)
         try:
             espnet.inference(output_dir=str(partial), **options)
         except (NotImplementedError, TypeCheckError) as error:  # options that do not go together
@@ -95,25 +90,35 @@ def _check(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _ours(espnet: Any, task: type, fast_ctc: bool) -> Iterator[None]:
-    """Within it ESPnet's inference module works with our classes."""
-    from espnet_kv.bin.speech2text import language_model_task, speech2text, too_short_result
-    from espnet_kv.decoder.ctc_prefix import FastCTCPrefixScorer, WideCTCPrefixScorer
+def _ours(kv_decoder: bool, fast_ctc: bool, partial_ar: bool) -> Iterator[Any]:
+    """ESPnet's inference module, which works with our classes within it."""
+    from espnet2.bin import asr_inference as espnet
 
-    lm_task = language_model_task(espnet.LMTask)
+    from espnet_kv.bin import speech2text
+
+    class Speech2Text(speech2text.Speech2Text):
+        def __init__(self, **options: Any):
+            super().__init__(kv_decoder=kv_decoder, fast_ctc=fast_ctc, **options)
+
     ours = {
-        "ASRTask": task,
-        "LMTask": lm_task,
-        "CTCPrefixScorer": FastCTCPrefixScorer if fast_ctc else WideCTCPrefixScorer,
-        "Speech2Text": speech2text(espnet.Speech2Text, lm_task),
-        "_too_short_result": too_short_result,
+        "ASRTask": decoding_task(speech2text.search_task(kv_decoder, partial_ar)),
+        "Speech2Text": Speech2Text,
+        "_too_short_result": speech2text.too_short_result,
     }
-    own = {name: getattr(espnet, name) for name in ours}
-    vars(espnet).update(ours)
-    try:
-        yield
-    finally:
-        vars(espnet).update(own)
+    with speech2text.replaced(espnet, ours):
+        try:
+            yield espnet
+        except speech2text.ArgumentError as error:
+            raise UserError(f"--{error}") from error
+
+
+def __getattr__(name: str) -> Any:
+    """`Speech2Text`, of espnet_kv.bin.speech2text: it takes ESPnet, which takes seconds."""
+    if name == "Speech2Text":
+        from espnet_kv.bin.speech2text import Speech2Text
+
+        return Speech2Text
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 if __name__ == "__main__":

@@ -1,69 +1,139 @@
-"""ESPnet's Speech2Text where it ends with a traceback: short audio, 16 bits, large beams."""
+"""ESPnet's Speech2Text with strict loading, a cached decoder and CTC scores computed at once."""
 
+import argparse
+import inspect
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from espnet2.asr.frontend.default import DefaultFrontend
+from espnet2.bin import asr_inference as espnet
 from espnet2.bin.asr_inference import Hypothesis, TooShortUttError
+from espnet2.tasks.lm import LMTask
 from torch import Tensor, nn
+from typeguard import TypeCheckError
 
+from espnet_kv.bin.options import check_search
 from espnet_kv.checkpoint import check_finite, read_checkpoint, refuse_partial_loads
+from espnet_kv.decoder.ctc_prefix import FastCTCPrefixScorer, WideCTCPrefixScorer
 from espnet_kv.errors import UserError, one_line
 from espnet_kv.streaming.load import load_tokenizer
-from espnet_kv.task import read_config
+from espnet_kv.task import ASRTask, CachedDecodingTask, read_config
+
+_SIGNATURE = inspect.signature(espnet.Speech2Text)
+_REPLACING = threading.RLock()
 
 
-def speech2text(espnet_class: Any, lm_task: Any) -> Any:
-    """ESPnet's Speech2Text with what its command lacks.
+class ArgumentError(UserError):
+    """An argument of `Speech2Text` does not go with the model; the message begins with its name."""
+
+
+class Speech2Text(espnet.Speech2Text):
+    """espnet2.bin.asr_inference.Speech2Text that loads strictly and searches with true caches.
+
+    It takes ESPnet's arguments, and gives its results and scores: nbest times (text, tokens, token
+    ids, hypothesis). A stock `transformer` decoder becomes kv_transformer. Audio may be short,
+    dtype of 16 bits, and feature statistics and tokenizer are found beside the model, too. ESPnet's
+    inference module is as before once an object is made.
 
     Args:
-        lm_task: of `language_model_task`, which loads its language model.
+        *args: as ESPnet's.
+        kv_decoder: search with a cached decoder in place of a stock transformer decoder.
+        fast_ctc: compute CTC prefix scores of all frames at once.
+        **options: as ESPnet's.
+
+    Raises:
+        UserError: names the argument or the file that cannot be used.
     """
 
-    class Speech2Text(espnet_class):
-        def __init__(self, *args: Any, **options: Any):
-            super().__init__(*args, **options)
-            lm_tokens = getattr(lm_task, "tokens", None)  # None: there is no language model
-            if lm_tokens is not None and list(lm_tokens) != list(self.asr_model.token_list):
-                raise UserError(
-                    f"--lm_train_config {options['lm_train_config']}: its token_list is not that "
-                    "of the ASR model; give a language model of the same tokens"
-                )
-            names = (options.get(name) for name in ("token_type", "bpemodel"))
-            load_tokenizer(self.asr_train_args, *names)  # ESPnet's would fail at the first text
-            tokens, beam = len(self.asr_model.token_list), options.get("beam_size", 1)
-            if beam > tokens:
-                raise UserError(
-                    f"--beam_size {beam} is more than the {tokens} tokens of the model; give a "
-                    "smaller one"
-                )
-            if (dtype := options.get("dtype")) in ("float16", "bfloat16"):
-                _features_in_32_bits(self.asr_model, getattr(torch, dtype))
-                self.dtype = "float32"  # of the audio that it is given
-            if hasattr(self.asr_model.decoder, "prepare_search"):
-                self.asr_model.decoder.prepare_search()
+    def __init__(
+        self, *args: Any, kv_decoder: bool = True, fast_ctc: bool = True, **options: Any
+    ) -> None:
+        bound = _SIGNATURE.bind(*args, **options)
+        bound.apply_defaults()
+        given = bound.arguments
+        _check(given)
+        lm_task = language_model_task(LMTask)
+        ours = {
+            "ASRTask": search_task(kv_decoder, given["partial_ar"]),
+            "LMTask": lm_task,
+            "CTCPrefixScorer": FastCTCPrefixScorer if fast_ctc else WideCTCPrefixScorer,
+        }
+        try:
+            with replaced(espnet, ours):
+                super().__init__(**given)
+        except TypeCheckError as error:
+            raise UserError(one_line(error)) from error
+        lm_tokens = getattr(lm_task, "tokens", None)  # None: there is no language model
+        if lm_tokens is not None and list(lm_tokens) != list(self.asr_model.token_list):
+            raise ArgumentError(
+                f"lm_train_config {given['lm_train_config']}: its token_list is not that "
+                "of the ASR model; give a language model of the same tokens"
+            )
+        # ESPnet's would fail at the first text
+        load_tokenizer(self.asr_train_args, given["token_type"], given["bpemodel"])
+        tokens, beam = len(self.asr_model.token_list), given["beam_size"]
+        if beam > tokens:
+            raise ArgumentError(
+                f"beam_size {beam} is more than the {tokens} tokens of the model; give a "
+                "smaller one"
+            )
+        if given["dtype"] in ("float16", "bfloat16"):
+            _features_in_32_bits(self.asr_model, getattr(torch, given["dtype"]))
+            self.dtype = "float32"  # of the audio that it is given
+        if hasattr(self.asr_model.decoder, "prepare_search"):
+            self.asr_model.decoder.prepare_search()
 
-        def __call__(self, speech: Any) -> Any:
-            """N-best results of (N,) samples.
+    @classmethod
+    def from_pretrained(cls, model_tag: str | None = None, **options: Any) -> "Speech2Text":
+        """Of a model that espnet_model_zoo knows by a tag, or of files; see the class."""
+        if model_tag is not None:
+            options |= espnet.download_pretrained(model_tag)
+        return cls(**options)
 
-            Raises:
-                TooShortUttError: there are fewer samples than the first frame needs.
-            """
-            if not isinstance(speech, list | tuple):
-                _check_length(self.asr_model, [len(speech)])
-            return super().__call__(speech)
+    def __call__(self, speech: Any) -> Any:
+        """N-best results of (N,) samples, or a list of them for a list of samples.
 
-        def batch_decode(self, speech: Any, speech_lengths: Any = None) -> Any:
-            """N-best results of each of (B, N) samples.
+        Raises:
+            TooShortUttError: there are fewer samples than the first frame needs.
+        """
+        if not isinstance(speech, list | tuple):
+            _check_length(self.asr_model, [len(speech)])
+        return super().__call__(speech)
 
-            Raises:
-                TooShortUttError: as `__call__`.
-            """
-            lengths = list(map(len, speech)) if speech_lengths is None else speech_lengths
-            _check_length(self.asr_model, [int(length) for length in lengths])
-            return super().batch_decode(speech, speech_lengths)
+    def batch_decode(self, speech: Any, speech_lengths: Any = None) -> Any:
+        """N-best results of each of (B, N) samples.
 
-    return Speech2Text
+        Raises:
+            TooShortUttError: as `__call__`.
+        """
+        lengths = list(map(len, speech)) if speech_lengths is None else speech_lengths
+        _check_length(self.asr_model, [int(length) for length in lengths])
+        return super().batch_decode(speech, speech_lengths)
+
+
+def search_task(kv_decoder: bool, partial_ar: bool = False) -> type[ASRTask]:
+    """The task that loads a model for a search.
+
+    Args:
+        partial_ar: a search of another kind, which keeps the stock decoder.
+    """
+    return CachedDecodingTask if kv_decoder and not partial_ar else ASRTask
+
+
+@contextmanager
+def replaced(module: Any, ours: Mapping[str, Any]) -> Iterator[None]:
+    """Within it a module has our classes under the names of its own; one thread at a time."""
+    with _REPLACING:
+        own = {name: getattr(module, name) for name in ours}
+        vars(module).update(ours)
+        try:
+            yield
+        finally:
+            vars(module).update(own)
 
 
 def language_model_task(espnet_task: Any) -> Any:
@@ -111,6 +181,17 @@ def too_short_result(nbest: int, enh_s2t_task: bool, speech2text: Any) -> list:
     if enh_s2t_task:
         return [results] * getattr(speech2text.asr_model.enh_model, "num_spk", 1)
     return results
+
+
+def _check(given: Mapping[str, Any]) -> None:
+    """Refuse arguments that ESPnet would ignore, or end on long after the start."""
+    try:
+        check_search(argparse.Namespace(**given))
+    except UserError as error:  # which speaks of the options of a command
+        raise UserError(re.sub(r"--(?=\w)", "", str(error))) from error
+    for name, other in (("lm_file", "lm_train_config"), ("lm_train_config", "lm_file")):
+        if given[name] is not None and given[other] is None:
+            raise UserError(f"{name} needs {other}")
 
 
 def _check_length(model: nn.Module, lengths: list[int]) -> None:
