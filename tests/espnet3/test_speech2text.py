@@ -1,4 +1,4 @@
-"""espnet_kv.bin.asr_inference.Speech2Text: ESPnet's class, loaded strictly, with cached searches."""
+"""The class Speech2Text: the results of ESPnet's, strict loading, cached searches."""
 
 import inspect
 import subprocess
