@@ -35,6 +35,9 @@ setup(
         "typeguard",
         "scipy",
         "omniio",
+        "hydra-core",
+        "omegaconf",
+        "huggingface_hub",
         "espeakng-loader",  # the voice of the embedded corpus
     ],
     extras_require={

@@ -55,6 +55,10 @@ class KVSystem(ASRSystem):
     def collect_stats(self, *args: Any, **kwargs: Any) -> None:
         """Collect statistics, anew where they were of something else."""
         config = self.training_config
+        if not Path(config.model.token_list).is_file():
+            raise UserError(
+                f"{config.model.token_list} does not exist: run the train_tokenizer stage"
+            )
         renew_statistics(config)
         # ESPnet3 takes `normalize` out of what it is given, and `train` may follow in this process
         self.training_config = copy.deepcopy(config)
