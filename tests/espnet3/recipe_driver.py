@@ -5,6 +5,7 @@ program would end with: null, or its status or last line.
 """
 
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -18,6 +19,8 @@ if __name__ == "__main__":
 
     for words in json.loads(sys.argv[1]):
         said = None
+        while words and "=" in words[0]:  # of the environment
+            os.environ.__setitem__(*words.pop(0).split("=", 1))
         try:
             plainly(launch)(KVSystem, conf_package="egs3.TEMPLATE.esp2_asr", argv=words)
         except SystemExit as end:

@@ -2,6 +2,8 @@
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -76,8 +78,8 @@ class KVSystem(ASRSystem):
         """
         try:
             super().train(*args, **kwargs)
-        except RuntimeError as error:
-            if "loading state_dict" not in str(error):
+        except (RuntimeError, UserError) as error:
+            if not any(text in str(error) for text in ("loading state_dict", "does not fit")):
                 raise
             raise UserError(
                 f"{self.exp_dir}/last.ckpt is of another model: remove {self.exp_dir}, or copy the "
@@ -144,21 +146,26 @@ class KVSystem(ASRSystem):
         """Upload the packed model.
 
         Raises:
-            UserError: nobody is logged in to Hugging Face.
+            UserError: nobody is logged in to Hugging Face, or it cannot be reached.
         """
-        _check_token()
-        super().upload_model(*args, **kwargs)
+        with _uploading():
+            super().upload_model(*args, **kwargs)
 
     @plainly
     def upload_demo(self, *args: Any, **kwargs: Any) -> None:
         """Upload the packed demo; see `upload_model`."""
-        _check_token()
-        super().upload_demo(*args, **kwargs)
+        with _uploading():
+            super().upload_demo(*args, **kwargs)
 
 
-def _check_token() -> None:
+@contextmanager
+def _uploading() -> Iterator[None]:
     if huggingface_hub.get_token() is None:
         raise UserError("no token of Hugging Face was found: run `hf auth login`, or set HF_TOKEN")
+    try:
+        yield
+    except Exception as error:  # of any of the libraries below, e.g. without a network
+        raise UserError(f"the upload failed: {one_line(error)}") from error
 
 
 def _words(name: str, value: Any) -> list[str]:
@@ -184,8 +191,12 @@ def _rates(inference_dir: Path) -> dict[str, dict[str, Any]]:
     file = inference_dir / "metrics.json"
     if not file.is_file():
         return {}
+    try:
+        metrics = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: run the measure stage again") from error
     rates: dict[str, dict[str, Any]] = {}
-    for sets in json.loads(file.read_text(encoding="utf-8")).values():
+    for sets in metrics.values():
         for name, result in sets.items():
             found = {key.lower(): value for key, value in result.items() if key in ("WER", "CER")}
             rates.setdefault(name, {"decoding": inference_dir.name}).update(found)
