@@ -40,6 +40,9 @@ setup(
         "omniio",
         "tqdm",
         "psutil",
+        "hydra-core",
+        "omegaconf",
+        "huggingface_hub",
         "espeakng-loader",  # the voice of the embedded corpus
     ],
     extras_require={

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from espnet_kv.bin.streaming_options import add_streaming_options, build_recognizer, check_search
+from espnet_kv.bin.streaming_options import add_streaming_options, build_recognizer
 from espnet_kv.cli import command
 from espnet_kv.errors import UserError
-from espnet_kv.espnet.parser import extended
+from espnet_kv.espnet.parser import check_search, extended
 from espnet_kv.espnet.utterances import decoding_task
 from espnet_kv.files import check_writable, new_entries
 

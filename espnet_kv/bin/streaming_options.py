@@ -1,7 +1,6 @@
 """Shared by decoding commands: streaming options, checks of options, building the recognizer."""
 
 import argparse
-import math
 from typing import Any
 
 from espnet2.utils.types import str_or_none
@@ -25,25 +24,6 @@ RECOGNIZER = (
     "dtype",
 )
 """Options with the name of an argument of StreamingRecognizer."""
-
-COUNTS = {
-    "beam_size": (1, 10_000),
-    "nbest": (1, 10_000),
-    "batch_size": (1, 100_000),
-    "num_workers": (0, 1024),
-    "seed": (0, 2**32 - 1),
-    "ctc_window_margin": (0, 10**9),
-}
-"""Options that are integers -> their range."""
-NUMBERS = {
-    "ctc_weight": (0.0, 1.0),
-    "lm_weight": (-math.inf, math.inf),
-    "ngram_weight": (-math.inf, math.inf),
-    "penalty": (-math.inf, math.inf),
-    "maxlenratio": (-math.inf, math.inf),
-    "minlenratio": (-math.inf, math.inf),
-}
-"""Options that are numbers -> their range."""
 
 
 def add_streaming_options(
@@ -106,26 +86,3 @@ def check_device(ngpu: int) -> None:
         raise UserError(f"--ngpu {ngpu}: allowed: 0 (CPU) and 1; a model decodes on one GPU")
     if ngpu and not torch.cuda.is_available():
         raise UserError(f"--ngpu {ngpu}: no GPU was found; leave it out to use the CPU")
-
-
-def check_search(args: argparse.Namespace) -> None:
-    """Check the numbers in the options of a decoding command, including those from a YAML.
-
-    Raises:
-        UserError: names the option and the allowed values.
-    """
-    for name, (least, most) in COUNTS.items():
-        value = getattr(args, name, least)
-        if type(value) is not int or not least <= value <= most:
-            raise UserError(f"--{name} {value}: allowed: whole numbers from {least} to {most}")
-    for name, (low, high) in NUMBERS.items():
-        number = getattr(args, name, low if math.isfinite(low) else 0)
-        if type(number) not in (int, float) or not math.isfinite(number):
-            raise UserError(f"--{name} {number}: a finite number is needed")
-        if not low <= number <= high:
-            raise UserError(f"--{name} {number}: allowed: {low:g} to {high:g}")
-    if args.nbest > args.beam_size:
-        raise UserError(
-            f"--nbest {args.nbest} is more than --beam_size {args.beam_size}: a search keeps no "
-            "more hypotheses than that"
-        )

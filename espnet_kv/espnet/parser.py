@@ -1,6 +1,7 @@
 """ESPnet's parsers of options, with errors of one line."""
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -9,7 +10,26 @@ import yaml
 from espnet2.utils import config_argparse
 
 from espnet_kv.cli import HelpFormatter
-from espnet_kv.errors import UserError, one_line
+from espnet_kv.errors import ArgumentError, UserError, one_line
+
+COUNTS = {
+    "beam_size": (1, 10_000),
+    "nbest": (1, 10_000),
+    "batch_size": (1, 100_000),
+    "num_workers": (0, 1024),
+    "seed": (0, 2**32 - 1),
+    "ctc_window_margin": (0, 10**9),
+}
+"""Options that are integers -> their range."""
+NUMBERS = {
+    "ctc_weight": (0.0, 1.0),
+    "lm_weight": (-math.inf, math.inf),
+    "ngram_weight": (-math.inf, math.inf),
+    "penalty": (-math.inf, math.inf),
+    "maxlenratio": (-math.inf, math.inf),
+    "minlenratio": (-math.inf, math.inf),
+}
+"""Options that are numbers -> their range."""
 
 
 class Parser(config_argparse.ArgumentParser):
@@ -60,3 +80,27 @@ def path_name_type(text: str) -> tuple[str, str, str]:
         )
     path, name, kind = parts
     return path, name, kind
+
+
+def check_search(args: argparse.Namespace) -> None:
+    """Check the numbers in the options of a decoding command, including those from a YAML.
+
+    Raises:
+        ArgumentError: names the argument and the allowed values.
+    """
+    for name, (least, most) in COUNTS.items():
+        value = getattr(args, name, least)
+        if type(value) is not int or not least <= value <= most:
+            raise ArgumentError(name, f"{value}: allowed: whole numbers from {least} to {most}")
+    for name, (low, high) in NUMBERS.items():
+        number = getattr(args, name, low if math.isfinite(low) else 0)
+        if type(number) not in (int, float) or not math.isfinite(number):
+            raise ArgumentError(name, f"{number}: a finite number is needed")
+        if not low <= number <= high:
+            raise ArgumentError(name, f"{number}: allowed: {low:g} to {high:g}")
+    if args.nbest > args.beam_size:
+        raise ArgumentError(
+            "nbest",
+            f"{args.nbest} is more than beam_size {args.beam_size}: a search keeps no more "
+            "hypotheses than that",
+        )
