@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from espnet_kv.scorefile import RECORD as RECORD
-from espnet_kv.scorefile import Rates, scored_sets
+from espnet_kv.scorefile import Rates, decoding_of, scored_sets
 
 
 def read_scores(experiment: Path, preferred: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
@@ -25,8 +25,8 @@ def read_scores(experiment: Path, preferred: Sequence[str] = ()) -> dict[str, di
         return order.get(decoding, len(order)), len(decoding), decoding
 
     found = [
-        (place.parent.name, place.name, scored)
-        for place, scored in scored_sets(experiment, "decode_*")
+        (decoding_of(place).name, place.name, scored)
+        for place, scored in scored_sets(experiment)
         if "wer" in scored.rates
     ]
     for decoding, name, scored in sorted(found, key=lambda one: (*rank(one[0]), one[1])):
