@@ -76,6 +76,15 @@ NAMED_BY_US = {
     "hf_repo": "stage 15 is the comparison here; upload with ./asr.sh --stage 15",
 }
 """Options of asr.sh alone that cannot be given here, and what to do instead."""
+UNKNOWN = """
+import functools, importlib, sys
+parser = functools.reduce(getattr, sys.argv[2].split("."), importlib.import_module(sys.argv[1]))()
+known = parser._option_string_actions
+for name in sys.argv[3:]:
+    if not any(one.startswith(name) for one in known):
+        sys.exit(f"unknown {name}")
+"""
+"""Exits with a name that a parser does not know; argparse takes the beginning of one, too."""
 SCTK = Path("/usr/lib/sctk/bin")
 """Where Debian's package sctk has sclite, outside of everybody's PATH."""
 
@@ -110,6 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _check(args, more, theirs)
     layout = Layout(args)
     plan(layout)  # reads all configurations
+    _check_more_options(args)
     if args.stage <= LAST:
         _add_tools(args, more)
         calls = commands(layout, more)
@@ -299,6 +309,27 @@ def _check(args: argparse.Namespace, more: dict[str, str], theirs: Mapping[str, 
         if split := [word for word in words if re.search(r"\s", word)]:
             raise UserError(f"--{name}: asr.sh would split {split[0]!r}; put it into a YAML")
         setattr(args, name, " ".join(words))
+
+
+def _check_more_options(args: argparse.Namespace) -> None:
+    """Refuse what no command of the stages asked for takes, before the hours that lead there.
+
+    The commands' parsers come with ESPnet, which this process does without.
+    """
+    suffix = "_streaming" if args.use_streaming else ""
+    for option, (stage, module, parser_of) in {
+        "lm_args": (7, "espnet2.tasks.lm", "LMTask.get_parser"),
+        "asr_args": (11, "espnet2.tasks.asr", "ASRTask.get_parser"),
+        "inference_args": (12, f"espnet_kv.bin.asr_inference{suffix}", "get_parser"),
+        "profile_args": (14, "espnet_kv.bin.profile", "get_parser"),
+    }.items():
+        words = [word.split("=")[0] for word in shlex.split(getattr(args, option))]
+        names = [word for word in words if word.startswith("--")]
+        if names and args.stage <= stage <= args.stop_stage:
+            call = [sys.executable, "-c", UNKNOWN, module, parser_of, *names]
+            errors = subprocess.run(call, capture_output=True, text=True).stderr
+            if unknown := re.search(r"^unknown (--\S+)$", errors, re.MULTILINE):
+                raise UserError(f"--{option}: {unknown[1]}: {module} has no such option")
 
 
 def _add_tools(args: argparse.Namespace, more: Mapping[str, str]) -> None:

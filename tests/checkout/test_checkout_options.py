@@ -1,16 +1,22 @@
 """Inside an ESPnet checkout: options are sorted and checked, and asr.sh is called with them."""
 
 import os
+import re
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from espnet_checkout import calls, put_recipe, run, stand_in
+from commands import assert_one_line
+from commands import run as call
+from espnet_checkout import REPO, calls, put_recipe, run, stand_in
 
 from espnet_kv.recipe import checkout as driver
 from espnet_kv.recipe import convert
-from espnet_kv.recipe.options import parser
+from espnet_kv.recipe.options import parse, parser
 from espnet_kv.recipe.pool import cores
 
 TOOLS = ("bash", "dirname", "env", "perl", "sox", "sclite", "cat", "pwd")
@@ -129,6 +135,32 @@ class TestCalls:
         assert not [path for path in made if path.parts[-1] in ("asr.sh", "exp", "configs")]
 
 
+def test_what_ends_the_run_ends_asr_sh(asr1, tools):
+    """asr.sh and what it started lead a process group of their own."""
+    asr_sh = asr1.parents[1] / "TEMPLATE/asr1/asr.sh"
+    asr_sh.write_text(asr_sh.read_text() + "sleep 600 & echo $! >pid; wait\n")
+    environment = os.environ | {"python": sys.executable, "PYTHONPATH": str(REPO)}
+    environment["PATH"] = f"{tools}:{environment['PATH']}"
+    process = subprocess.Popen(
+        ["./run.sh", "--stop_stage=13"],
+        cwd=asr1,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    pid = asr1 / "pid"
+    while not pid.exists() or not pid.read_text().strip():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert errors == "error: stopped by SIGTERM: the same command goes on from here\n"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
 class TestStagesAfterIts:
     @pytest.fixture
     def ours(self, asr1) -> Path:
@@ -189,13 +221,16 @@ class TestRefused:
             (["--expdir", "my exp"], "my exp.*: asr.sh cannot take ' ' in it"),
             (["--asr_args", "--init_param 'a b'"], "--asr_args: asr.sh would split 'a b'"),
             (["--asr_tag", "$(touch pwned)"], r"pwned\): asr.sh cannot take '\$'"),
+            (
+                ["--inference_args", "--beam 3 --chunk_size=8"],
+                "inference_args: --chunk_size: espnet",
+            ),
+            (["--profile_args", "--runs 3"], "--profile_args: --runs: espnet_kv.bin.profile has"),
             (["--train_set", "dev"], "--train_set dev: asr.sh needs other sets"),
         ],
         ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
     )
     def test_before_anything_is_done(self, asr1, tools, options, line):
-        import re
-
         ended = run(asr1, *options, PATH=tools)
         assert re.search(line, said(ended))
         assert not (asr1 / "asr.sh").exists() and not (asr1 / "pwned").exists()
@@ -211,17 +246,10 @@ class TestRefused:
         self, asr1, tools, monkeypatch, tool, stages, line
     ):
         Path(tools, tool).unlink()
-        (asr1 / "here.py").write_text(
-            "import sys; from pathlib import Path; from espnet_kv.recipe import checkout\n"
-            "checkout.SCTK = Path('nowhere'); sys.exit(checkout.main())\n"
-        )
         monkeypatch.chdir(asr1)
         monkeypatch.setattr(driver, "SCTK", Path("nowhere"))
         monkeypatch.setenv("PATH", tools)
         options = [str(asr1.parents[1] / "TEMPLATE/asr1"), "--stage", stages[0]]
-        from commands import assert_one_line
-        from commands import run as call
-
         ended = call(driver.main, *options, "--stop_stage", stages[1])
         assert line in ended.stderr
         assert_one_line(ended, tool)
@@ -311,8 +339,6 @@ class TestFolder:
         assert ended.stdout.splitlines()[-1] == f"copy {copy}", ended.stderr
 
     def test_what_espnet_would_download_is_downloaded(self, monkeypatch):
-        from espnet_kv.recipe.options import parse
-
         monkeypatch.chdir(Path(driver.__file__).parents[2])
         monkeypatch.setenv("LIBRISPEECH", "downloads")
         assert parse([]).corpus_dir is None

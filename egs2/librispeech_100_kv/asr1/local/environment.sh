@@ -44,8 +44,8 @@ if [ -z "${python}" ]; then
     fi
 fi
 if [ ! -d "${repo}/espnet_kv" ] && ! has "${python}" espnet_kv; then
-    echo "error: ${python} has no espnet_kv: install the package there ('pip install .' in a clone" \
-        "of it), or activate the environment that has it" >&2
+    echo "error: ${python} has no espnet_kv: install the package there, or activate an environment" \
+        "that has it" >&2
     exit 1
 fi
 case "${python}" in
