@@ -6,7 +6,7 @@ import espnet_checkout
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def egs2(tmp_path_factory) -> Path:
     """egs2 of the real ESPnet, without the recipe; skipped where it cannot be had."""
     try:

@@ -77,6 +77,13 @@ def real(folder: Path) -> Path:
     return folder / root / "egs2"
 
 
+def set_up(asr1: Path) -> None:
+    """Apply ESPnet's setup.sh, as its documentation has it."""
+    template = asr1.parents[1] / "TEMPLATE/asr1"
+    setup = ["./setup.sh", f"../../{NAME}/asr1"]
+    subprocess.run(setup, cwd=template, check=True, capture_output=True)
+
+
 def run(asr1: Path, *options: str, script: str = "run.sh", **env: str):
     """run.sh, called in a shell that has gone to `asr1` by that name."""
     known = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
