@@ -2,9 +2,10 @@
 
     python -m espnet_kv -m espnet2.bin.asr_train --encoder kv_conformer ...
 
-replaces `python`, e.g. in ESPnet's `asr.sh --python "python3 -m espnet_kv"`. ESPnet's streaming
-command supports only ESPnet's streaming encoders; for a model with an encoder of this package it
-is replaced by `espnet_kv.bin.asr_inference_streaming`.
+replaces `python`, e.g. in ESPnet's `asr.sh --python "python3 -m espnet_kv"`. Where `espnet_kv.bin`
+has a command with the options and files of ESPnet's, it runs instead: models are saved atomically
+and loaded strictly, and decoding uses the cached decoder. ESPnet's streaming command is replaced
+only for models with an encoder of this package.
 """
 
 import argparse
@@ -14,6 +15,9 @@ import runpy
 import sys
 import types
 
+STREAMING = "asr_inference_streaming"
+OURS = ("asr_inference", "asr_train", "lm_calc_perplexity", "lm_train", STREAMING)
+"""Modules of espnet_kv.bin that take the place of those in espnet2.bin."""
 USAGE = "usage: python -m espnet_kv (-m MODULE | -c CODE | SCRIPT) [ARGUMENT ...]"
 
 
@@ -29,8 +33,10 @@ def main() -> None:
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         module = arguments[1]
-        if module == "espnet2.bin.asr_inference_streaming" and _encoder_is_ours(arguments[2:]):
-            module = "espnet_kv.bin.asr_inference_streaming"
+        package, _, name = module.rpartition(".")
+        ours = package == "espnet2.bin" and name in OURS
+        if ours and (name != STREAMING or _encoder_is_ours(arguments[2:])):
+            module = f"espnet_kv.bin.{name}"
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     elif arguments[0] == "-c":
         sys.argv = ["-c", *arguments[2:]]

@@ -87,18 +87,28 @@ def percent(count: int, total: int) -> float:
 def scored_sets(experiment: Path, decodings: str = "*") -> Iterator[tuple[Path, Scores]]:
     """Yield the directory and the scores of each scored test set in EXPERIMENT/DECODING.
 
+    As in ESPnet's recipes, a test set that is the validation set too is below org/.
+
     Args:
         decodings: glob pattern of decoding names.
 
     Raises:
         UserError: see `read_scored_set`.
     """
-    found = {path.parent for path in experiment.glob(f"{decodings}/*/{FILE}")}
-    for kind in KINDS:
-        results = experiment.glob(f"{decodings}/*/score_{kind}/result.txt")
-        found |= {result.parents[1] for result in results}
+    found = set[Path]()
+    for sets in (f"{decodings}/*", f"{decodings}/org/*"):
+        found |= {path.parent for path in experiment.glob(f"{sets}/{FILE}")}
+        for kind in KINDS:
+            results = experiment.glob(f"{sets}/score_{kind}/result.txt")
+            found |= {result.parents[1] for result in results}
     for directory in sorted(found):
         yield directory, read_scored_set(directory)
+
+
+def decoding_of(test_set: Path) -> Path:
+    """Directory of the decoding that the directory of a test set belongs to."""
+    parent = test_set.parent
+    return parent.parent if parent.name == "org" else parent
 
 
 def read_scored_set(directory: Path) -> Scores:
@@ -181,8 +191,8 @@ def read_scores(experiment: Path, preferred: Sequence[str] = ()) -> dict[str, di
         return order.get(decoding, len(order)), len(decoding), decoding
 
     found = [
-        (place.parent.name, place.name, scored)
-        for place, scored in scored_sets(experiment, "decode_*")
+        (decoding_of(place).name, place.name, scored)
+        for place, scored in scored_sets(experiment)
         if "wer" in scored.rates
     ]
     for decoding, name, scored in sorted(found, key=lambda one: (*rank(one[0]), one[1])):

@@ -10,7 +10,7 @@ from typing import Any
 
 from espnet_kv.errors import UserError, one_line
 from espnet_kv.files import new_file, write_text
-from espnet_kv.scores import scored_sets
+from espnet_kv.scores import decoding_of, scored_sets
 
 SCHEMA = "espnet_kv.conversion/2"
 FILE, PAGE, FIGURE = "conversion.json", "conversion.md", "conversion.png"
@@ -45,9 +45,9 @@ def read_record(experiment: Path) -> dict[str, Any]:
 def read_wer(experiment: Path) -> dict[str, dict[str, float]]:
     """Decoding -> test set -> WER (%), as scored by stage 13; empty if nothing was scored."""
     rates: dict[str, dict[str, float]] = {}
-    for place, scores in scored_sets(experiment, "decode_*"):
+    for place, scores in scored_sets(experiment):
         if "wer" in scores.rates:
-            rates.setdefault(place.parent.name, {})[place.name] = scores.rates["wer"].err
+            rates.setdefault(decoding_of(place).name, {})[place.name] = scores.rates["wer"].err
     return rates
 
 

@@ -129,12 +129,12 @@ def convert_step(layout: Layout, converted: Converted, before: Sequence[Step]) -
             if not file.is_file():
                 raise UserError(f"{file} does not exist: --convert_from names a trained experiment")
 
-    command = _command(layout, converted, source)
-    get_parser().parse_args(command)  # reports errors before any work
+    get_parser().parse_args(_command(layout, converted, source))  # reports errors before any work
 
     def jobs() -> list[Job]:
         if (out / "conversion.json").exists():  # interrupted between the work and its stamp
             return []
+        command = _command(layout, converted, source)
         log = args.expdir / "convert_logs" / f"{out.name}.log"
         return [Job(out.name, "espnet_kv.bin.convert", command, log)]
 
@@ -175,8 +175,7 @@ def fine_tuning_step(layout: Layout, start: Path, directory: Path, before: Seque
     return training_step(
         layout,
         directory,
-        None,
-        make_config=partial(_fine_tuning_config, layout, start, directory),
+        partial(_fine_tuning_config, layout, start, directory),
         stated={
             "finetune": {
                 "start": str(model),
@@ -234,7 +233,7 @@ def _command(layout: Layout, converted: Converted, source: dict[str, Path]) -> l
     ]
     if args.calibration_minutes:
         options += [f"--calibration_scp={_calibration_scp(layout)}"]
-        options += ["--calibration_type", layout.audio_type]
+        options += ["--calibration_type", layout.audio_type(_calibration_scp(layout).parent)]
         options += ["--calibration_minutes", f"{args.calibration_minutes:g}"]
     return options
 

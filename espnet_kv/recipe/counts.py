@@ -87,10 +87,7 @@ def _count(layout: Layout, name: str) -> SetCount:
                 if layout.args.convert_from is None
             )
     if is_test:
-        outs = [
-            layout.asr_exp(config) / layout.inference_name / name
-            for config in layout.args.asr_config
-        ]
+        outs = [layout.decoded(config, name) for config in layout.args.asr_config]
         found.decoded = _least(_lines(out / "text") for out in outs)
         found.scored = _least(_lines(out / "score_wer" / "ref.trn") for out in outs)
     return found

@@ -148,7 +148,7 @@ def lengths_step(layout: Layout, name: str, formatted: Step) -> Step:
 
 
 def tokens_step(layout: Layout, prepare: Step) -> Step:
-    """Stage 5: data/token_list, from the transcripts of the training set of stage 1."""
+    """Stage 5: data/en_token_list, from the transcripts of the training set of stage 1."""
     args = layout.args
     out, text = layout.token_dir, layout.data(args.train_set) / "text"
 
@@ -171,6 +171,7 @@ def tokens_step(layout: Layout, prepare: Step) -> Step:
         options={name: getattr(args, name) for name in names},
         reads={"text": text},
         after=[prepare],
+        version=2 if args.token_type == "char" else 1,
         products=lambda: [layout.token_list, *([layout.bpe_model] if layout.bpe_model else [])],
     )
 

@@ -28,7 +28,7 @@ def decode_step(layout: Layout, config_file: Path, name: str, before: Sequence[S
     args = layout.args
     exp = layout.asr_exp(config_file)
     model, dump = exp / args.inference_asr_model, layout.formatted(name)
-    out = exp / layout.inference_name / name
+    out = layout.decoded(config_file, name)
     log_dir = out / "logdir"
     reads = {"model": model, "config": exp / "config.yaml", "wav.scp": dump / "wav.scp"}
     if layout.bpe_model is not None:
@@ -51,7 +51,7 @@ def decode_step(layout: Layout, config_file: Path, name: str, before: Sequence[S
             config_option(log_dir / "decode.yaml", _options(layout)),
             f"--asr_train_config={reads['config']}",
             f"--asr_model_file={model}",
-            f"--data_path_and_name_and_type={dump / 'wav.scp'},speech,{layout.audio_type}",
+            f"--data_path_and_name_and_type={dump / 'wav.scp'},speech,{layout.audio_type(dump)}",
         ]
         module = "asr_inference_streaming" if args.use_streaming else "asr_inference"
         made = []

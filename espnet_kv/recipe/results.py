@@ -10,7 +10,7 @@ from pathlib import Path
 
 from espnet_kv.errors import UserError
 from espnet_kv.files import write_text
-from espnet_kv.scores import KINDS, Scores, scored_sets
+from espnet_kv.scores import KINDS, Scores, decoding_of, scored_sets
 
 BEGIN, END = "<!-- generated -->", "<!-- /generated -->"
 COLUMNS = ("Snt", "Wrd", "Corr", "Sub", "Del", "Ins", "Err", "S.Err")
@@ -104,7 +104,8 @@ def _figures(place: Path, scores: Scores, kind: str) -> tuple[str, ...]:
     """The row of one test set."""
     rates = scores.rates[kind]
     percents = (f"{rate:.1f}" for rate in rates.percents)
-    name = f"{place.parent.name}/{place.name}"
+    decoding = decoding_of(place)
+    name = f"{decoding.name}/{place.relative_to(decoding)}"
     return name, str(rates.utterances), str(rates.words), *percents
 
 

@@ -95,9 +95,10 @@ def train_bpe(
 
 
 def list_characters(lines: Iterable[str], out_dir: Path) -> None:
-    """Write tokens.txt for token_type char: <blank> <unk> <space> characters <sos/eos>.
+    """Write tokens.txt for token_type char: <blank> <unk> characters <sos/eos>.
 
-    Characters are sorted by descending frequency, then by code point.
+    Characters, including <space>, are sorted by descending frequency, then by first occurrence:
+    the order of espnet2.bin.tokenize_text, which asr.sh uses.
 
     Args:
         lines: transcripts, without utterance ids.
@@ -107,10 +108,9 @@ def list_characters(lines: Iterable[str], out_dir: Path) -> None:
         UserError: no text.
     """
     counts = Counter(character for line in _clean(lines) for character in line)
-    counts.pop(" ", None)
-    characters = sorted(counts, key=lambda character: (-counts[character], character))
+    characters = [SPACE if one == " " else one for one, _ in counts.most_common()]
     with new_directory(out_dir) as partial:
-        _write_tokens(partial, [BLANK, UNKNOWN, SPACE, *characters, SOS_EOS])
+        _write_tokens(partial, [BLANK, UNKNOWN, *characters, SOS_EOS])
 
 
 def piece_tokenizer(model: Path) -> Callable[[str], list[str]]:

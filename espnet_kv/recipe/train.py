@@ -3,7 +3,7 @@
 import json
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,19 +89,23 @@ def train_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Ste
     """
     args = layout.args
     exp, stats = layout.asr_exp(config_file), layout.stats(config_file)
-    config = layout.model_config(config_file)
-    config |= layout.data_options | {"fold_length": [80000, 150], "normalize": args.feats_normalize}
-    for mode in MODES:
-        config[f"{mode}_shape_file"] = [str(file) for file in layout.shape_files(stats, mode)]
-    if args.feats_normalize == "global_mvn":
-        config["normalize_conf"] = {"stats_file": str(stats / "train" / "feats_stats.npz")}
-    else:
-        config.pop("normalize_conf", None)
+
+    def make_config() -> dict[str, Any]:
+        config = layout.model_config(config_file) | layout.data_options
+        config |= {"fold_length": [80000, 150], "normalize": args.feats_normalize}
+        for mode in MODES:
+            config[f"{mode}_shape_file"] = [str(file) for file in layout.shape_files(stats, mode)]
+        if args.feats_normalize == "global_mvn":
+            config["normalize_conf"] = {"stats_file": str(stats / "train" / "feats_stats.npz")}
+        else:
+            config.pop("normalize_conf", None)
+        return config
+
     overlay = load_yaml(args.overlay) if args.overlay else None
     return training_step(
         layout,
         exp,
-        config,
+        make_config,
         stated={"config": str(config_file), "overlay": args.overlay and str(args.overlay)},
         options={"asr_config": load_yaml(config_file), "overlay": overlay}
         | {"asr_args": args.asr_args, "feats_normalize": args.feats_normalize},
@@ -113,24 +117,23 @@ def train_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Ste
 def training_step(
     layout: Layout,
     exp: Path,
-    config: Mapping[str, Any] | None,
+    make_config: Callable[[], dict[str, Any]],
     *,
     stated: Mapping[str, Any],
-    make_config: Any = None,
     **fields: Any,
 ) -> Step:
     """A resumable training in `exp`.
 
     Args:
-        config: the whole configuration, written to exp/train.yaml; None: `make_config` makes it
-            when the training begins, from files that do not exist earlier.
+        make_config: returns the whole configuration when the training begins; it is written to
+            exp/train.yaml.
         stated: entries of run.json beside command and commit.
         fields: other fields of the Step.
     """
     args = layout.args
 
     def jobs() -> list[Job]:
-        chosen = dict(config if config is not None else make_config())
+        chosen = make_config()
         ngpu = default_gpus(args.ngpu)
         chosen |= run_options(exp, ngpu)
         run = {"command": args.command, **stated, "commit": commit(Path())}
