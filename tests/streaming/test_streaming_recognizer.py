@@ -331,7 +331,7 @@ class TestRefusals:
             ({"left_chunks": -2}, "left_chunks -2: allowed: -1"),
             ({"cache_dtype": "int3"}, "int3"),
             ({"dtype": "int8"}, "dtype int8: unknown"),
-            ({"token_type": "bpe", "bpemodel": "no.model"}, "no.model does not exist.*give bpemodel"),
+            ({"token_type": "bpe", "bpemodel": "no.model"}, "no.model does not exist.*bpemodel"),
         ],
         ids=lambda x: ",".join(x) if isinstance(x, dict) else "",
     )
