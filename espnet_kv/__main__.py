@@ -18,7 +18,9 @@ import types
 STREAMING = "asr_inference_streaming"
 OURS = ("asr_inference", "asr_train", "lm_calc_perplexity", "lm_train", STREAMING)
 """Modules of espnet_kv.bin that take the place of those in espnet2.bin."""
-USAGE = "usage: python -m espnet_kv (-m MODULE | -c CODE | SCRIPT) [ARGUMENT ...]"
+WORDS = ("recipe",)
+"""Modules of espnet_kv.bin with a short name: `python -m espnet_kv recipe DIR`."""
+USAGE = "usage: python -m espnet_kv (-m MODULE | -c CODE | SCRIPT | recipe) [ARGUMENT ...]"
 
 
 def main() -> None:
@@ -42,6 +44,9 @@ def main() -> None:
         sys.argv = ["-c", *arguments[2:]]
         main_module = sys.modules["__main__"] = types.ModuleType("__main__")
         exec(compile(arguments[1], "<string>", "exec"), vars(main_module))
+    elif arguments[0] in WORDS:
+        sys.argv = arguments
+        runpy.run_module(f"espnet_kv.bin.{arguments[0]}", run_name="__main__", alter_sys=True)
     elif arguments[0].startswith("-"):
         print(f"error: unknown option {arguments[0]}; {USAGE}", file=sys.stderr)
         sys.exit(2)
