@@ -6,6 +6,8 @@ replaces `python`, e.g. in ESPnet's `asr.sh --python "python3 -m espnet_kv"`. Wh
 has a command with the options and files of ESPnet's, it runs instead: models are saved atomically
 and loaded strictly, and decoding uses the cached decoder. ESPnet's streaming command is replaced
 only for models with an encoder of this package.
+
+`python -m espnet_kv recipe DIR` writes the recipe's files (espnet_kv.bin.recipe).
 """
 
 import argparse

@@ -54,7 +54,8 @@ def clean(tmp_path_factory) -> Path:
     generated = shutil.ignore_patterns("__pycache__", *ignored)
     for name in ("egs2", "egs3"):
         shutil.copytree(REPO / name, folder / name, symlinks=True, ignore=generated)
-    shutil.copytree(REPO / "espnet_kv", folder / "espnet_kv", symlinks=True)
+    for name in ("espnet_kv", "tests", "benchmarks"):
+        shutil.copytree(REPO / name, folder / name, symlinks=True)
     for name in (*SOURCES, "conf"):
         shutil.copy(REPO / name, folder / name, follow_symlinks=False)
     return folder
@@ -65,10 +66,8 @@ def expected(clean) -> dict[str, tuple[str, bool]]:
     """All files of the recipes but the results of this project."""
     files = contents(clean)
     del files[f"{ASR1}/RESULTS.md"]
-    assert (
-        files[f"{ASR1}/run.sh"][1]
-        and f"{ASR}/conf/asr/tuning/train_asr_conformer_mqa.yaml" in files
-    )
+    assert files[f"{ASR1}/run.sh"][1], "executable"
+    assert f"{ASR}/conf/asr/tuning/train_asr_conformer_mqa.yaml" in files
     return files
 
 
