@@ -9,7 +9,7 @@ DEMO := --corpus synth --train_nj 2 --inference_nj 2 --nj 2 \
     --datadir demo/data --dumpdir demo/dump --expdir demo/exp --download_dir demo/downloads \
     --profile_args "--lengths '5 10 30 60 120'"
 
-.PHONY: help env demo demo-all test test-checkout test-gpu lint
+.PHONY: help env demo demo-all test test-checkout test-gpu lint constraints
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -48,3 +48,7 @@ test-gpu:  ## run the tests that need a GPU, where there is one
 lint:  ## check style and types
 	@python=$$(scripts/environment.sh) && "$$python" -m ruff check . && \
 	    "$$python" -m ruff format --check . && "$$python" -m mypy
+
+constraints:  ## write constraints.txt: the versions of dependencies in the environment just tested
+	@python=$$(scripts/environment.sh) && \
+	    versions=$$("$$python" scripts/constraints.py) && echo "$$versions" >constraints.txt

@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "espnet_kv/__init__.py").read_text())[1]
+# the recipe, by way of links in the package
+RECIPE = (HERE / "espnet_kv/recipe_files.txt").read_text().split()
 
 setup(
     name="espnet_kv",
@@ -17,7 +19,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["espnet_kv", "espnet_kv.*"]),
-    package_data={"espnet_kv.report": ["page.css", "page.js", "page.html.j2"]},
+    package_data={
+        "espnet_kv": ["recipe_files.txt", *RECIPE],
+        "espnet_kv.report": ["page.css", "page.js", "page.html.j2"],
+    },
     install_requires=[
         "espnet[asr,train]>=202611",
         "torch",

@@ -6,6 +6,8 @@ replaces `python`, e.g. in ESPnet's `asr.sh --python "python3 -m espnet_kv"`. Wh
 has a command with the options and files of ESPnet's, it runs instead: models are saved atomically
 and loaded strictly, and decoding uses the cached decoder. ESPnet's streaming command is replaced
 only for models with an encoder of this package.
+
+`python -m espnet_kv recipe DIR` writes the recipe's files (espnet_kv.bin.recipe).
 """
 
 import argparse
@@ -18,7 +20,9 @@ import types
 STREAMING = "asr_inference_streaming"
 OURS = ("asr_inference", "asr_train", "lm_calc_perplexity", "lm_train", STREAMING)
 """Modules of espnet_kv.bin that take the place of those in espnet2.bin."""
-USAGE = "usage: python -m espnet_kv (-m MODULE | -c CODE | SCRIPT) [ARGUMENT ...]"
+WORDS = ("recipe",)
+"""Modules of espnet_kv.bin with a short name: `python -m espnet_kv recipe DIR`."""
+USAGE = "usage: python -m espnet_kv (-m MODULE | -c CODE | SCRIPT | recipe) [ARGUMENT ...]"
 
 
 def main() -> None:
@@ -42,6 +46,9 @@ def main() -> None:
         sys.argv = ["-c", *arguments[2:]]
         main_module = sys.modules["__main__"] = types.ModuleType("__main__")
         exec(compile(arguments[1], "<string>", "exec"), vars(main_module))
+    elif arguments[0] in WORDS:
+        sys.argv = arguments
+        runpy.run_module(f"espnet_kv.bin.{arguments[0]}", run_name="__main__", alter_sys=True)
     elif arguments[0].startswith("-"):
         print(f"error: unknown option {arguments[0]}; {USAGE}", file=sys.stderr)
         sys.exit(2)

@@ -52,6 +52,7 @@ HELP = of_kind(r"python -m .* --help$")
 CODE = of_kind("python -c ")
 OURS = [c for c in of_kind(r"python -m espnet_kv\.bin\.") if c not in HELP]
 ESPNET3_RUNS = of_kind(r"(\w+=\S+ )*python run\.py ")  # tests/espnet3/test_espnet3_recipe.py
+WRITTEN = of_kind("python -m espnet_kv recipe ")
 PLACES = of_kind("(cd|cp|pip install) ")
 
 
@@ -66,7 +67,7 @@ def test_there_are_commands():
 
 
 def test_every_command_is_tried():
-    tried = {*MAKE, *RECIPE_RUNS, *HELP, *CODE, *OURS, *ESPNET3_RUNS, *PLACES}
+    tried = {*MAKE, *RECIPE_RUNS, *HELP, *CODE, *OURS, *ESPNET3_RUNS, *WRITTEN, *PLACES}
     assert set(COMMANDS) == tried, set(COMMANDS) - tried
 
 
@@ -122,12 +123,23 @@ def test_options_of_our_commands_are_understood(command):
     parser().parse_args(words[3:])
 
 
+@pytest.fixture(scope="module")
+def working_directory(tmp_path_factory) -> Path:
+    """With the directories that commands of the pages write."""
+    here = tmp_path_factory.mktemp("work")
+    for command in WRITTEN:
+        ended = run(shlex.split(command), cwd=here)
+        assert ended.returncode == 0, ended.stderr
+    return here
+
+
 @pytest.mark.parametrize("command", PLACES)
-def test_places_that_commands_name_are_there(command):
+def test_places_that_commands_name_are_there(command, working_directory):
     """Where one goes, what one copies, what one installs."""
     words = [word for word in shlex.split(command) if not word.startswith("-")]
-    place = words[2] if words[0] == "pip" else words[1]
-    assert (REPO / place.split("[")[0]).is_dir()
+    place = words[-1] if words[0] == "pip" else words[1]
+    assert any((top / place.split("[")[0]).is_dir() for top in (REPO, working_directory))
+    assert words[0] != "pip" or all((REPO / word.split("[")[0]).exists() for word in words[2:])
 
 
 @pytest.mark.parametrize("page", PAGES)

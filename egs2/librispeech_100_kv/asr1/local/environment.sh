@@ -39,7 +39,8 @@ if [ -z "${python}" ]; then
             "(some minutes, 6 GB), or activate an environment that has ESPnet" >&2
         exit 1
     else
-        echo "error: no Python with ESPnet was found: activate an environment that has it" >&2
+        echo "error: no Python with ESPnet was found: activate an environment that has it, or set" \
+            "the variable python to its interpreter" >&2
         exit 1
     fi
 fi
