@@ -96,11 +96,13 @@ def build_attention(
     return attention(HeadSizes(n_head, n_feat), dropout_rate, rel_pos, **taken, **attention_conf)
 
 
-def replace_attention(block: nn.Module, slot: str, attention_type: str, *args: Any, **kw: Any):
+def replace_attention(
+    block: nn.Module, slot: str, attention_type: str, *args: Any, **kw: Any
+) -> Attention:
     """Replace the attention module of an ESPnet block.
 
-    mha keeps the weights that ESPnet drew and draws none itself, so that a model of a given seed
-    starts with the weights of ESPnet's own.
+    mha takes over the weights of ESPnet's module and draws no random numbers, so that a model with
+    mha starts with the weights that ESPnet's model has for the same seed.
 
     Args:
         block: the block.

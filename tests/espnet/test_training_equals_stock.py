@@ -1,4 +1,4 @@
-"""Training one of our encoders with mha is training ESPnet's: losses, and checkpoints of each other.
+"""Our encoders with mha train as ESPnet's do: the same losses from the same seed.
 
 A training is two epochs of 25 updates. Its checkpoint after the first is resumed with the other
 encoder too.
@@ -66,7 +66,7 @@ def test_losses_and_checkpoints_are_those_of_the_stock_encoder(
         "encoder_conf": sizes | SIZES[name] | dict.fromkeys(DROPOUT, dropout),
         "decoder": decoder,
         "init": init,
-        "optim_conf": {"lr": 0.002},
+        "optim_conf": {"lr": 0.001},
         "scheduler": "warmuplr",
         "scheduler_conf": {"warmup_steps": EPOCH},
         "num_iters_per_epoch": EPOCH,
@@ -82,7 +82,7 @@ def test_losses_and_checkpoints_are_those_of_the_stock_encoder(
     losses["ours, then stock"] = train(stock, data, tmp_path / "from_ours", epochs=2)
 
     assert len(losses["stock"]) == 2 * EPOCH
-    assert losses["stock"][-1] < 0.9 * losses["stock"][0]
+    assert sum(losses["stock"][:EPOCH]) > sum(losses["stock"][EPOCH:])
     for kind, got in losses.items():
         print(f"{kind}: {largest_difference(losses['stock'], got):.1e}")
     assert all(largest_difference(losses["stock"], got) < 1e-5 for got in losses.values())
