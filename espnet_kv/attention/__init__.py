@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from espnet_kv.attention.base import Attention, HeadSizes
 from espnet_kv.attention.grouped import GroupedQueryAttention, MultiHeadAttention
@@ -93,6 +94,35 @@ def build_attention(
             raise ConfigError(f"{key}: {value!r} does not go with attention_type {attention_type}")
     taken = {k: v for k, v in espnet_options.items() if k in attention.espnet_options}
     return attention(HeadSizes(n_head, n_feat), dropout_rate, rel_pos, **taken, **attention_conf)
+
+
+def replace_attention(
+    block: nn.Module, slot: str, attention_type: str, *args: Any, **kw: Any
+) -> Attention:
+    """Replace the attention module of an ESPnet block.
+
+    mha takes over the weights of ESPnet's module and draws no random numbers, so that a model with
+    mha starts with the weights that ESPnet's model has for the same seed.
+
+    Args:
+        block: the block.
+        slot: its attribute that holds ESPnet's attention module.
+        attention_type, args, kw: see `build_attention`.
+
+    Returns:
+        The new module.
+
+    Raises:
+        ConfigError (a ValueError): see `build_attention`.
+    """
+    if attention_type == "mha":
+        with torch.device("meta"):
+            attention = build_attention(attention_type, *args, **kw)
+        attention.load_state_dict(getattr(block, slot).state_dict(), assign=True)
+    else:
+        attention = build_attention(attention_type, *args, **kw)
+    setattr(block, slot, attention)
+    return attention
 
 
 def attention_like(

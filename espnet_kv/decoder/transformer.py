@@ -7,7 +7,7 @@ import torch
 from espnet2.asr.decoder.transformer_decoder import TransformerDecoder
 from torch import Tensor, nn
 
-from espnet_kv.attention import build_attention, check_attention, layer_confs
+from espnet_kv.attention import check_attention, layer_confs, replace_attention
 from espnet_kv.attention.base import HeadSizes
 from espnet_kv.attention.positions import at_positions
 from espnet_kv.cache.step import active_step
@@ -69,7 +69,9 @@ class KVTransformerDecoder(TransformerDecoder):
         super().__init__(vocab_size, encoder_output_size, attention_heads, **espnet_conf)
         for index, layer in enumerate(self.decoders):
             for place, (kind, _) in confs.items():
-                attention = build_attention(
+                attention = replace_attention(
+                    layer,
+                    f"{place}_attn",
                     kind,
                     layer_conf[place][index],
                     attention_heads,
@@ -79,7 +81,6 @@ class KVTransformerDecoder(TransformerDecoder):
                     qk_norm=espnet["qk_norm"],
                 )
                 attention.state_index, attention.cross = index, place == "src"
-                setattr(layer, f"{place}_attn", attention)
         self.cache_dtype: str | None = None
         # ESPnet loads with strict=False and would keep random attention weights
         self.load_guard = refuse_partial_loads(self)

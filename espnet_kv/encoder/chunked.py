@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from espnet_kv.attention import build_attention, check_attention, layer_confs
+from espnet_kv.attention import check_attention, layer_confs, replace_attention
 from espnet_kv.attention.base import HeadSizes
 from espnet_kv.attention.chunks import Chunks, draw_chunks
 from espnet_kv.encoder.causal import CausalConv1d
@@ -101,11 +101,7 @@ class KVEncoder:
             self._subsampling = (1, 1)
         for block, layer_conf in zip(self.encoders, layers, strict=True):
             if ours and getattr(block, self.attention_slot) is not None:
-                setattr(
-                    block,
-                    self.attention_slot,
-                    self._build_attention(conf, attention_type, layer_conf),
-                )
+                self._replace_attention(block, conf, attention_type, layer_conf)
             if causal:
                 for owner, name in self.time_convolutions(block):
                     setattr(owner, name, CausalConv1d.like(getattr(owner, name)))
@@ -188,9 +184,13 @@ class KVEncoder:
     def _has_relative_positions(self, conf: dict) -> bool:
         return conf[self.layer_type_key] == "rel_selfattn"
 
-    def _build_attention(self, conf: dict, attention_type: str, attention_conf: dict) -> nn.Module:
+    def _replace_attention(
+        self, block: nn.Module, conf: dict, attention_type: str, attention_conf: dict
+    ) -> None:
         rel_pos = self._has_relative_positions(conf)
-        return build_attention(
+        replace_attention(
+            block,
+            self.attention_slot,
             attention_type,
             attention_conf,
             conf["attention_heads"],

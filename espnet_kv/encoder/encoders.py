@@ -16,7 +16,8 @@ from espnet_kv.encoder.streaming import StreamingEncoder
 class KVConformerEncoder(StreamingEncoder, ConformerEncoder):
     """ESPnet's ConformerEncoder (arXiv 2005.08100) with the arguments of KVEncoder.
 
-    With attention_type mha, causal false and no chunks, parameters and output are ESPnet's.
+    With attention_type mha, causal false and no chunks, parameters, their initial values for a
+    seed, and output are ESPnet's.
     """
 
     layer_type_key = "selfattention_layer_type"
@@ -31,7 +32,8 @@ class KVConformerEncoder(StreamingEncoder, ConformerEncoder):
 class KVBranchformerEncoder(StreamingEncoder, BranchformerEncoder):
     """ESPnet's BranchformerEncoder (Peng et al., ICML 2022) with the arguments of KVEncoder.
 
-    With attention_type mha, causal false and no chunks, parameters and output are ESPnet's.
+    With attention_type mha, causal false and no chunks, parameters, their initial values for a
+    seed, and output are ESPnet's.
     """
 
     layer_type_key = "attention_layer_type"
@@ -46,7 +48,8 @@ class KVBranchformerEncoder(StreamingEncoder, BranchformerEncoder):
 class KVEBranchformerEncoder(StreamingEncoder, EBranchformerEncoder):
     """ESPnet's EBranchformerEncoder (arXiv 2210.00077) with the arguments of KVEncoder.
 
-    With attention_type mha, causal false and no chunks, parameters and output are ESPnet's.
+    With attention_type mha, causal false and no chunks, parameters, their initial values for a
+    seed, and output are ESPnet's.
     """
 
     layer_type_key = "attention_layer_type"
@@ -62,7 +65,8 @@ class KVTransformerEncoder(StreamingEncoder, TransformerEncoder):
     """ESPnet's TransformerEncoder (arXiv 1706.03762) with the arguments of KVEncoder.
 
     Positions are absolute, and blocks have no convolution over time unless positionwise_layer_type
-    is a convolution. With attention_type mha and no chunks, parameters and output are ESPnet's.
+    is a convolution. With attention_type mha and no chunks, parameters, their initial values for a
+    seed, and output are ESPnet's.
     """
 
     attention_slot = "self_attn"

@@ -1,11 +1,14 @@
-"""A training of ESPnet that takes a second: noise with one letter each, and a tiny model."""
+"""A training of ESPnet that takes a second: noise with a few letters, and a tiny model."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 RATE = 16000
 CONFIG = {
@@ -37,16 +40,17 @@ CONFIG = {
 }
 
 
-def write_data(folder: Path) -> None:
-    """Six utterances, their shapes, the tokens and config.yaml."""
+def write_data(folder: Path, lengths: Sequence[int] = (8000,) * 6) -> None:
+    """Utterances of `lengths` samples, a letter per half second, shapes, tokens, config.yaml."""
     random = np.random.default_rng(0)
     scp, text, speech_shape, text_shape = [], [], [], []
-    for n in range(6):
-        soundfile.write(folder / f"u{n}.wav", 0.1 * random.standard_normal(8000), RATE)
+    for n, length in enumerate(lengths):
+        letters = ("AB" * length)[n % 2 :][: length // 8000]
+        soundfile.write(folder / f"u{n}.wav", 0.1 * random.standard_normal(length), RATE)
         scp.append(f"u{n} {folder}/u{n}.wav\n")
-        text.append(f"u{n} {'AB'[n % 2]}\n")
-        speech_shape.append(f"u{n} 8000\n")
-        text_shape.append(f"u{n} 1,5\n")
+        text.append(f"u{n} {letters}\n")
+        speech_shape.append(f"u{n} {length}\n")
+        text_shape.append(f"u{n} {len(letters)},5\n")
     (folder / "wav.scp").write_text("".join(scp))
     (folder / "text").write_text("".join(text))
     (folder / "speech_shape").write_text("".join(speech_shape))
@@ -76,6 +80,29 @@ def lm_options(data: Path, exp: Path, *more: str) -> list[str]:
         given += [f"--{mode}_data_path_and_name_and_type", f"{data}/text,text,text"]
         given += [f"--{mode}_shape_file", str(data / "text_shape")]
     return [*given, "--output_dir", str(exp), "--ngpu", "0", "--resume", "true", *more]
+
+
+def config_options(config: dict[str, Any], data: Path, exp: Path) -> list[str]:
+    """Options of asr_train for CONFIG with other values and losses for `update_losses`."""
+    file = exp.with_suffix(".yaml")
+    logged = {"log_interval": 1, "use_tensorboard": True}
+    file.write_text(yaml.safe_dump(CONFIG | logged | config))
+    return options(data, exp, "--config", str(file))
+
+
+def update_losses(exp: Path) -> list[float]:
+    """The training loss of every update, as ESPnet wrote it for TensorBoard."""
+    events = EventAccumulator(str(exp / "tensorboard/train"), {"scalars": 0}).Reload()
+    losses: dict[int, float] = {}
+    for event in events.Scalars("loss"):
+        losses.setdefault(event.step, event.value)  # ESPnet adds each epoch's mean at its last step
+    assert list(losses) == list(range(1, len(losses) + 1))
+    return list(losses.values())
+
+
+def largest_difference(first: list[float], second: list[float]) -> float:
+    """The largest difference of two lists of losses."""
+    return max(abs(a - b) for a, b in zip(first, second, strict=True))
 
 
 def weights(file: Path) -> dict[str, torch.Tensor]:
