@@ -11,6 +11,19 @@ import yaml
 from espnet_kv.errors import UserError
 
 
+REMARK = " (pip install espnet_kv; import espnet_kv)"
+"""Stands behind the names of our classes in the config.yaml of a pack.
+
+ESPnet without this package names the choice that it does not know, and with it the remedy.
+"""
+
+
+def plain_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with the names of its encoder and decoder without REMARK."""
+    names = {key: config[key] for key in ("encoder", "decoder") if isinstance(config.get(key), str)}
+    return {**config, **{key: name.removesuffix(REMARK) for key, name in names.items()}}
+
+
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
@@ -37,7 +50,7 @@ def load_config(path: Path, overlay: Path | None = None) -> dict[str, Any]:
     Raises:
         UserError: a file is missing or no YAML mapping, or `per_encoder` is no mapping.
     """
-    config = load_yaml(path)
+    config = plain_names(load_yaml(path))
     if overlay is None:
         return config
     extra = load_yaml(overlay)

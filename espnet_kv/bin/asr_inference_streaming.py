@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from espnet_kv.bin.model_options import find_model
 from espnet_kv.bin.streaming_options import add_streaming_options, build_recognizer, check_search
 from espnet_kv.cli import command
 from espnet_kv.errors import UserError
@@ -91,6 +92,7 @@ def _check(args: argparse.Namespace) -> None:
     if Path(args.output_dir).is_file():
         raise UserError(f"--output_dir {args.output_dir} is a file; name a directory")
     check_writable(Path(args.output_dir))
+    find_model(args)
 
 
 def _decode(args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from espnet_kv.config import plain_names
 from espnet_kv.errors import ConfigError, UserError, is_out_of_memory, one_line
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def read_config(
     for key in keys:
         if not config.get(key):
             raise UserError(f"{file} is no config.yaml of a trained model: it names no {key}")
-    return config
+    return plain_names(config)
 
 
 def find_files(config_file: Path | str, config: Mapping[str, Any]) -> dict[str, Any]:

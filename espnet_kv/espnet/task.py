@@ -7,6 +7,7 @@ import torch
 from espnet2.tasks.asr import ASRTask as ESPnetASRTask
 from espnet2.train.abs_espnet_model import AbsESPnetModel
 
+from espnet_kv.config import plain_names
 from espnet_kv.decoder.transformer import KVTransformerDecoder
 from espnet_kv.encoder.chunked import KVEncoder
 from espnet_kv.errors import ArgumentError, UserError, one_line
@@ -33,6 +34,7 @@ class ASRTask(ESPnetASRTask):
         Raises:
             ConfigError: a key of encoder_conf is not allowed.
         """
+        vars(args).update(plain_names(vars(args)))
         model = super().build_model(args)
         for module in model.modules():
             if isinstance(module, KVEncoder | KVTransformerDecoder):
