@@ -10,7 +10,6 @@ import yaml
 
 from espnet_kv.errors import UserError
 
-
 REMARK = " (pip install espnet_kv; import espnet_kv)"
 """Stands behind the names of our classes in the config.yaml of a pack.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from espnet_kv.bin.model_options import find_model
+from espnet_kv.bin.model_options import MODEL, TAG_HELP, find_model
 from espnet_kv.bin.streaming_options import add_streaming_options, build_recognizer, check_search
 from espnet_kv.cli import command
 from espnet_kv.errors import UserError
@@ -42,6 +42,10 @@ def get_parser() -> argparse.ArgumentParser:
         espnet.get_parser(),
         "Streaming ASR decoding: CTC prefix beam search, rescored by the decoder",
     )
+    for action in parser._actions:
+        if action.dest in MODEL:  # a pack may take their place
+            action.required = False
+    parser.add_argument("--model_tag", help=TAG_HELP)
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="Data type")
     add_streaming_options(parser, endpoint_silence_ms=0, max_segment_seconds=0)
     parser.add_argument(

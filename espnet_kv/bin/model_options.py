@@ -8,6 +8,7 @@ from espnet_kv.errors import UserError
 
 MODEL = ("asr_train_config", "asr_model_file")
 LANGUAGE_MODEL = ("lm_train_config", "lm_file")
+TAG_HELP = "A packed model in their place: a zip, or a tag that espnet_model_zoo knows"
 
 
 def add_model_options(add: Any, kind: type = str) -> None:
@@ -18,15 +19,10 @@ def add_model_options(add: Any, kind: type = str) -> None:
     """
     add("--asr_train_config", type=kind, help="config.yaml of the experiment")
     add("--asr_model_file", type=kind, help="Its model")
-    add(
-        "--model_tag",
-        help="A packed model in their place: a zip, or a tag that espnet_model_zoo knows",
-    )
+    add("--model_tag", help=TAG_HELP)
 
 
-def find_model(
-    args: argparse.Namespace, names: Sequence[str] = MODEL, kind: type = str
-) -> None:
+def find_model(args: argparse.Namespace, names: Sequence[str] = MODEL, kind: type = str) -> None:
     """Put the files of --model_tag in the place of options that name files.
 
     Args:

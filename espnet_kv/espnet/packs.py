@@ -33,7 +33,7 @@ def unpacked(model_tag: str) -> dict[str, str]:
             kind.
     """
     path = Path(model_tag).expanduser()
-    if path.exists() or path.suffix in (".zip", ".pth", ".yaml") and "://" not in model_tag:
+    if path.exists() or (path.suffix in (".zip", ".pth", ".yaml") and "://" not in model_tag):
         return _of_zip(path)
     return _checked(model_tag, _of_tag(model_tag))
 

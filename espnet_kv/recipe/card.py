@@ -10,8 +10,9 @@ from espnet_kv.scores import read_scores
 
 USE = """## Use
 
-The encoder or the decoder of this model is not part of ESPnet but of espnet_kv. Without it ESPnet says that `kv_...` is
-none of its choices.
+The encoder or the decoder of this model is part of espnet_kv, not of ESPnet. Without
+`import espnet_kv`, loading ends with `--encoder must be one of (...)` or `--decoder must be one
+of (...)`.
 
 ```sh
 pip install espnet_kv
@@ -29,13 +30,15 @@ Audio as it arrives:
 ```python
 from espnet_kv import StreamingRecognizer
 
-recognizer = StreamingRecognizer.from_pretrained("{name}", chunk_size={chunk_size}, left_chunks={left_chunks})
+chunks = {{"chunk_size": {chunk_size}, "left_chunks": {left_chunks}}}
+recognizer = StreamingRecognizer.from_pretrained("{name}", **chunks)
 ```"""
 
 
 def front_matter(lang: str, corpus: str) -> str:
     """What the Hugging Face Hub reads at the beginning of a README.md."""
-    lines = ["library_name: espnet", "tags:", "- espnet", "- audio", "- automatic-speech-recognition"]
+    tags = ["espnet", "audio", "automatic-speech-recognition"]
+    lines = ["library_name: espnet", "tags:", *(f"- {tag}" for tag in tags)]
     if lang not in ("", "noinfo"):
         lines.append(f"language: {lang}")
     if corpus != "kaldi":  # data of the user's own, whose names are no names of a corpus
@@ -88,6 +91,7 @@ def _cache(profile: Mapping[str, Any]) -> list[str]:
             shown = "" if allocated is None else f"{allocated / 1000:.1f}"
             rows.append(f"| {cache_dtype} | {held / 1000:.1f} | {shown} |")
         settings = profile.get("settings", {})
+        chunk, left = settings.get("chunk_size"), settings.get("left_chunks")
         seconds = max((length["seconds"] for length in cache["lengths"]), default=0) if rows else 0
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
@@ -98,7 +102,7 @@ def _cache(profile: Mapping[str, Any]) -> list[str]:
         return []
     note = (
         f"Attention cache of one stream after {seconds:g} s of audio, chunks of "
-        f"{settings.get('chunk_size')} frames, {settings.get('left_chunks')} chunks of left context."
+        f"{chunk} frames, {left} chunks of left context."
     )
     head = "| cache_dtype | held, kB | allocated, kB |\n|---|---:|---:|\n"
     return [note, head + "\n".join(rows)]

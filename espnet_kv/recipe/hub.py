@@ -45,7 +45,9 @@ def upload(repo: str, folder: Path) -> str:
                 f"--hf_repo {repo}: {constants.ENDPOINT} refuses the token (status {status}): log "
                 "in with one that may write there (hf auth login, or HF_TOKEN)"
             ) from error
-        raise UserError(f"--hf_repo {repo}: not uploaded: {one_line(error)}") from error
+        raise UserError(
+            f"--hf_repo {repo}: not uploaded ({one_line(error)}): run stage 17 again"
+        ) from error
     except (HTTPError, OSError) as error:
         raise UserError(
             f"--hf_repo {repo}: {constants.ENDPOINT} cannot be reached ({one_line(error)}): check "

@@ -34,8 +34,8 @@ STAGES = {
     13: "scoring",
     14: "profiling of cache, time and memory",
     15: "comparison of the profiled models",
-    16: "packing, with --skip_packing false",
-    17: "upload to the Hugging Face Hub, with --skip_upload_hf false",
+    16: "packing",
+    17: "upload to the Hugging Face Hub",
 }
 LAST_STAGE = max(STAGES)
 COPIES = {
@@ -116,7 +116,8 @@ def parser() -> argparse.ArgumentParser:
         prog="run.sh",
         description="Train, decode and score speech recognition models with small KV caches.",
         epilog=f"stages, by number or by the name in brackets:\n{stages}\n"
-        "asr.sh packs in stage 14 and uploads in 15; here these profile and compare.",
+        "16 and 17 run with --skip_packing false and --skip_upload_hf false, or if --stage is one "
+        "of\nthem. They are stages 14 and 15 of asr.sh, which runs them inside an ESPnet checkout.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

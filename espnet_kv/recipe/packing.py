@@ -35,9 +35,9 @@ def pack_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Step
     args = layout.args
     exp = layout.asr_exp(config_file)
     model, out = exp / args.inference_asr_model, packed_model(layout, config_file)
-    scores = {
-        exp / layout.inference_name / name / FILE for name in args.test_sets
-    } | set(exp.glob(f"*/*/{FILE}"))
+    scores = {exp / layout.inference_name / name / FILE for name in args.test_sets} | set(
+        exp.glob(f"*/*/{FILE}")
+    )
     reads = {
         "model": model,
         "config": exp / "config.yaml",
@@ -45,7 +45,10 @@ def pack_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Step
         **{str(file.relative_to(exp)): file for file in sorted(scores)},
     }
     if args.use_lm:
-        reads |= {"lm": layout.lm_exp / args.inference_lm, "lm config": layout.lm_exp / "config.yaml"}
+        reads |= {
+            "lm": layout.lm_exp / args.inference_lm,
+            "lm config": layout.lm_exp / "config.yaml",
+        }
 
     def ready() -> None:
         for role in ("model", "config"):

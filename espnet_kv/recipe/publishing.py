@@ -35,7 +35,7 @@ def check_publishing(args: argparse.Namespace) -> None:
     for name, option in (("pack", "skip_packing"), ("upload", "skip_upload_hf")):
         begins = args.stage == NAMES[name]
         if begins and getattr(args, option):
-            raise UserError(f"--stage {name} --{option} true: the one asks for what the other skips")
+            raise UserError(f"--stage {name} --{option} true: one asks for what the other skips")
         if getattr(args, option) is None:
             setattr(args, option, not begins)
     if args.skip_upload_hf or args.stop_stage < NAMES["upload"]:
