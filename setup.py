@@ -37,6 +37,8 @@ setup(
         "omniio",
         "tqdm",
         "psutil",
+        "espnet_model_zoo",
+        "huggingface_hub",
         "espeakng-loader",  # the voice of the embedded corpus
     ],
     extras_require={

@@ -90,7 +90,6 @@ def _unpack(file: Path, folder: Path) -> None:
 
 
 def _of_tag(tag: str) -> dict[str, str]:
-    import requests
     from espnet_model_zoo.downloader import ModelDownloader
     from huggingface_hub import constants
     from huggingface_hub.errors import (
@@ -115,7 +114,9 @@ def _of_tag(tag: str) -> dict[str, str]:
         ) from error
     except LocalEntryNotFoundError as error:
         raise _not_fetched(tag, error.__cause__ or error) from error
-    except (HfHubHTTPError, HTTPError, requests.RequestException, ConnectionError) as error:
+    except (HfHubHTTPError, HTTPError, OSError) as error:
+        if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
+            raise  # of the disk
         raise _not_fetched(tag, error) from error
     except (zipfile.BadZipFile, yaml.YAMLError, LookupError, TypeError) as error:
         raise UserError(f"{tag} is no packed model, or it is damaged: {one_line(error)}") from error

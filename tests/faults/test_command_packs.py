@@ -119,7 +119,7 @@ class TestPacks:
         with fake_hub() as hub:
             point_to(monkeypatch, hub.endpoint, None, home)
             with pytest.raises(
-                UserError, match=r"me/model: .* has no such model, or it is not pub"
+                UserError, match=r"me/model: .* has no such model"
             ):
                 unpacked("me/model")
             hub.repositories["me/model"] = {"README.md": b"hello"}
