@@ -9,7 +9,7 @@ DEMO := --corpus synth --train_nj 2 --inference_nj 2 --nj 2 \
     --datadir demo/data --dumpdir demo/dump --expdir demo/exp --download_dir demo/downloads \
     --profile_args "--lengths '5 10 30 60 120'"
 
-.PHONY: help env demo demo-all test test-gpu lint
+.PHONY: help env demo demo-all test test-checkout test-gpu lint
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,9 +25,14 @@ demo-all:  ## the same for all eight models; resumes where it was stopped
 	@python=$$(scripts/environment.sh) && export python && cd $(RECIPE) && \
 	    ./run_all.sh $(DEMO) $(ARGS)
 
+# a process of tests per core, at most 8: each of them loads ESPnet
 test:  ## run the test suite
 	@python=$$(scripts/environment.sh) && \
-	    PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$$python" -m pytest $(ARGS)
+	    PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$$python" -m pytest \
+	    --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-checkout:  ## run the recipe inside the real ESPnet, which is downloaded (some ten minutes)
+	@$(MAKE) --no-print-directory test ARGS="tests/checkout -m checkout $(ARGS)"
 
 # ESPNET_KV_TEST_DEVICE=cpu runs the same tests without a GPU
 test-gpu:  ## run the tests that need a GPU, where there is one

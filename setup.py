@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["espnet_kv", "espnet_kv.*"]),
-    package_data={"espnet_kv.report": ["page.css", "page.js"]},
+    package_data={"espnet_kv.report": ["page.css", "page.js", "page.html.j2"]},
     install_requires=[
         "espnet[asr,train]>=202611",
         "torch",
@@ -26,6 +26,9 @@ setup(
         "kaldiio",
         "jiwer",
         "matplotlib",
+        "pandas",
+        "jinja2",
+        "pydantic>=2.12",
         "pyyaml",
         "humanfriendly",
         "numpy",
@@ -37,6 +40,8 @@ setup(
         "omniio",
         "tqdm",
         "psutil",
+        "hydra-core",
+        "omegaconf",
         "espnet_model_zoo",
         "huggingface_hub",
         "espeakng-loader",  # the voice of the embedded corpus

@@ -1,4 +1,4 @@
-"""Take from a trained model what its attention does, to see by its error rates how much that is."""
+"""Disable an attention of a trained model, to measure its contribution by the error rates."""
 
 import argparse
 import sys
@@ -28,7 +28,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def make_uniform(attention: Any) -> None:
-    """Scores of 0 for every pair: each query gets the mean of the values that it may see."""
+    """Scores of 0 for every pair: each query gets the mean of the visible values."""
     weights: list[Tensor] = list(attention.linear_q.parameters())
     weights += [p for name, p in attention.named_parameters() if name.startswith("pos_bias_")]
     for weight in weights:
@@ -36,7 +36,7 @@ def make_uniform(attention: Any) -> None:
 
 
 def make_blank(attention: Any) -> None:
-    """What attention adds to its block is 0."""
+    """Attention output of 0."""
     for weight in attention.linear_out.parameters():
         weight.zero_()
 

@@ -1,4 +1,4 @@
-"""What a coarser cache does to the encoder output of trained models, and what it saves."""
+"""Effect of cache_dtype on the encoder output of trained models and on the cache size."""
 
 import argparse
 import json
@@ -22,12 +22,12 @@ def get_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("experiments", nargs="+", type=Path, help="directories that stage 11 leaves")
-    add("--wav_scp", type=Path, required=True, help="the audio, as the recipe's dump names it")
-    add("--utterances", type=positive, default=40, help="the first so many of it")
+    add("experiments", nargs="+", type=Path, help="experiments of stage 11")
+    add("--wav_scp", type=Path, required=True, help="audio from the recipe's dump")
+    add("--utterances", type=positive, default=40, help="number of utterances, from the first on")
     add("--model", default="valid.acc.ave.pth", help="the checkpoint in each directory")
     add("--chunk_size", type=positive, default=16, help="frames in a chunk")
-    add("--left_chunks", type=positive, default=4, help="chunks before its own that a frame sees")
+    add("--left_chunks", type=positive, default=4, help="chunks of left context")
     return parser
 
 
@@ -44,7 +44,7 @@ def read_waveforms(wav_scp: Path, count: int) -> list[Tensor]:
 
 @torch.inference_mode()
 def measure(experiment: Path, waveforms: list[Tensor], args: argparse.Namespace) -> dict:
-    """Per cache_dtype: relative error of the encoder output, and the most bytes of the cache."""
+    """Per cache_dtype: relative error of the encoder output, and maximum bytes of the cache."""
     from espnet_kv.streaming.recognizer import StreamingRecognizer
 
     recognizer = StreamingRecognizer(

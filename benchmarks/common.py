@@ -1,4 +1,4 @@
-"""What the benchmarks share: models of conf/ with like weights, the card's facts, clocks."""
+"""Shared by the benchmarks: models of conf/ with equal weights, lines of the card, timing."""
 
 import argparse
 import importlib.metadata
@@ -16,7 +16,7 @@ DROPOUTS = ("dropout_rate", "positional_dropout_rate", "attention_dropout_rate")
 
 
 def positive(text: str) -> int:
-    """An argparse type: whole numbers from 1."""
+    """An argparse type: positive integers."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return int(text)
@@ -28,7 +28,7 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def set_up_machine(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Act on the options of `add_machine_options`."""
+    """Apply the options of `add_machine_options`."""
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -45,7 +45,7 @@ def encoder_conf(encoder: str, attention: str) -> dict:
 
 
 def copy_weights(weights: dict, encoder) -> None:
-    """Give `encoder` those of `weights` that fit its own by name and shape."""
+    """Copy those `weights` to `encoder` that agree in name and shape."""
     for name, tensor in encoder.state_dict().items():
         if name in weights and weights[name].shape == tensor.shape:
             tensor.copy_(weights[name])
@@ -74,7 +74,7 @@ def _cpu_name() -> str:
 
 
 def synchronize(device: str) -> None:
-    """Wait for what a GPU still has to do; before a clock is read."""
+    """Wait until a GPU has finished, before reading the time."""
     if device == "cuda":
         import torch
 
@@ -92,11 +92,11 @@ def timed(device: str, run: Callable, *operands) -> float:
 def rounds(
     runs: dict[Any, Callable], device: str, most: int, enough: float = math.inf
 ) -> Iterator[dict]:
-    """Run every side once a round, each round beginning one side later than the last.
+    """Run every side once per round; the order rotates from round to round.
 
     Args:
         runs: the sides, by name.
-        most: rounds.
+        most: maximum number of rounds.
         enough: seconds after which no third round begins.
 
     Yields:
@@ -112,12 +112,12 @@ def rounds(
 
 
 def by_side(timings: list[dict]) -> dict[Any, list]:
-    """What `rounds` gave, as the seconds of each side in every round."""
+    """Transpose the results of `rounds`: seconds of all rounds, by side."""
     return {name: [seconds[name] for seconds in timings] for name in timings[0]}
 
 
 def ratio(times: list, others: list) -> float:
-    """Median over rounds of the ratio within the round."""
+    """Median over rounds of the ratio within a round."""
     return round(statistics.median(a / b for a, b in zip(times, others, strict=True)), 3)
 
 

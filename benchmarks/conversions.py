@@ -1,4 +1,4 @@
-"""Word error rates of converted models over seeds, a directory of experiments for each."""
+"""Word error rates of converted models over seeds, with one directory of experiments per seed."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ SETS = ("test_clean", "test_other")
 
 
 class Kind(NamedTuple):
-    """What the seeds of a row have in common.
+    """The model of a row, the same for all seeds.
 
     part: what was converted; of the source and its control: "". target: attention type and size.
     """
@@ -27,18 +27,18 @@ class Kind(NamedTuple):
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Tabulate what `run.sh --convert_from` left, mean and range over the seeds.",
+        description="Tabulate results of `run.sh --convert_from`, mean and range over the seeds.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("expdirs", nargs="+", type=Path, help="one --expdir of run.sh for each seed")
-    add("--decoding", required=True, help="what stage 13 scored: a directory decode_*, by name")
-    add("--sets", nargs="+", default=SETS, help="data directories that were decoded")
+    add("--decoding", required=True, help="name of a directory decode_* scored by stage 13")
+    add("--sets", nargs="+", default=SETS, help="decoded data directories")
     return parser
 
 
 def kind_of(experiment: Path) -> tuple[Kind, bool, float]:
-    """What it is, whether it was fine-tuned, and the part of the cache's bytes that it keeps."""
+    """Kind of the model, whether it was fine-tuned, and the remaining fraction of the cache."""
     from espnet_kv.convert.record import FILE, read_record
 
     if not (experiment / FILE).exists():
@@ -57,7 +57,7 @@ def kind_of(experiment: Path) -> tuple[Kind, bool, float]:
 
 
 def rates(experiment: Path, args: argparse.Namespace) -> list[float] | None:
-    """WER of each set in per cent; None: not decoded so."""
+    """WER of each set in per cent; None: this decoding does not exist."""
     from espnet_kv.scores import read_scores
 
     scores = read_scores(experiment, [args.decoding])
@@ -69,7 +69,7 @@ def rates(experiment: Path, args: argparse.Namespace) -> list[float] | None:
 
 
 def cell(seeds: Sequence[Sequence[float]]) -> str:
-    """Mean of each set and, where seeds differ, the lowest and the highest."""
+    """Mean of each set and, if seeds differ, the lowest and the highest."""
     if not seeds:
         return "-"
     shown = []

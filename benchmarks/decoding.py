@@ -1,7 +1,7 @@
-"""How fast kv_transformer decodes, beside ESPnet's TransformerDecoder with the same weights.
+"""Speed of kv_transformer compared with ESPnet's TransformerDecoder with the same weights.
 
-Both sit in ESPnet's own BatchBeamSearch. Sides take turns within a round, and a ratio is the median
-over rounds of the ratios within one: whatever else the machine does falls on both sides of it.
+Both run in ESPnet's BatchBeamSearch. Both sides run in every round, and a ratio is the median over
+rounds of the ratios within a round, so that other load on the machine affects both sides.
 
 Shape letters: B utterances, K hypotheses of each, N = B K, T encoder frames, D model size,
 L tokens.
@@ -45,14 +45,14 @@ SIZE = 256
 SIZES = {"attention_heads": 4, "linear_units": 2048}
 STOCK, OURS = "stock", "ours"
 PLAIN = "ours, weights as trained"  # without `prepare_search`
-TOLERANCE = 1e-4  # difference of two scores over their size, at most
-NEVER = -1e4  # added to the score of <eos>: no hypothesis ends before the last token
+TOLERANCE = 1e-4  # highest relative difference of two scores
+NEVER = -1e4  # added to the score of <eos>, so that no hypothesis ends before the last token
 DECODER, SEARCH = "decoder", "search"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A row. ctc: the weight of that scorer; 0: none."""
+    """A row. ctc: weight of CTC; 0: no CTC."""
 
     case: str
     frames: int
@@ -66,7 +66,7 @@ class Setting:
         return self.batch * self.beam * self.frames
 
 
-# how many times faster than stock; every setting: no slower
+# required speed-up over stock; other settings must not be slower
 BARS = {Setting(DECODER, 300, 10, 0.0, 1): 8.0, Setting(SEARCH, 300, 10, 0.3, 1): 4.0}
 LEAST = 1.0
 
@@ -79,7 +79,7 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--blocks", type=positive, default=6, help="decoder blocks")
     add("--vocabulary", type=positive, default=5000, help="tokens, <blank> and <eos> among them")
-    add("--tokens", type=positive, default=60, help="tokens that are decoded")
+    add("--tokens", type=positive, default=60, help="tokens to decode")
     add("--rounds", type=positive, default=3, help="rounds of a setting at most")
     add("--row_seconds", type=positive, default=10, help="begin no third round after")
     add("--largest", type=positive, default=24000, help="leave out rows of a larger B x K x T")
@@ -144,7 +144,7 @@ class SearchSide:
         self.found = found if self.x.dim() == 3 else [found]
 
     def check(self, stock: "SearchSide") -> tuple[bool, float]:
-        """Is the n-best list the other's? And the largest difference of two scores over size."""
+        """Whether both n-best lists are equal, and the largest relative difference of scores."""
         same, worst = True, 0.0
         for nbest, others in zip(self.found, stock.found, strict=True):
             same = same and len(nbest) == len(others) > 0
@@ -161,12 +161,12 @@ class SearchSide:
 
 
 class DecoderSide:
-    """A side's decoder alone, scoring hypotheses whose tokens and parents are drawn at random."""
+    """A side's decoder without search; it scores hypotheses with random tokens and parents."""
 
     def __init__(self, decoder: Any, _: CTC, setting: Setting, args: argparse.Namespace):
         self.decoder = decoder
         self.x = noise(setting, args.device)
-        # a search hands over one utterance as views of it, several copied
+        # ESPnet's search expands one utterance to views, but copies several
         copies = self.x.unsqueeze(1).expand(-1, setting.beam, -1, -1)
         self.xs = copies[0] if setting.batch == 1 else copies.flatten(0, 1)
         generator = torch.Generator().manual_seed(0)
@@ -198,7 +198,7 @@ class DecoderSide:
         self.states = states
 
     def check(self, stock: "DecoderSide") -> tuple[bool, float]:
-        """Are the scores of every call the other's? And their largest difference over size."""
+        """Whether the scores of all calls are equal, and their largest relative difference."""
         pairs = zip(self.scores, stock.scores, strict=True)
         worst = max(float((one / other - 1).abs().max()) for one, other in pairs)
         return worst <= TOLERANCE, worst
@@ -211,7 +211,7 @@ SIDES: dict[str, type] = {DECODER: DecoderSide, SEARCH: SearchSide}
 
 
 def nbytes(states: Iterable) -> dict[str, int]:
-    """Bytes held after the last token, which is when they are most."""
+    """Bytes held after the last token, which is the maximum."""
     states = list(states)
     if isinstance(states[0], list):  # ESPnet's: the outputs of each layer
         return {"self": sum(layer.nbytes for state in states for layer in state), "cross": 0}
@@ -219,7 +219,7 @@ def nbytes(states: Iterable) -> dict[str, int]:
 
 
 def chosen(args: argparse.Namespace) -> list[Setting]:
-    """The rows: the decoder alone where it has a bar, then every search; also the large ones."""
+    """The rows: the decoder alone if it has a bar, then all searches, including the large ones."""
     rows = []
     if DECODER in args.cases:
         alone = [s for s in BARS if s.case == DECODER]
@@ -231,7 +231,7 @@ def chosen(args: argparse.Namespace) -> list[Setting]:
 
 
 def measure(decoders: dict, ctc: CTC, setting: Setting, args: argparse.Namespace) -> dict:
-    """One row. Every round is checked."""
+    """Measure one row and check the results of every round."""
     sides = {name: SIDES[setting.case](d, ctc, setting, args) for name, d in decoders.items()}
     for side in sides.values():
         side.warm_up()
@@ -256,7 +256,7 @@ def measure(decoders: dict, ctc: CTC, setting: Setting, args: argparse.Namespace
 
 
 def print_card(decoders: dict, args: argparse.Namespace) -> None:
-    """What is about to be timed, before a clock is started."""
+    """The card: settings of the measurement."""
     sizes = f"{SIZES['attention_heads']} heads, {SIZES['linear_units']} linear units"
     parameters = sum(p.numel() for p in decoders[OURS].parameters())
     print(f"decoder   {args.blocks} blocks x {SIZE}, {sizes}, vocabulary {args.vocabulary}")
@@ -298,7 +298,7 @@ def row_of(setting: Setting, result: dict) -> str:
 
 
 def judge(found: dict[Setting, dict]) -> list[dict]:
-    """Print the bars of the rows that were timed."""
+    """Print the bars of the measured rows."""
     slowest = min(found, key=lambda setting: found[setting]["faster"])
     bars = []
     for setting, least in [*BARS.items(), (slowest, LEAST)]:
@@ -343,7 +343,7 @@ def main(argv: list[str] | None = None) -> None:
     if all(setting.size > args.largest for setting in chosen(args)):
         parser.error(f"--largest {args.largest} leaves no row")
     set_up_machine(parser, args)
-    logging.getLogger("espnet2").setLevel(logging.ERROR)  # it warns of every maximal length
+    logging.getLogger("espnet2").setLevel(logging.ERROR)  # it warns of every maximum length
     decoders, ctc = build_sides(args)
     with torch.inference_mode():
         print_card(decoders, args)

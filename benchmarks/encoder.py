@@ -1,7 +1,7 @@
-"""How fast each attention is inside ESPnet's encoder, against the stock encoder.
+"""Speed of each attention in ESPnet's encoder compared with the stock encoder.
 
-A round runs every model once, in rotated order, and the tables give the median over rounds of the
-time ratios within a round: whatever else the machine does falls on both sides of a ratio.
+A round runs every model once, in rotated order. The tables show the median over rounds of the time
+ratios within a round, so that other load on the machine affects both sides of a ratio.
 """
 
 import argparse
@@ -35,14 +35,14 @@ ATTENTIONS = ("mha", "gqa", "mla", "linear")
 STOCK, STOCK_SDPA = "stock", "stock sdpa"
 FRAMES_PER_SECOND = 100
 
-# model -> (what it is compared with, its time should be at most this ratio)
+# model -> (model to compare with, highest allowed ratio of times)
 ENCODER_BARS = {"mha": (STOCK_SDPA, 1.05), "gqa": ("mha", 1.0), "mla": (STOCK_SDPA, 1.15)}
 ATTENTION_BARS = {"linear": ("mha", 0.8)}
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed: whole encoders, or one attention module of each and nothing else."""
+    """A measurement of whole encoders, or of one attention module of each."""
 
     title: str
     batch: int
@@ -78,9 +78,9 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def build_encoders(args: argparse.Namespace) -> dict:
-    """Stock and our encoders of conf/, by name, with the same weights wherever they fit.
+    """Stock and our encoders of conf/, by name, with equal weights where names and shapes agree.
 
-    Dropout is off, so that a training step does the same work in each; causal convolution and
+    Dropout is off, so that a training step does the same work in each. Causal convolution and
     dynamic chunks are off, because the stock encoder has neither.
     """
     import torch
@@ -125,7 +125,7 @@ def attention_module(encoder):
 def attention_macs(attention, frames: int, linear: bool) -> tuple[int, int]:
     """Multiply-accumulates of one attention module, (projections, mixing of frames).
 
-    What the formulas ask for, counted alike for every module: 2T-1 projected positions, T (2T-1)
+    They follow the formulas, in the same way for every module: 2T-1 projected positions, T (2T-1)
     position scores, T T content scores and T T weighted values per model dimension.
     """
     from torch import nn
@@ -142,7 +142,7 @@ def attention_macs(attention, frames: int, linear: bool) -> tuple[int, int]:
 
 
 def print_card(args: argparse.Namespace, encoders: dict) -> None:
-    """What is about to be timed, before a clock is started."""
+    """The card: settings of the measurement."""
     chunks = f"chunks of {args.chunk_size} frames (stock: none)" if args.chunk_size else "no chunks"
     print(f"encoder   {args.encoder}, {args.blocks} blocks x {encoders['mha'].output_size()}")
     print_software()
@@ -183,7 +183,7 @@ def features(case: Case, device: str) -> tuple:
 
 
 def output_difference(args: argparse.Namespace, encoders: dict) -> float:
-    """Largest difference between the outputs of mha and stock: is like compared with like?"""
+    """Largest difference between the outputs of mha and stock, which should be equal."""
     import torch
 
     xs, lengths = features(Case("", batch=2, seconds=4, training=False), args.device)
@@ -193,7 +193,7 @@ def output_difference(args: argparse.Namespace, encoders: dict) -> float:
 
 
 def workload(encoder, case: Case, device: str) -> Callable[[], None]:
-    """One run of `case`: a forward pass, or forward, backward and dropping the gradients."""
+    """One run of `case`: a forward pass, or forward, backward and freeing the gradients."""
     import torch
 
     encoder.train(case.training)
@@ -228,7 +228,7 @@ def workload(encoder, case: Case, device: str) -> Callable[[], None]:
 
 def measure(encoders: dict, case: Case, args: argparse.Namespace) -> dict[str, list]:
     """Seconds of every model in every round."""
-    # on a GPU kernels are picked by shape; a CPU is warm after a second of audio
+    # warm-up: on a GPU kernels are selected by shape; a CPU needs only a second of audio
     warm_up = case if args.device == "cuda" else replace(case, seconds=1)
     for encoder in encoders.values():
         timed(args.device, workload(encoder, warm_up, args.device))
@@ -237,7 +237,7 @@ def measure(encoders: dict, case: Case, args: argparse.Namespace) -> dict[str, l
 
 
 def tabulate(case: Case, seconds: dict[str, list]) -> dict[str, dict]:
-    """Print a case's table. Returns its numbers by model."""
+    """Print the table of a case; return its numbers by model."""
     print(f"{case.title}, {len(seconds[STOCK])} rounds\n")
     print(f"| model | median ms | x {STOCK_SDPA} | x mha | bar |  |\n|---|---|---|---|---|---|")
     bars = ATTENTION_BARS if case.attention_only else ENCODER_BARS

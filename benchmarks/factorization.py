@@ -1,4 +1,4 @@
-"""Three ways to cut a trained model's keys and values to one latent, on audio not fitted to."""
+"""Errors of three methods to reduce keys and values to one latent, on held-out audio."""
 
 import argparse
 import json
@@ -27,9 +27,9 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("experiment", type=Path, help="a trained experiment with mha")
     add("--model", default="valid.acc.ave.pth", help="its checkpoint")
-    add("--wav_scp", type=Path, required=True, help="calibration audio, as the dump names it")
-    add("--audio_type", default="kaldi_ark", choices=("kaldi_ark", "sound"), help="its type")
-    add("--minutes", type=float, default=10.0, help="of it, a fifth of the utterances held out")
+    add("--wav_scp", type=Path, required=True, help="calibration audio from the dump")
+    add("--audio_type", default="kaldi_ark", choices=("kaldi_ark", "sound"), help="type of audio")
+    add("--minutes", type=float, default=10.0, help="minutes of audio; a fifth is held out")
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="which attention")
     add("--cuts", type=float, nargs="+", default=[0.5, 0.75, 0.875, 0.9375], help="that go")
     return parser
@@ -43,7 +43,7 @@ def activation_error(attention: Any, down: Tensor, ups: Tensor, x: Tensor) -> fl
 
 @torch.no_grad()
 def measure(attention: Any, seen: Sequence, unseen: Sequence, rank: int) -> dict:
-    """Of one layer: way -> error of the activations (None: not its aim), and of the output."""
+    """Errors of one layer: method -> activation error (None: not minimised), output error."""
     from espnet_kv.convert.calls import rows
     from espnet_kv.convert.factorize import factorize_kv, to_mla
     from espnet_kv.convert.layer_error import output_error
@@ -61,10 +61,7 @@ def measure(attention: Any, seen: Sequence, unseen: Sequence, rank: int) -> dict
         new.linear_v_up.weight.copy_(up_v)
         ups = torch.cat([up_k, up_v])
         activations = activation_error(attention, down, ups, x)
-        result[way] = {
-            "activations": activations,
-            "output": output_error(attention, new, unseen),
-        }
+        result[way] = {"activations": activations, "output": output_error(attention, new, unseen)}
     ours = to_mla(attention, rank, known)
     result[WAYS[2]] = {"activations": None, "output": output_error(attention, ours, unseen)}
     return result
@@ -72,7 +69,7 @@ def measure(attention: Any, seen: Sequence, unseen: Sequence, rank: int) -> dict
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    from espnet_kv.convert.calibration import Listener, read_calibration
+    from espnet_kv.convert.calibration import CalibrationRunner, read_calibration
     from espnet_kv.convert.calls import recording
     from espnet_kv.convert.source import PARTS as SLOTS
     from espnet_kv.convert.source import load_source
@@ -84,14 +81,14 @@ def main(argv: list[str] | None = None) -> None:
     audio = read_calibration(
         args.wav_scp, args.audio_type, args.minutes, 0, argparse.Namespace(**config), ASRTask
     )
-    listener = Listener(model, decoding=any(part != "encoder" for part in args.parts))
-    listener.learn_words([*audio.fit, *audio.held_out], lambda: None)
+    runner = CalibrationRunner(model, decoding=any(part != "encoder" for part in args.parts))
+    runner.transcribe([*audio.fit, *audio.held_out], lambda: None)
     layers = {part: SLOTS[part].attentions(model) for part in args.parts}
     every = {name: layer for named in layers.values() for name, layer in named.items()}
     with recording(every) as seen:
-        listener.hear(audio.fit)
+        runner.run(audio.fit)
     with recording(every) as unseen:
-        listener.hear(audio.held_out)
+        runner.run(audio.held_out)
 
     seconds = audio.source["seconds"]
     print(f"{args.experiment}: {seconds['fit']} s to fit to, {seconds['held_out']} s to measure on")

@@ -1,7 +1,7 @@
-"""The sides of benchmarks/streaming.py: our encoders and ESPnet's, fed chunk by chunk.
+"""The sides of benchmarks/streaming.py: streams through our encoders and ESPnet's.
 
-Of C frames after subsampling a chunk holds, 4 C features are new. A side reads, for chunk n, the
-`window` features from `first` + 4 C n on; then all sides emit the same C frames of the same audio.
+A chunk of C frames after subsampling has 4 C new features. For chunk n, a side reads `window`
+features from `first` + 4 C n on, so that all sides return the same C frames of the same audio.
 """
 
 from abc import ABC, abstractmethod
@@ -12,11 +12,11 @@ from common import DROPOUTS, MELS, copy_weights, encoder_conf
 from torch import Tensor
 
 CHUNK = 16  # frames after subsampling
-STRIDE = 4  # features a frame, of conv2d's two 3x3 convolutions of stride 2
+STRIDE = 4  # features per frame, by conv2d's two 3x3 convolutions of stride 2
 NEW = STRIDE * CHUNK
-OVERLAP = 3  # features that the last frame of a chunk reads beyond them
+OVERLAP = 3  # features after the chunk that its last frame needs
 ESPNET, TRIMMED = "espnet", "espnet trimmed"
-# name -> attention_type, and what its attention_conf has that the one in conf/ does not
+# name -> attention_type, and additions to its attention_conf in conf/
 ATTENTIONS: dict[str, tuple[str, dict]] = {
     "mha": ("mha", {}),
     "mha input": ("mha", {"cache": "input"}),
@@ -43,7 +43,7 @@ def conf_of(name: str, blocks: int) -> dict:
 
 
 def build_ours(blocks: int, device: str) -> dict:
-    """Our encoders by name, with the weights of mha wherever they fit."""
+    """Our encoders by name, with the weights of mha where names and shapes agree."""
     from espnet_kv.encoder.encoders import KVConformerEncoder
 
     torch.manual_seed(0)
@@ -59,7 +59,7 @@ def build_espnet(mha) -> Any:
     """ESPnet's asr_transducer encoder, of the sizes and with the weights of our `mha`.
 
     Raises:
-        RuntimeError: the parameters of the two do not fit each other one to one.
+        RuntimeError: the parameters of both encoders do not correspond one to one.
     """
     from espnet2.asr_transducer.encoder.encoder import Encoder
 
@@ -73,10 +73,10 @@ def build_espnet(mha) -> Any:
         "conv_mod_kernel_size": conf["cnn_module_kernel"],
     }
     inputs = {"vgg_like": False, "subsampling_factor": STRIDE, "conv_size": conf["output_size"]}
-    # its convolutions are causal if and only if it was made for dynamic chunks
+    # dynamic chunks make its convolutions causal
     encoder = Encoder(MELS, [block], inputs, {"dynamic_chunk_training": True})
     weights = {_espnet_name(name): tensor for name, tensor in mha.state_dict().items()}
-    # our positional encoding multiplies by sqrt(D) what the subsampling gives, ESPnet's does not
+    # our positional encoding multiplies the subsampled features by sqrt(D), ESPnet's does not
     for name in ("embed.output.weight", "embed.output.bias"):
         weights[name] = weights[name] * mha.embed.pos_enc.xscale
     encoder.load_state_dict(weights)
@@ -95,23 +95,23 @@ def _espnet_name(name: str) -> str:
 
 
 class Stream(ABC):
-    """Some streams on their way through an encoder.
+    """Some streams through an encoder.
 
     Attributes:
-        first, window: which features a chunk reads, see above.
+        first, window: the features of a chunk, see above.
     """
 
     first: int
     window: int
 
     def pieces(self, features: Tensor) -> list[Tensor]:
-        """(B, 4 C n + 11, F) -> what to feed for each of n chunks."""
+        """(B, 4 C n + 11, F) -> the input for each of n chunks."""
         count = (features.size(1) - Espnet.window) // NEW + 1
         begins = [self.first + NEW * n for n in range(count)]
         return [features[:, begin : begin + self.window].contiguous() for begin in begins]
 
     def run(self, pieces: list[Tensor]) -> None:
-        """Encode chunks one after the other."""
+        """Encode consecutive chunks."""
         for piece in pieces:
             self.step(piece)
 
@@ -125,17 +125,17 @@ class Stream(ABC):
 
     @abstractmethod
     def held_analytic(self) -> int:
-        """What they should come to, by arithmetic."""
+        """The expected bytes by arithmetic."""
 
     @abstractmethod
     def alive(self) -> int:
-        """Bytes of the storage behind them."""
+        """Bytes of their allocated storage."""
 
 
 class Ours(Stream):
     """`forward_chunk` of one of our encoders."""
 
-    # features 4 to 6 are fed beforehand: the state holds what a chunk reads of the one before
+    # features 4 to 6 are fed beforehand, because the state holds the overlap of the last chunk
     first = STRIDE + OVERLAP
     window = NEW
 
@@ -161,8 +161,8 @@ class Ours(Stream):
 class Espnet(Stream):
     """`chunk_forward` of ESPnet's asr_transducer encoder, called as its Speech2Text calls it.
 
-    It subsamples C + 2 frames and drops the first and the last, so that its caller has to feed 11
-    features twice. The cache is part of the encoder: one stream per encoder.
+    It subsamples C + 2 frames and drops the first and the last, so its caller passes 11 features
+    twice. The cache is part of the encoder: one stream per encoder.
     """
 
     first = 0
@@ -180,7 +180,7 @@ class Espnet(Stream):
     def step(self, xs: Tensor) -> Tensor:
         ys = self.encoder.chunk_forward(xs, self.lengths, self.processed, self.left)
         self.processed += CHUNK
-        self.features = xs[:, NEW:]  # which its caller holds until the next chunk
+        self.features = xs[:, NEW:]  # kept by the caller for the next chunk
         return ys
 
     def held(self) -> dict[str, int]:
@@ -195,13 +195,13 @@ class Espnet(Stream):
         return numbers * 4
 
     def alive(self) -> int:
-        # what it keeps are views of tensors that hold the chunk too
+        # the cache consists of views of tensors that also hold the chunk
         caches = [tensor for block in self.encoder.encoders.blocks for tensor in block.cache]
         return sum(c.untyped_storage().nbytes() for c in caches) + self.features.nbytes
 
 
 class TrimmedEspnet(Espnet):
-    """ESPnet's modules without the two frames that `chunk_forward` drops, and a mask made once."""
+    """ESPnet's modules without the two frames dropped by `chunk_forward`, with a cached mask."""
 
     first = STRIDE
     window = NEW + OVERLAP
@@ -225,11 +225,11 @@ class TrimmedEspnet(Espnet):
 
 
 def multiply_accumulates(name: str, conf: dict, left: int) -> tuple[int, int, int]:
-    """What the formulas ask for in a chunk once `left` frames are held, a stream of them.
+    """Multiply-accumulates per stream by the formulas, for a chunk with `left` cached frames.
 
     Returns:
         Input layer; blocks without attention; attention. ESPnet projects the relative positions in
-        every chunk; ours depend on weights alone and are projected once.
+        every chunk; ours are projected once.
     """
     size, rank = conf["output_size"], conf["attention_conf"].get("kv_rank", 0)
     heads, blocks = conf["attention_heads"], conf["num_blocks"]

@@ -1,7 +1,7 @@
-"""What a chunk of streaming costs with each attention, beside ESPnet's asr_transducer encoder.
+"""Time and memory of a streaming chunk compared with ESPnet's asr_transducer encoder.
 
-Sides take turns within a round, and a ratio is the median over rounds of the ratios within one:
-whatever else the machine does falls on both sides of it.
+All sides run in every round, and a ratio is the median over rounds of the ratios within a round, so
+that other load on the machine affects both sides.
 """
 
 import argparse
@@ -48,18 +48,18 @@ from espnet_kv.cli import command
 
 FRAMES_PER_MINUTE = 1500
 STREAMS = 16
-MANY = 64  # streams of which one leaves and one comes
-MLA_BAR = ("mla", "mha", 1.0)  # time of the first over that of the second, at most
-LEAST_GAIN = 1.8  # throughput of a batch of streams over as many single ones
-MOST_MOVING = 0.1  # time of one leaving and one coming over that of copying all streams
-MOST_AGEING = 1.05  # time of a chunk in the last minute over that in minute 2
+MANY = 64  # streams in the case moves-64
+MLA_BAR = ("mla", "mha", 1.0)  # highest ratio of the first time to the second
+LEAST_GAIN = 1.8  # lowest ratio of the throughput of a batch to that of single streams
+MOST_MOVING = 0.1  # highest ratio of the time of one change to that of copying all streams
+MOST_AGEING = 1.05  # highest ratio of the time of a chunk in the last minute to minute 2
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed, with how many chunks of left context.
+    """A measurement with a number of chunks of left context.
 
-    most: time of mha over ESPnet's, for the cases that have ESPnet take part.
+    most: highest ratio of mha's time to ESPnet's, for cases with ESPnet.
     """
 
     left_chunks: int
@@ -68,7 +68,7 @@ class Case:
 
     @property
     def left(self) -> int:
-        """In frames."""
+        """Left context in frames."""
         return self.left_chunks * CHUNK
 
 
@@ -80,7 +80,9 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--blocks", type=positive, default=12, help="encoder blocks")
     add("--rounds", type=positive, default=40, help="rounds of a case")
-    add("--chunks", type=positive, default=4, help="chunks in a row of a side in a round (chunk-*)")
+    add(
+        "--chunks", type=positive, default=4, help="consecutive chunks per side and round (chunk-*)"
+    )
     add("--hour", type=positive, default=60, metavar="MINUTES", help="audio of the case hour")
     add_machine_options(parser)
     add("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help="of these")
@@ -104,7 +106,7 @@ def open_streams(encoders: dict, left_chunks: int, features: Tensor) -> dict[str
 
 
 def print_card(encoders: dict, args: argparse.Namespace) -> None:
-    """What is about to be timed, before a clock is started."""
+    """The card: settings of the measurement."""
     lefts = sorted({CASES[case].left_chunks for case in args.cases})
     size = encoders["mha"].output_size()
     print(f"encoder   conformer of conf/, {args.blocks} blocks x {size}, causal, no dropout")
@@ -145,7 +147,7 @@ def output_difference(encoders: dict, left_chunks: int, device: str) -> float:
 
 
 def run_chunk(encoders: dict, case: Case, args: argparse.Namespace) -> dict:
-    """A stream through each encoder, once its left context is full: time of a chunk, bytes."""
+    """Time of a chunk and bytes of a stream through each encoder with a full left context."""
     features = noise(args.device, case.left_chunks + 1 + args.chunks)
     streams = open_streams(encoders, case.left_chunks, features)
     pieces = {name: stream.pieces(features) for name, stream in streams.items()}
@@ -162,7 +164,7 @@ def run_chunk(encoders: dict, case: Case, args: argparse.Namespace) -> dict:
 
 
 def tabulate_chunk(streams: dict[str, Stream], seconds: dict[str, list], case: Case) -> dict:
-    """Print what `run_chunk` found: times, bytes, bars. Returns the numbers."""
+    """Print the results of `run_chunk`: times, bytes, bars; return the numbers."""
     others = (ESPNET, TRIMMED, "mha")
     print("| model | median ms a chunk |", *(f"x {other} |" for other in others))
     print("|---" * 5 + "|")
@@ -199,7 +201,7 @@ def bytes_of(stream: Stream) -> dict:
 
 
 def run_streams(encoders: dict, case: Case, args: argparse.Namespace) -> dict:
-    """16 streams in one batch against 16 on their own, a chunk of each in a round."""
+    """16 streams in one batch compared with 16 single streams, one chunk of each per round."""
     features = noise(args.device, case.left_chunks + 2, STREAMS)
     print(f"{STREAMS} streams, left context of {case.left} frames full, {args.rounds} rounds\n")
     print("| model | single: ms a chunk of all | one batch: ms | throughput x | bar |  |")
@@ -225,7 +227,7 @@ def run_streams(encoders: dict, case: Case, args: argparse.Namespace) -> dict:
 
 
 def run_moves(encoders: dict, case: Case, args: argparse.Namespace) -> dict:
-    """One of many streams leaves and another one joins, against copying the whole batch."""
+    """One of many streams leaves and another joins, compared with copying the whole batch."""
     features = noise(args.device, case.left_chunks + 2, MANY)
     stay = list(range(1, MANY))
     print(f"{MANY} streams, left context of {case.left} frames full, {args.rounds} rounds\n")
@@ -241,7 +243,7 @@ def run_moves(encoders: dict, case: Case, args: argparse.Namespace) -> dict:
             new = batch.encoder.init_state(left_chunks=batch.state.left_chunks)
             batch.state = batch.state.select(stay)
             batch.state = EncoderState.join([batch.state, new])
-            batch.state.claim()  # which the next chunk would do
+            batch.state.claim()  # as the next chunk would do
 
         runs = {"move": move, "copy": partial(copy.deepcopy, batch.state)}
         seconds = by_side(list(rounds(runs, args.device, args.rounds)))
@@ -265,7 +267,7 @@ def step_next(stream: Stream, xs: Iterator[Tensor]) -> None:
 
 
 def run_hour(encoders: dict, case: Case, args: argparse.Namespace) -> dict:
-    """Minute 2 of one stream against the last minute of another, chunk by chunk in turns."""
+    """Minute 2 of one stream compared with the last minute of another, alternating by chunk."""
     generator = torch.Generator().manual_seed(0)
 
     def fresh() -> Tensor:

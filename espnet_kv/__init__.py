@@ -1,8 +1,7 @@
 """KV-cache compression for ESPnet speech recognition.
 
-Importing the package makes its encoders known to ESPnet (see `espnet_kv.espnet.register`).
-The import itself is light: torch and ESPnet are not loaded until somebody asks for one of the
-names in `__all__`.
+Importing the package registers its classes with ESPnet (see `espnet_kv.espnet.register`). The
+import does not load torch and ESPnet; the first use of a name in `__all__` does.
 """
 
 import importlib

@@ -2,9 +2,10 @@
 
     python -m espnet_kv -m espnet2.bin.asr_train --encoder kv_conformer ...
 
-takes the place of `python`: ESPnet's own `asr.sh --python "python3 -m espnet_kv"` works unchanged,
-and with `--use_streaming true` too: ESPnet's streaming command runs encoders of its own only, so
-for a model with one of ours `espnet_kv.bin.asr_inference_streaming` takes its place.
+replaces `python`, e.g. in ESPnet's `asr.sh --python "python3 -m espnet_kv"`. Where `espnet_kv.bin`
+has a command with the options and files of ESPnet's, it runs instead: models are saved atomically
+and loaded strictly, and decoding uses the cached decoder. ESPnet's streaming command is replaced
+only for models with an encoder of this package.
 """
 
 import argparse
@@ -14,11 +15,14 @@ import runpy
 import sys
 import types
 
+STREAMING = "asr_inference_streaming"
+OURS = ("asr_inference", "asr_train", "lm_calc_perplexity", "lm_train", STREAMING)
+"""Modules of espnet_kv.bin that take the place of those in espnet2.bin."""
 USAGE = "usage: python -m espnet_kv (-m MODULE | -c CODE | SCRIPT) [ARGUMENT ...]"
 
 
 def main() -> None:
-    """Hand the command line over; exit status, options and sys.argv are the target's own."""
+    """Run the target with its options as sys.argv; the exit status is that of the target."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -29,8 +33,10 @@ def main() -> None:
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         module = arguments[1]
-        if module == "espnet2.bin.asr_inference_streaming" and _encoder_is_ours(arguments[2:]):
-            module = "espnet_kv.bin.asr_inference_streaming"
+        package, _, name = module.rpartition(".")
+        ours = package == "espnet2.bin" and name in OURS
+        if ours and (name != STREAMING or _encoder_is_ours(arguments[2:])):
+            module = f"espnet_kv.bin.{name}"
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     elif arguments[0] == "-c":
         sys.argv = ["-c", *arguments[2:]]
@@ -46,14 +52,14 @@ def main() -> None:
 
 
 def _encoder_is_ours(options: list[str]) -> bool:
-    """Whether the training configuration that a decoding command names has an encoder of ours."""
+    """Whether the training configuration in the options has an encoder of this package."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--asr_train_config")
     try:
         with open(parser.parse_known_args(options)[0].asr_train_config, encoding="utf-8") as file:
             return any(re.match(r"encoder:\s*kv_", line) for line in file)
     except (OSError, TypeError, UnicodeDecodeError, argparse.ArgumentError):
-        return False  # the command will say what is wrong
+        return False  # the command itself reports the error
 
 
 if __name__ == "__main__":

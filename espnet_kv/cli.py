@@ -1,4 +1,4 @@
-"""What commands share: parser, types of options, one-line errors, progress."""
+"""Tools for commands: parser, types of options, one-line errors, progress."""
 
 import argparse
 import functools
@@ -13,7 +13,7 @@ from espnet_kv.errors import ArgumentError, UserError, explain, one_line
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """argparse's, without the defaults that say nothing to a user."""
+    """argparse's formatter without the defaults None and []."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default == []:
@@ -22,7 +22,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of options: what is wrong is a UserError, where argparse prints its usage."""
+    """A parser that raises UserError; argparse would print its usage and exit."""
 
     def error(self, message: str) -> NoReturn:
         """Raise a UserError."""
@@ -30,18 +30,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def true_or_false(text: str) -> bool:
-    """Type of an option that is `true` or `false`, as ESPnet's are."""
+    """Type of an option with the values `true` and `false`, as in ESPnet."""
     if text not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text == "true"
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    """Type of an option that is a whole number from `least` to `most` (None: any)."""
+    """Type of an option with integers from `least` to `most` (None: no upper limit)."""
     bounds = f"of {least} or more" if most is None else f"from {least} to {most}"
 
     def parse(text: str) -> int:
-        # isdecimal alone takes the digits of other scripts, of which int() makes numbers, too
+        # isdecimal and int() also accept the digits of other scripts
         number = int(text) if text.removeprefix("-").isdecimal() and len(text) < 100 else None
         if number is None or number < least or (most is not None and number > most):
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {bounds}")
@@ -51,14 +51,13 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Turn `main` into a console command: what a user can mend becomes one line on stderr.
+    """Turn `main` into a console command that prints user errors as one line on stderr.
 
-    That is a UserError, a failure of the file system and missing memory (status 1) and Ctrl-C
-    (status 130). Where nobody reads standard output any more, it ends without a word (status 141).
-    Every other exception is a fault of the program and keeps its traceback.
+    These are a UserError, an error of the file system, missing memory (status 1) and Ctrl-C
+    (status 130). When standard output is closed, the command ends silently (status 141). Other
+    exceptions are bugs and keep their traceback.
 
-    Returns a function that gives the exit status, so that both
-    `sys.exit(main())` and console-script entry points work.
+    The returned function returns the exit status, for `sys.exit(main())` and console scripts.
     """
 
     @functools.wraps(main)
@@ -66,9 +65,9 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
         try:
             return main(*args, **kwargs) or 0
         except UserError as error:
-            said = one_line(error)
+            message = one_line(error)
             if isinstance(error, ArgumentError):
-                said = f"--{said}"
+                message = f"--{message}"
         except KeyboardInterrupt:
             print("error: interrupted", file=sys.stderr)
             return 130
@@ -79,30 +78,30 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
             text = explain(error)
             if text is None:
                 raise
-            said = text
-        print(f"error: {said}", file=sys.stderr)
+            message = text
+        print(f"error: {message}", file=sys.stderr)
         return 1
 
     return run
 
 
 def discard_output() -> None:
-    """Send standard output nowhere: nobody reads it, and Python would complain at its exit."""
+    """Redirect a closed standard output to /dev/null; Python would print an error at exit."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stdout.fileno())
     os.close(null)
 
 
 SHOWN = 20
-"""Warnings of one kind are printed up to this many; the rest are counted."""
+"""Number of warnings of one kind that are printed; further ones are counted."""
 
 
 def progress(label: str, total: int, *, initial: int = 0, unit: str = "it") -> tqdm:
-    """A counter with the time left, on standard error; `update()` counts, `close()` ends its line.
+    """A progress counter with the time left, on standard error.
 
     Args:
-        total, initial: what there is to do, and what an earlier run has done of it.
-        unit: "B" counts bytes and shows them as kB, MB...
+        total, initial: units of work in all, and units done by an earlier run.
+        unit: "B" for bytes, shown as kB, MB...
     """
     return tqdm(
         desc=f"  {label}",
@@ -110,13 +109,13 @@ def progress(label: str, total: int, *, initial: int = 0, unit: str = "it") -> t
         initial=initial,
         unit=unit,
         unit_scale=unit == "B",
-        mininterval=0.5 if sys.stderr.isatty() else 10.0,  # a log gets few lines
+        mininterval=0.5 if sys.stderr.isatty() else 10.0,  # few lines in a log
         bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
     )
 
 
 def warn_each(label: str, reasons: Mapping[str, str], summary: str) -> None:
-    """Warn on stderr of every utterance in `reasons`, then print how many: `N SUMMARY`."""
+    """Print a warning on stderr for each utterance in `reasons`, then their number: `N SUMMARY`."""
     if not reasons:
         return
     for utt in list(reasons)[:SHOWN]:
@@ -127,10 +126,10 @@ def warn_each(label: str, reasons: Mapping[str, str], summary: str) -> None:
 
 
 def refuse_mostly_dropped(label: str, dropped: Mapping[str, str], total: int) -> None:
-    """Stop where more than half of `total` utterances were dropped.
+    """Stop if more than half of `total` utterances were dropped.
 
     Raises:
-        UserError: then a path or an option is wrong, not a few files.
+        UserError: probably a path or an option is wrong, and not a few files.
     """
     if 2 * len(dropped) > total:
         utt, reason = next(iter(dropped.items()))

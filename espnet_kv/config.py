@@ -1,4 +1,4 @@
-"""Training configurations: a YAML of conf/ and, laid over it, an overlay for another size."""
+"""Training configurations: a YAML of conf/ and an overlay that replaces some of its keys."""
 
 import itertools
 import shlex
@@ -27,27 +27,27 @@ def load_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
     Raises:
-        UserError: the file is missing or is no YAML mapping.
+        UserError: the file is missing or is not a YAML mapping.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: choose one of those in conf/") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected keys and values, found {type(content).__name__}")
     return content
 
 
 def load_config(path: Path, overlay: Path | None = None) -> dict[str, Any]:
-    """A training configuration, with the overlay's keys laid over it.
+    """A training configuration with the keys of the overlay.
 
-    An overlay is a YAML of the same keys; below `per_encoder` stand keys for one encoder only,
+    An overlay is a YAML of the same keys. The key `per_encoder` holds keys for one encoder only:
     `per_encoder: {kv_conformer: {encoder_conf: ...}}`.
 
     Raises:
-        UserError: a file is missing or no YAML mapping, or `per_encoder` is no mapping.
+        UserError: a file is missing or is not a YAML mapping, or `per_encoder` is not a mapping.
     """
     config = plain_names(load_yaml(path))
     if overlay is None:
@@ -62,7 +62,7 @@ def load_config(path: Path, overlay: Path | None = None) -> dict[str, Any]:
     return _merged(config, per_encoder.get(config.get("encoder"), {}))
 
 
-# keys of a training configuration that change what statistics are made of
+# keys of a training configuration that affect the feature statistics
 FRONT_END = (
     "frontend",
     "frontend_conf",
@@ -81,7 +81,7 @@ FRONT_END = (
 
 
 def front_end(config: Mapping[str, Any], more: str) -> dict[str, Any]:
-    """The part of a configuration, and of the options `more`, that statistics depend on."""
+    """The keys of a configuration, and of the options `more`, that affect the statistics."""
     found = {key: config[key] for key in FRONT_END if config.get(key) is not None}
     words = [part for word in shlex.split(more) for part in word.split("=", 1)]
     for n, word in enumerate(words):

@@ -1,9 +1,9 @@
-"""Mistakes a user can mend, told in one line."""
+"""Errors that a user can fix, with messages of one line."""
 
 import errno
 import sys
 
-# what a failed system call asks for; its own text says what happened
+# error number of a system call -> how to fix it
 WAYS_OUT = {
     errno.ENOSPC: "free space there, or write to another disk",
     errno.EDQUOT: "free space there, or write to another disk",
@@ -19,7 +19,7 @@ WAYS_OUT = {
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENOMEM: "free memory",
 }
-# how torch says on a CPU that memory is missing; it has no class of its own for that
+# messages of torch when memory is exhausted on a CPU, for which it has no exception class
 NO_MEMORY = (
     "can't allocate memory",
     "not enough memory",
@@ -29,23 +29,22 @@ NO_MEMORY = (
 
 
 class UserError(Exception):
-    """Bad input: the message names the file, key or option and the way out.
+    """Bad input; the message names the file, key or option and how to fix it.
 
-    Commands print it as one line and exit with status 1 (see `command`); library
-    callers catch it like any exception.
+    Commands print it as one line and exit with status 1 (see `espnet_kv.cli.command`).
     """
 
 
 class ArgumentError(UserError, ValueError):
-    """An argument of a call has a value that is not allowed; commands name the option `--name`.
+    """An argument has a value that is not allowed; commands print it as the option `--name`.
 
     Args:
-        name: of the argument.
-        said: the value and what is allowed.
+        name: name of the argument.
+        problem: the value and the allowed values.
     """
 
-    def __init__(self, name: str, said: str):
-        super().__init__(name, said)
+    def __init__(self, name: str, problem: str):
+        super().__init__(name, problem)
 
     def __str__(self) -> str:
         return " ".join(self.args)
@@ -56,30 +55,30 @@ class ConfigError(UserError, ValueError):
 
 
 def one_line(error: object) -> str:
-    """The text of an error without line breaks; spaces within a line, e.g. of a path, stay."""
+    """The text of an error without line breaks; spaces within a line, e.g. in a path, are kept."""
     lines = (line.strip() for line in str(error).splitlines())
     return " ".join(line for line in lines if line)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was missing, that of the CPU or that of a GPU."""
+    """Whether CPU or GPU memory was exhausted."""
     if isinstance(error, MemoryError):
         return True
-    torch = sys.modules.get("torch")  # where it was not imported it cannot have failed
+    torch = sys.modules.get("torch")  # None: torch was not imported
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
 
 
 def explain(error: BaseException) -> str | None:
-    """One line for a failure of the machine: a file, memory; None for any other exception."""
+    """One line for an error of the file system or missing memory; None for other exceptions."""
     if isinstance(error, OSError):
         if error.errno is None:
             return one_line(error)
         paths = " -> ".join(str(p) for p in (error.filename, error.filename2) if p is not None)
-        said = f"{paths}: {error.strerror}" if paths else str(error.strerror)
+        message = f"{paths}: {error.strerror}" if paths else str(error.strerror)
         way_out = WAYS_OUT.get(error.errno)
-        return one_line(f"{said}: {way_out}" if way_out else said)
+        return one_line(f"{message}: {way_out}" if way_out else message)
     if is_out_of_memory(error):
         what = one_line(error).removeprefix("[").split(". ")[0]
         return (

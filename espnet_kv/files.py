@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all, locks, and the commit of a checkout."""
+"""Atomic writing of files and directories, locks, and the commit of a checkout."""
 
 import fcntl
 import json
@@ -15,12 +15,12 @@ from espnet_kv.errors import UserError
 
 @contextmanager
 def new_directory(dst: Path) -> Iterator[Path]:
-    """Yield an empty directory beside `dst` which replaces `dst` when the block succeeds.
+    """Yield an empty directory beside `dst`, which replaces `dst` when the block succeeds.
 
     Paths stored inside the files must name `dst`, not the yielded directory.
 
     Raises:
-        OSError: names `dst` where the system names no file.
+        OSError: names `dst` if the system names no file.
     """
     # resolved, because `.` and `..` have no name
     partial = dst.resolve().with_name(f".{dst.resolve().name}.partial")
@@ -39,12 +39,12 @@ def new_directory(dst: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_entries(dst: Path) -> Iterator[Path]:
-    """Yield an empty directory within `dst`, whose entries go into `dst` when the block succeeds.
+    """Yield an empty directory in `dst`; its entries are moved to `dst` when the block succeeds.
 
-    Entries of the same name are replaced, others in `dst` stay.
+    Entries of the same name are replaced; other entries of `dst` are kept.
 
     Raises:
-        OSError: names `dst` where the system names no file.
+        OSError: names `dst` if the system names no file.
     """
     is_new, partial = not dst.exists(), dst / ".partial"
     with naming(dst):
@@ -65,10 +65,10 @@ def new_entries(dst: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path`, of the same suffix, whose file replaces `path` on success.
+    """Yield a path with the same suffix beside `path`; its file replaces `path` on success.
 
     Raises:
-        OSError: names `path` where the system names no file.
+        OSError: names `path` if the system names no file.
     """
     partial = path.with_name(f".partial.{path.name}")
     with naming(path):
@@ -82,7 +82,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Within it an OSError without a file name, as of a write to a full disk, names `path`."""
+    """Add `path` to an OSError without a file name, e.g. from a write to a full disk."""
     try:
         yield
     except OSError as error:
@@ -98,16 +98,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a path at which nothing can be written, before the work for it is done.
+    """Check before long work that its output path can be written to.
 
     Raises:
-        UserError: names the path and the directory above it that stands in the way.
+        UserError: names the path and the directory that cannot be written to.
     """
     above = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if above == path and path.is_file():
         above = path.absolute().parent
     if not above.is_dir():
-        raise UserError(f"{path}: {above} is no directory; name another path")
+        raise UserError(f"{path}: {above} is not a directory; name another path")
     if not os.access(above, os.W_OK):
         raise UserError(
             f"{path}: {above} cannot be written to; change its permissions, or name another path"
@@ -116,14 +116,14 @@ def check_writable(path: Path) -> None:
 
 @contextmanager
 def locked(output: Path, command: str, wait: bool = False) -> Iterator[None]:
-    """Hold the lock of `output`, a hidden file beside it, which the kernel releases on any death.
+    """Hold the lock of `output`, a hidden file beside it. The kernel releases it with the process.
 
     Args:
-        command: what holds it, for the message that another run prints.
-        wait: until another run has released it, which takes it a moment.
+        command: command line of this run, for the message in another run.
+        wait: wait until another run has released the lock.
 
     Raises:
-        UserError: another run holds it; names that run's process and command.
+        UserError: another run holds the lock; names its process and command.
     """
     path = output.with_name(f".{output.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def locked(output: Path, command: str, wait: bool = False) -> Iterator[None]:
         except BlockingIOError:
             with file:
                 raise UserError(f"{output} is being made by {_holder(file)}") from None
-        # between open and flock the holder before us may have removed the file
+        # the previous holder may have removed the file between open and flock
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
         file.close()
@@ -156,7 +156,7 @@ def _holder(file) -> str:
             f"another run, process {holder['pid']} on {holder['host']} ({holder['command']}): "
             "wait for it to end, or stop it first"
         )
-    except (ValueError, KeyError):  # it has only just begun
+    except (ValueError, KeyError):  # the holder has not written it yet
         return "another run: wait for it to end, or stop it first"
 
 
@@ -164,13 +164,13 @@ PACKAGE = Path(__file__).parent
 
 
 def commit(directory: Path = PACKAGE) -> str | None:
-    """The commit of a directory's checkout, with -dirty where files differ from it.
+    """The commit of a directory's checkout, with -dirty if files were changed.
 
     Args:
-        directory: by default this package's.
+        directory: by default the directory of this package.
 
     Returns:
-        None outside git, and where the directory lies in a repository that does not track it.
+        None outside git, or if the repository does not track the directory.
     """
 
     def git(*arguments: str) -> str:

@@ -1,12 +1,11 @@
 """scores.json: the error rates of one decoded test set, written by stage 13 of the recipe.
 
-    {"streaming": whether it was decoded as streams,
+    {"streaming": whether it was decoded with the streaming command,
      "wer": {"utterances", "words", "corr", "sub", "del", "ins", "err", "s_err", "missing"},
      "cer": {...}, "ter": {...}}
 
-All of them are counts; the words of cer and ter are characters and pieces. Everything that shows an
-error rate reads it here. A test set that ESPnet's asr.sh scored has no such file: its figures are
-those of score_*/result.txt.
+All values are counts; the words of cer and ter are characters and pieces. A test set that ESPnet's
+asr.sh scored has no such file; its rates are read from score_*/result.txt.
 """
 
 import json
@@ -20,18 +19,19 @@ from typing import Any
 from espnet_kv.errors import UserError, one_line
 
 FILE, RECORD = "scores.json", "decoding.json"
-"""What stage 13 and stage 12 write beside a decoding's results."""
+"""Files beside the results of a decoding, written by stage 13 and stage 12."""
 KINDS = ("wer", "cer", "ter")
 COUNTS = ("utterances", "words", "corr", "sub", "del", "ins", "err", "s_err")
 
 
 @dataclass(frozen=True)
 class Rates:
-    """The figures of one kind.
+    """The rates of one kind.
 
-    utterances, words: how many there are in the reference.
-    corr, sub, deleted, ins, err: per cent of the words. s_err: per cent of the utterances, those
-    with an error.
+    Attributes:
+        utterances, words: their numbers in the reference.
+        corr, sub, deleted, ins, err: per cent of the words.
+        s_err: utterances with an error, per cent of the utterances.
     """
 
     utterances: int
@@ -45,7 +45,7 @@ class Rates:
 
     @classmethod
     def of(cls, counts: Mapping[str, int]) -> "Rates":
-        """The rates of COUNTS."""
+        """Compute the rates from COUNTS."""
         utterances, words = counts["utterances"], counts["words"]
         return cls(
             utterances=utterances,
@@ -66,9 +66,11 @@ class Rates:
 
 @dataclass(frozen=True)
 class Scores:
-    """One decoded test set.
+    """The scores of one decoded test set.
 
-    streaming: whether it was decoded as streams. rates: of KINDS, those that were scored.
+    Attributes:
+        streaming: whether it was decoded with the streaming command.
+        rates: rates by kind, one of KINDS.
     """
 
     streaming: bool
@@ -76,34 +78,44 @@ class Scores:
 
 
 def percent(count: int, total: int) -> float:
-    """count in per cent of total; infinite for something of nothing."""
+    """count in per cent of total; infinite if only total is 0."""
     if total:
         return 100 * count / total
     return 0.0 if count == 0 else float("inf")
 
 
 def scored_sets(experiment: Path, decodings: str = "*") -> Iterator[tuple[Path, Scores]]:
-    """The directory of every test set below EXPERIMENT/DECODING that is scored, and its scores.
+    """Yield the directory and the scores of each scored test set in EXPERIMENT/DECODING.
+
+    As in ESPnet's recipes, a test set that is the validation set too is below org/.
 
     Args:
-        decodings: pattern of the names of the decodings.
+        decodings: glob pattern of decoding names.
 
     Raises:
         UserError: see `read_scored_set`.
     """
-    found = {path.parent for path in experiment.glob(f"{decodings}/*/{FILE}")}
-    for kind in KINDS:
-        results = experiment.glob(f"{decodings}/*/score_{kind}/result.txt")
-        found |= {result.parents[1] for result in results}
+    found = set[Path]()
+    for sets in (f"{decodings}/*", f"{decodings}/org/*"):
+        found |= {path.parent for path in experiment.glob(f"{sets}/{FILE}")}
+        for kind in KINDS:
+            results = experiment.glob(f"{sets}/score_{kind}/result.txt")
+            found |= {result.parents[1] for result in results}
     for directory in sorted(found):
         yield directory, read_scored_set(directory)
+
+
+def decoding_of(test_set: Path) -> Path:
+    """Directory of the decoding that the directory of a test set belongs to."""
+    parent = test_set.parent
+    return parent.parent if parent.name == "org" else parent
 
 
 def read_scored_set(directory: Path) -> Scores:
     """The scores of one decoded test set.
 
     Raises:
-        UserError: scores.json or, where there is none, a result.txt is damaged.
+        UserError: scores.json, or a result.txt if there is no scores.json, is damaged.
     """
     file = directory / FILE
     if not file.exists():
@@ -117,21 +129,18 @@ def read_scored_set(directory: Path) -> Scores:
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise _damaged(file, one_line(error)) from error
     if not isinstance(streaming, bool):
-        raise _damaged(file, f"streaming is {streaming!r}, and neither true nor false")
+        raise _damaged(file, f"streaming is {streaming!r}, not true or false")
     for kind in rates:
         for name in COUNTS:
             if type(count := data[kind][name]) is not int or count < 0:
-                raise _damaged(
-                    file, f"{kind}.{name} is {count!r}, and no whole number of 0 or more"
-                )
+                raise _damaged(file, f"{kind}.{name} is {count!r}, not an integer of 0 or more")
     return Scores(streaming, rates)
 
 
 def is_streaming(directory: Path) -> bool:
-    """Whether a test set was decoded as streams.
+    """Whether a test set was decoded with the streaming command.
 
-    That is read off the record of stage 12 or, where ESPnet's asr.sh decoded, off the command in
-    its log.
+    This is in the record of stage 12, or in the log of the command if ESPnet's asr.sh decoded.
 
     Raises:
         UserError: the record is damaged.
@@ -150,7 +159,7 @@ def is_streaming(directory: Path) -> bool:
 
 
 def _sclite(result: Path) -> Rates:
-    """The figures of the line Sum/Avg of a result.txt, as sclite writes it."""
+    """The rates in the line Sum/Avg of a result.txt in sclite's format."""
     try:
         for line in result.read_text(encoding="utf-8").splitlines():
             name, _, rest = line.strip("| ").partition("|")
@@ -169,8 +178,8 @@ def _damaged(file: Path, reason: str) -> UserError:
 def read_scores(experiment: Path, preferred: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
     """{"offline", "streaming"} -> test set -> {"wer", "cer", "decoding"}, in per cent.
 
-    Of several decodings of one kind the first of the preferred counts, else the one of the
-    shortest name: options that were given lengthen it.
+    If there are several decodings of one kind, the first of `preferred` is used, else the one with
+    the shortest name, which has the fewest extra options.
 
     Raises:
         UserError: a score file is damaged.
@@ -182,8 +191,8 @@ def read_scores(experiment: Path, preferred: Sequence[str] = ()) -> dict[str, di
         return order.get(decoding, len(order)), len(decoding), decoding
 
     found = [
-        (place.parent.name, place.name, scored)
-        for place, scored in scored_sets(experiment, "decode_*")
+        (decoding_of(place).name, place.name, scored)
+        for place, scored in scored_sets(experiment)
         if "wer" in scored.rates
     ]
     for decoding, name, scored in sorted(found, key=lambda one: (*rank(one[0]), one[1])):
@@ -195,5 +204,5 @@ def read_scores(experiment: Path, preferred: Sequence[str] = ()) -> dict[str, di
 
 
 def _known(rates: Rates) -> float | None:
-    """The error rate; None where there are errors in a reference without a word."""
+    """The error rate; None if it is infinite (errors, but no words in the reference)."""
     return rates.err if math.isfinite(rates.err) else None

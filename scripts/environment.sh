@@ -54,7 +54,8 @@ find_python() {
 
 active=$(command -v python3 || true)
 if [ -n "${active}" ] && has_modules "${active}" espnet2 torch torchaudio; then
-    modules=(sentencepiece kaldiio jiwer matplotlib yaml espeakng_loader pytest hypothesis ruff mypy)
+    modules=(sentencepiece kaldiio jiwer matplotlib pandas jinja2 pydantic yaml espeakng_loader)
+    modules+=(tqdm psutil pytest xdist hypothesis ruff mypy)
     if ! has_modules "${active}" "${modules[@]}"; then
         say "adding what ${active} lacks of the project's tools"
         "${active}" -m pip install --quiet "${repo}[dev]" >&2

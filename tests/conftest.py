@@ -1,4 +1,4 @@
-"""What every test shares: seeds, threads, and memory that shows who forgot to write it."""
+"""Shared by all tests: seeds, threads, and poisoned memory that shows missing writes."""
 
 import random
 
@@ -9,22 +9,28 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first, so that no process is left with the longest of them."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def _seeds():
-    """Module weights and dropout come out alike in every run and in any order of tests."""
+    """Make module weights and dropout reproducible in any order of tests."""
     random.seed(0)
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def rng() -> torch.Generator:
-    """A random generator of the test's own."""
+    """A random generator for one test."""
     return torch.Generator().manual_seed(1)
 
 
 @pytest.fixture
 def poisoned_memory():
-    """Uninitialised tensors (torch.empty and its kin) hold NaN, integers their maximum."""
+    """Uninitialised tensors (torch.empty etc.) hold NaN, integers their maximum."""
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),

@@ -51,6 +51,7 @@ RECIPE_RUNS = of_kind(r"(\w+=\S+ )*\./run(_all)?\.sh\b")
 HELP = of_kind(r"python -m .* --help$")
 CODE = of_kind("python -c ")
 OURS = [c for c in of_kind(r"python -m espnet_kv\.bin\.") if c not in HELP]
+ESPNET3_RUNS = of_kind(r"(\w+=\S+ )*python run\.py ")  # tests/espnet3/test_espnet3_recipe.py
 PLACES = of_kind("(cd|cp|pip install) ")
 
 
@@ -65,7 +66,7 @@ def test_there_are_commands():
 
 
 def test_every_command_is_tried():
-    tried = {*MAKE, *RECIPE_RUNS, *HELP, *CODE, *OURS, *PLACES}
+    tried = {*MAKE, *RECIPE_RUNS, *HELP, *CODE, *OURS, *ESPNET3_RUNS, *PLACES}
     assert set(COMMANDS) == tried, set(COMMANDS) - tried
 
 

@@ -48,7 +48,7 @@ LAYERS = {
         "streaming",
         "__init__",
     },
-    "report": {"files"},
+    "report": {"files", "profile"},  # its schema: the rest of profile needs torch
     "__main__": set(),
     "__init__": {"espnet.register"},
 }
@@ -238,7 +238,7 @@ def test_the_recipe_scripts_are_thin():
 
 
 def test_every_package_that_is_imported_is_declared():
-    declared = set(re.findall(r'^\s+"([a-z_-]+)', (REPO / "setup.py").read_text(), re.MULTILINE))
+    declared = set(re.findall(r'^\s+"([a-z0-9_-]+)', (REPO / "setup.py").read_text(), re.MULTILINE))
     names = {"yaml": "pyyaml", "espnet2": "espnet", "espnet3": "espnet"}
     tops = {name.split(".")[0] for module in MODULES for name in imports(module)}
     others = {top for top in tops if top not in sys.stdlib_module_names and top != "espnet_kv"}

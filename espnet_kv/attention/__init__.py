@@ -1,6 +1,6 @@
-"""The attention mechanisms, by their name in a YAML.
+"""Registry of the attention mechanisms by their name in a YAML.
 
-Adding one takes a file here, a line in ATTENTIONS and a YAML. Imports without ESPnet.
+A new mechanism needs a file here, a line in ATTENTIONS and a YAML. Importing does not load ESPnet.
 """
 
 from collections.abc import Mapping
@@ -23,10 +23,10 @@ ATTENTIONS: dict[str, type[Attention]] = {
 
 
 def check_attention(attention_type: str, attention_conf: Mapping[str, Any]) -> type[Attention]:
-    """The class of `attention_type`, having checked that it takes every key of attention_conf.
+    """Return the class of `attention_type` after checking the keys of attention_conf.
 
     Raises:
-        ConfigError (a ValueError): unknown attention_type, or a key it does not take.
+        ConfigError (a ValueError): unknown attention_type, or a key that it does not accept.
     """
     if attention_type not in tuple(ATTENTIONS):
         raise ConfigError(
@@ -43,14 +43,14 @@ def check_attention(attention_type: str, attention_conf: Mapping[str, Any]) -> t
 
 
 def layer_confs(attention_conf: Mapping[str, Any], layers: int) -> list[dict[str, Any]]:
-    """The options of each layer: a list gives one value per layer, anything else is for all.
+    """Options of each layer. A list holds one value per layer; other values apply to all layers.
 
     Args:
         attention_conf: e.g. {kv_rank: [64, 48, 48, 32]}.
-        layers: blocks of the encoder or decoder, those without attention counted too.
+        layers: number of blocks of the encoder or decoder, with or without attention.
 
     Raises:
-        ConfigError (a ValueError): a list of another length.
+        ConfigError (a ValueError): the length of a list is not `layers`.
     """
     for key, value in attention_conf.items():
         if isinstance(value, list | tuple) and len(value) != layers:
@@ -77,15 +77,15 @@ def build_attention(
 
     Args:
         attention_type: a key of ATTENTIONS.
-        attention_conf: that attention's own options.
+        attention_conf: options of this attention.
         n_head: attention heads H.
         n_feat: model size D.
         dropout_rate: dropout on the attention weights.
-        rel_pos: relative positions (ESPnet's "latest") or none.
-        espnet_options: options of ESPnet's attention (zero_triu, qk_norm); off is always fine.
+        rel_pos: use relative positions (ESPnet's "latest").
+        espnet_options: options of ESPnet's attention (zero_triu, qk_norm); false is always allowed.
 
     Raises:
-        ConfigError (a ValueError): names the key, its value and what is allowed.
+        ConfigError (a ValueError): names the key, its value and the allowed values.
     """
     attention = check_attention(attention_type, attention_conf)
     for key, value in espnet_options.items():
@@ -98,7 +98,7 @@ def build_attention(
 def attention_like(
     attention_type: str, attention_conf: Mapping[str, Any], n_head: int, n_feat: int
 ) -> Attention:
-    """An attention module without weights, to ask for its `label` and `footprint`.
+    """Build an attention module on the meta device, for its `label` and `footprint`.
 
     Args:
         attention_type, attention_conf, n_head, n_feat: see `build_attention`.

@@ -1,4 +1,4 @@
-"""What every attention shares: ESPnet's call, and the protocol of its state.
+"""Base class of the attention modules: ESPnet's call signature and the state protocol.
 
 Shape letters: B batch, R streams of a step, H heads, Q queries, S keys, T frames, D model size,
 d_k head size.
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from espnet_kv.attention.chunks import Chunks
 from espnet_kv.cache.footprint import Footprint
 from espnet_kv.cache.state import State, StateSpec
-from espnet_kv.cache.step import Step, running
+from espnet_kv.cache.step import CacheStep, current_step
 from espnet_kv.errors import ConfigError
 
 
@@ -22,7 +22,7 @@ class HeadSizes:
     """Sizes of an attention layer, checked on construction.
 
     Raises:
-        ConfigError (a ValueError): the model size is not a multiple of the heads.
+        ConfigError (a ValueError): the model size is not a multiple of the number of heads.
     """
 
     n_head: int
@@ -43,26 +43,25 @@ class HeadSizes:
 class Attention(nn.Module):
     """Base of the attention modules that ESPnet's blocks can hold.
 
-    Called as ESPnet calls its own: `forward(query, key, value, pos_emb, mask)` with relative
-    positions, `forward(query, key, value, mask)` without. A chunked encoder passes `Chunks` in
-    place of pos_emb in both cases. While an encoder or decoder runs with a cache, the module finds
-    its state in the `Step` of the context instead.
+    The call is ESPnet's: `forward(query, key, value, pos_emb, mask)` with relative positions,
+    `forward(query, key, value, mask)` without. A chunked encoder passes `Chunks` in place of
+    pos_emb in both cases. While an encoder or decoder runs with a cache, the module reads its
+    state from the `CacheStep` of the context instead.
 
-    A subclass owns all that is particular to it: its options, its state, the footprint of that
-    state and its label. Adding one takes a file, a line in
-    `ATTENTIONS` and a YAML.
+    A subclass defines its options, its state, the footprint of that state and its label.
 
     Args:
         sizes: heads and model size.
         dropout_rate: dropout on the attention weights.
-        rel_pos: relative positions (ESPnet's "latest" rel_selfattn) or none (selfattn).
+        rel_pos: use relative positions (ESPnet's "latest" rel_selfattn) or none (selfattn).
 
     Attributes:
         options: keyword arguments that a user may set in attention_conf.
-        espnet_options: options of ESPnet's own attention modules that this one accepts too.
-        state_index: which of a Step's states is this module's; set by its encoder or decoder.
-        cross: whether it attends to encoded utterances instead of the frames it is given; set by
-            its decoder.
+        espnet_options: options of ESPnet's attention modules that this module also accepts.
+        state_index: index of this module's state in `CacheStep.states`; set by the encoder or
+            decoder.
+        cross: True for attention to the encoder output, False for self-attention; set by the
+            decoder.
     """
 
     options: tuple[str, ...] = ()
@@ -83,16 +82,16 @@ class Attention(nn.Module):
         Args:
             query: (B, Q, D).
             key, value: (B, S, D).
-            context: pos_emb (1, 2T-1, D) or Chunks, where there is one, then the mask: (B, 1, S)
-                or (B, Q, S), nonzero where a key may be seen, or None. With a Step in the
-                context, all of it is ignored: the step says what may be seen.
+            context: optionally pos_emb (1, 2T-1, D) or Chunks, then the mask: (B, 1, S) or
+                (B, Q, S), nonzero for visible keys, or None. Ignored while a CacheStep is active,
+                because the step defines which keys are visible.
 
         Returns:
             (B, Q, D).
         """
-        step = running.get()
+        step = current_step.get()
         if step is not None:
-            return self.recall(query, step) if self.cross else self.step(query, step)
+            return self.cross_attend(query, step) if self.cross else self.step(query, step)
         position, mask = context if len(context) == 2 else (None, *context)
         chunks = position if isinstance(position, Chunks) else Chunks(position, 0)
         return self.attend(query, key, value, mask, chunks)
@@ -105,17 +104,17 @@ class Attention(nn.Module):
 
         Args:
             query, key, value, mask: see `forward`.
-            chunks: relative positions, and the chunk mask; size 0: no chunk mask.
+            chunks: relative positions and the chunk mask; size 0: no chunk mask.
         """
 
     @abstractmethod
     def init_state(self, spec: StateSpec) -> State:
-        """An empty state of this module."""
+        """Create an empty state of this module."""
 
     @property
     @abstractmethod
     def footprint(self) -> Footprint:
-        """What the state takes, from the configuration alone."""
+        """Size of the state, computed from the configuration."""
 
     @property
     @abstractmethod
@@ -123,23 +122,23 @@ class Attention(nn.Module):
         """Short name for tables and figures, e.g. "mla r64"."""
 
     @abstractmethod
-    def step(self, x: Tensor, step: Step) -> Tensor:
-        """Self-attention of a chunk (R, Q, D) over itself and what is stored -> (R, Q, D)."""
+    def step(self, x: Tensor, step: CacheStep) -> Tensor:
+        """Self-attention of a chunk (R, Q, D) over the cached frames and itself -> (R, Q, D)."""
 
     @abstractmethod
     def init_cross_state(self, memory: Tensor, spec: StateSpec, mask: Tensor | None) -> State:
-        """What cross-attention stores of encoded utterances.
+        """Create the state of cross-attention for encoded utterances.
 
         Args:
-            memory: (B, T, D).
+            memory: encoder output (B, T, D).
             spec: with T slots.
-            mask: (B, 1, T), nonzero where there is a frame, or None: everywhere.
+            mask: (B, 1, T), nonzero for frames that exist; None: all exist.
         """
 
     @abstractmethod
-    def recall(self, x: Tensor, step: Step) -> Tensor:
-        """Cross-attention of (B, Q, D) over what `init_cross_state` stored -> (B, Q, D)."""
+    def cross_attend(self, x: Tensor, step: CacheStep) -> Tensor:
+        """Cross-attention of (B, Q, D) over the state of `init_cross_state` -> (B, Q, D)."""
 
     def position_table(self, pos_emb: Tensor) -> Tensor | None:
-        """Relative positions (1, P, D) as this module attends to them; None: not at all."""
+        """Relative positions (1, P, D) as projected by this module; None: it does not use them."""
         return None

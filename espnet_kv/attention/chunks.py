@@ -1,4 +1,4 @@
-"""Chunked visibility, shared by every attention.
+"""The chunk mask, shared by all attention mechanisms.
 
 Shape letters: Q queries, S keys, T frames, D model size.
 """
@@ -11,15 +11,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Chunks:
-    """The chunk mask of one pass, given to attention in place of ESPnet's pos_emb.
+    """The chunk mask of one pass, passed to attention in place of ESPnet's pos_emb.
 
-    Frame i belongs to chunk i // size and sees the frames of its own chunk and of `left` chunks
-    before it, as in U2 (arXiv 2012.05481).
+    Frame i belongs to chunk i // size and attends to the frames of its own chunk and of `left`
+    chunks before it, as in U2 (arXiv 2012.05481).
 
     Attributes:
-        pos_emb: (1, 2T-1, D) with relative positions, None without.
+        pos_emb: (1, 2T-1, D), relative positions; None: no relative positions.
         size: frames in a chunk; 0: one chunk holds the whole utterance.
-        left: chunks before its own that a frame sees; -1: all.
+        left: number of chunks of left context; -1: all.
     """
 
     pos_emb: Tensor | None
@@ -27,13 +27,13 @@ class Chunks:
     left: int = -1
 
     def key_range(self, first: int, last: int, frames: int) -> tuple[int, int]:
-        """The keys [start, stop) that the queries [first, last) see between them."""
+        """Range [start, stop) of all keys visible to any of the queries [first, last)."""
         start = 0 if self.left < 0 else max(0, (first // self.size - self.left) * self.size)
         stop = min(frames, -(-last // self.size) * self.size)
         return start, stop
 
     def visible(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """(Q, S) bool: whether the frame numbered queries[i] sees the frame keys[j]."""
+        """(Q, S) bool: whether frame keys[j] is visible to frame queries[i]."""
         ahead = queries[:, None] // self.size - keys[None, :] // self.size  # chunks back
         return (ahead >= 0) if self.left < 0 else (ahead >= 0) & (ahead <= self.left)
 
@@ -41,18 +41,18 @@ class Chunks:
 def draw_chunks(frames: int, generator: torch.Generator | None = None) -> tuple[int, int]:
     """Draw (chunk_size, left_chunks) for one training batch, as U2 does.
 
-    Half of the batches see the whole utterance (chunk_size 0), the others chunks of 1 to 25
-    frames with all or with a random number of the chunks before.
+    Half of the batches use the whole utterance (chunk_size 0). The others use chunks of 1 to 25
+    frames, with all or with a random number of chunks of left context.
 
     Args:
-        frames: of the batch after subsampling.
+        frames: length of the batch after subsampling.
     """
 
-    def upto(n: int) -> int:
+    def below(n: int) -> int:
         return int(torch.randint(n, (1,), generator=generator))
 
-    if upto(2):
+    if below(2):
         return 0, -1
-    size = 1 + upto(25)
-    left = -1 if upto(2) else upto(-(-frames // size) + 1)
+    size = 1 + below(25)
+    left = -1 if below(2) else below(-(-frames // size) + 1)
     return size, left

@@ -1,4 +1,4 @@
-"""Multi-head, grouped-query and multi-query attention: one class."""
+"""Multi-head, grouped-query and multi-query attention."""
 
 from typing import Any
 
@@ -13,16 +13,16 @@ from espnet_kv.errors import ConfigError
 class GroupedQueryAttention(SoftmaxAttention):
     """Groups of attention_heads / num_kv_heads query heads share a key/value head.
 
-    Grouped-query attention (arXiv 2305.13245); with one key/value head it is multi-query
-    attention, and with as many as there are heads multi-head attention, under the same parameter
-    names. The state per frame is K and V, 2 d_k num_kv_heads numbers.
+    Grouped-query attention (arXiv 2305.13245). One key/value head gives multi-query attention;
+    as many as query heads give multi-head attention, with the same parameter names. The state per
+    frame is K and V, 2 d_k num_kv_heads numbers.
 
     Args:
         sizes, dropout_rate, rel_pos, zero_triu: see SoftmaxAttention.
-        num_kv_heads: key/value heads G, a divisor of the heads; 1 = MQA.
+        num_kv_heads: key/value heads G, a divisor of the number of heads; 1 = MQA.
 
     Raises:
-        ConfigError (a ValueError): num_kv_heads does not divide the heads.
+        ConfigError (a ValueError): num_kv_heads does not divide the number of heads.
     """
 
     options: tuple[str, ...] = ("num_kv_heads",)
@@ -53,11 +53,11 @@ class GroupedQueryAttention(SoftmaxAttention):
         return self.norm_k(k).transpose(1, 2), v.transpose(1, 2)
 
     def norm_k(self, k: Tensor) -> Tensor:
-        """Keys (B, S, G, d_k) as they are attended to."""
+        """Normalise the keys (B, S, G, d_k); here the identity."""
         return k
 
     @property
-    def stored_vectors(self) -> list[tuple[int, int]]:
+    def cached_vector_sizes(self) -> list[tuple[int, int]]:
         return [(self.num_kv_heads, self.d_k), (self.num_kv_heads, self.d_k)]
 
     @property
@@ -73,13 +73,13 @@ class MultiHeadAttention(GroupedQueryAttention):
     """ESPnet's RelPositionMultiHeadedAttention (rel_pos) or MultiHeadedAttention.
 
     State-dict keys, their order and outputs are ESPnet's, so its checkpoints and optimizer states
-    load. With cache: input, the state per frame is the layer's input, D numbers, and K and V are
-    projected again in every chunk (what ESPnet's asr_transducer and others do).
+    load. With `cache: input` the state per frame is the layer's input, D numbers, and K and V are
+    projected again in every chunk, as in ESPnet's asr_transducer.
 
     Args:
         sizes, dropout_rate, rel_pos, zero_triu: see SoftmaxAttention.
         qk_norm: LayerNorm on the heads of q and k (ESPnet's option of MultiHeadedAttention).
-        cache: kv or input, what streaming stores.
+        cache: kv or input, the vectors that streaming stores.
 
     Raises:
         ConfigError (a ValueError): unknown cache.
@@ -102,7 +102,7 @@ class MultiHeadAttention(GroupedQueryAttention):
         if cache not in ("kv", "input"):
             raise ConfigError(f"attention_conf.cache: unknown {cache!r} (allowed: kv, input)")
         self.cache = cache
-        # optimizer states go by the order of parameters: keep ESPnet's, q k v out pos
+        # optimizer states depend on the order of parameters: keep ESPnet's, q k v out pos
         for name in ("linear_out", "linear_pos"):
             if name in self._modules:
                 setattr(self, name, self._modules.pop(name))
@@ -117,8 +117,8 @@ class MultiHeadAttention(GroupedQueryAttention):
         return self.k_norm(k)
 
     @property
-    def stored_vectors(self) -> list[tuple[int, int]]:
-        return [(1, self.n_feat)] if self.cache == "input" else super().stored_vectors
+    def cached_vector_sizes(self) -> list[tuple[int, int]]:
+        return [(1, self.n_feat)] if self.cache == "input" else super().cached_vector_sizes
 
     @property
     def footprint(self) -> Footprint:
@@ -128,11 +128,11 @@ class MultiHeadAttention(GroupedQueryAttention):
     def label(self) -> str:
         return "mha input" if self.cache == "input" else "mha"
 
-    def to_store(self, x: Tensor) -> tuple[Tensor, ...]:
-        return super().to_store(x) if self.cache == "kv" else (x[:, None],)
+    def cached_vectors(self, x: Tensor) -> tuple[Tensor, ...]:
+        return super().cached_vectors(x) if self.cache == "kv" else (x[:, None],)
 
-    def attend_stored(self, q: Tensor, stored: Any, bias: Tensor | None) -> Tensor:
+    def attend_cached(self, q: Tensor, stored: Any, bias: Tensor | None) -> Tensor:
         if self.cache == "input":
             inputs = stored[0][:, 0]  # (B, S, D)
             stored = self.project_kv(inputs, inputs)
-        return super().attend_stored(q, stored, bias)
+        return super().attend_cached(q, stored, bias)

@@ -12,16 +12,16 @@ from espnet_kv.errors import ConfigError
 
 
 class MultiHeadLatentAttention(SoftmaxAttention):
-    """Keys and values are read from one latent: c = W_down x, K = W_uk c, V = W_uv c + b_v.
+    """Keys and values are computed from one latent: c = W_down x, K = W_uk c, V = W_uv c + b_v.
 
-    The state per frame is the latent, kv_rank numbers. ESPnet's relative positions are part of
-    the query and the position table only, so keys need no separate position part (DeepSeek's
-    partial RoPE). K has no bias: it would add the same to every logit of a query, and softmax
+    The state per frame is the latent, kv_rank numbers. ESPnet's relative positions affect only
+    the query and the position table, so keys need no separate position part (DeepSeek's partial
+    RoPE). K has no bias, because it would add a constant to all logits of a query and softmax
     cancels it.
 
     Args:
         sizes, dropout_rate, rel_pos, zero_triu: see SoftmaxAttention.
-        kv_rank: size r of the latent, 1 to 2 D (at 2 D any pair of K, V maps is reachable).
+        kv_rank: size r of the latent, 1 to 2 D (2 D can represent any pair of K and V maps).
 
     Raises:
         ConfigError (a ValueError): kv_rank is out of range.
@@ -50,11 +50,11 @@ class MultiHeadLatentAttention(SoftmaxAttention):
         self.linear_v_up = nn.Linear(kv_rank, sizes.n_feat)
 
     def project_kv(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        # self- and cross-attention read keys and values from the same frames
+        # in self- and cross-attention, keys and values come from the same frames
         return self._expand(self.linear_kv_down(key))
 
     @property
-    def stored_vectors(self) -> list[tuple[int, int]]:
+    def cached_vector_sizes(self) -> list[tuple[int, int]]:
         return [(1, self.kv_rank)]
 
     @property
@@ -65,12 +65,12 @@ class MultiHeadLatentAttention(SoftmaxAttention):
     def label(self) -> str:
         return f"mla r{self.kv_rank}"
 
-    def to_store(self, x):
+    def cached_vectors(self, x):
         return (self.linear_kv_down(x)[:, None],)
 
-    def attend_stored(self, q, stored, bias):
+    def attend_cached(self, q, stored, bias):
         (latent,) = stored  # (B, 1, S, r)
-        # a quantised layer has no weight tensor to multiply the query with
+        # a quantised layer has no weight tensor for the absorbed product
         floating = isinstance(self.linear_k_up.weight, Tensor)
         if floating and self.absorbing_is_cheaper(q.size(2), latent.size(2)):
             return self.attend_absorbed(q, latent, bias)
@@ -84,7 +84,7 @@ class MultiHeadLatentAttention(SoftmaxAttention):
         return absorbed < expanded
 
     def attend_absorbed(self, q: Tensor, latent: Tensor, bias: Tensor | None) -> Tensor:
-        """Attend to latents directly: q W_uk is multiplied with c, and W_uv applied to the result.
+        """Attend to latents directly: multiply q W_uk with c and apply W_uv to the result.
 
         Args:
             q: (R, H, Q, d_k).
@@ -98,13 +98,13 @@ class MultiHeadLatentAttention(SoftmaxAttention):
         v_up = self.linear_v_up.weight.view(self.h, self.d_k, self.kv_rank)
         v_bias = self.linear_v_up.bias.view(self.h, 1, self.d_k)
         q = torch.matmul(q, k_up)  # (R, H, Q, r)
-        # one "key/value head" of r numbers; logits are those of d_k numbers all the same
+        # one "key/value head" of size r, but the logits keep the scale of heads of size d_k
         out = grouped_attention(q, latent, latent, bias, 0.0, scale=1 / math.sqrt(self.d_k))
-        # attention weights sum to one: the bias passes through
+        # attention weights sum to one, so the bias can be added after the sum
         return torch.matmul(out, v_up.transpose(1, 2)) + v_bias
 
     def attend_expanded(self, q: Tensor, latent: Tensor, bias: Tensor | None) -> Tensor:
-        """The same with keys and values written out; arguments as in `attend_absorbed`."""
+        """The same result with explicit keys and values; arguments as in `attend_absorbed`."""
         k, v = self._expand(latent[:, 0])
         return grouped_attention(q, k, v, bias, 0.0)
 

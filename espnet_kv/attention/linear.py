@@ -1,4 +1,4 @@
-"""Linear attention (arXiv 2006.16236): a constant state instead of a growing cache.
+"""Linear attention (arXiv 2006.16236), whose state has a constant size.
 
 Shape letters beyond those of `base`: N chunks, C frames in a chunk, f size of the feature map.
 """
@@ -11,10 +11,10 @@ from espnet_kv.attention.base import Attention, HeadSizes
 from espnet_kv.attention.chunks import Chunks
 from espnet_kv.cache.footprint import Footprint
 from espnet_kv.cache.state import StateSpec, SumState
-from espnet_kv.cache.step import Step
+from espnet_kv.cache.step import CacheStep
 from espnet_kv.errors import ConfigError
 
-# keeps the normaliser of a frame that sees nothing (padding) away from zero
+# avoids a division by zero for a frame without visible keys (padding)
 EPSILON = 1e-6
 
 
@@ -53,7 +53,7 @@ class HedgehogFeatures(nn.Module):
         self.espnet_initialization_fn()
 
     def espnet_initialization_fn(self) -> None:
-        """Start as the identity; ESPnet's `init` calls this after its own initialisation."""
+        """Initialise W to the identity; ESPnet's `init` calls this after its own initialisation."""
         with torch.no_grad():
             self.weight.copy_(torch.eye(self.weight.size(-1)))
 
@@ -68,16 +68,16 @@ FEATURE_MAPS = {"elu": EluFeatures, "relu": ReluFeatures, "hedgehog": HedgehogFe
 class LinearAttention(Attention):
     """out_i = phi(q_i) S_i / phi(q_i) z_i with S = sum phi(k_j) v_j', z = sum phi(k_j).
 
-    The sums run over the frames that i sees: all of them, or under `Chunks` its own chunk and
-    every chunk before it. The state is S and z, H (f d_k + f) numbers whatever the length; that is
-    why `left` of Chunks does not bound it (a sum cannot forget one of its terms): `decay` does.
-    Relative positions are not used: the convolutions beside the attention supply locality.
+    The sums run over the frames visible to i: all frames, or under `Chunks` its own chunk and all
+    chunks before it. The state is S and z, H (f d_k + f) numbers for any length. `left` of Chunks
+    has no effect, because a term of a sum cannot be removed; `decay` limits the context instead.
+    Relative positions are not used: the convolutions of the block supply locality.
 
     Args:
         sizes, dropout_rate, rel_pos: see Attention; dropout acts on the output.
         feature_map: elu, relu or hedgehog.
-        decay: factor in (0, 1] by which what earlier chunks left in the state fades per frame;
-            None: never. Within a chunk nothing fades.
+        decay: factor in (0, 1] per frame on the sums of earlier chunks; None: no decay. Terms of
+            the current chunk do not decay.
 
     Raises:
         ConfigError (a ValueError): unknown feature_map, decay out of range.
@@ -118,7 +118,7 @@ class LinearAttention(Attention):
     def attend(self, query, key, value, mask, chunks):
         q, k = self._heads(self.linear_q(query)), self._heads(self.linear_k(key))
         v = self._heads(self.linear_v(value))
-        # sums over a long utterance outgrow half precision
+        # sums over a long utterance exceed the range of half precision
         with torch.autocast(query.device.type, enabled=False):
             dtype = torch.promote_types(q.dtype, torch.float32)
             q, k, v = self.feature_map(q.to(dtype)), self.feature_map(k.to(dtype)), v.to(dtype)
@@ -126,8 +126,8 @@ class LinearAttention(Attention):
                 out = _pairwise(q, k, v, mask, chunks, self.decay)
             else:
                 if mask is not None:
-                    k = k * mask[:, :, :, None].ne(0)  # (B, 1, S, 1): padding adds nothing
-                out = self._chunked(q, k, v, chunks) if chunks.size else _full(q, k, v)
+                    k = k * mask[:, :, :, None].ne(0)  # (B, 1, S, 1): zero for padding
+                out = self._chunked(q, k, v, chunks) if chunks.size else _all_pairs(q, k, v)
         out = out.to(query.dtype).transpose(1, 2).flatten(2)
         return self.linear_out(self.dropout(out))
 
@@ -153,44 +153,44 @@ class LinearAttention(Attention):
         return " ".join(words)
 
     def step(self, x, step):
-        rows = step.per_sum(x)
+        rows = step.rows_per_sum(x)
         return self._step(rows, step).view(x.shape)
 
-    def _step(self, x: Tensor, step: Step) -> Tensor:
+    def _step(self, x: Tensor, step: CacheStep) -> Tensor:
         state = step.states[self.state_index]
         past = state.read(step)  # (R, H, f, d_k + 1)
-        k, v = self._to_sum(x, step.valid, past.dtype)
+        k, v = self._terms(x, step.valid, past.dtype)
         with torch.autocast(x.device.type, enabled=False):
             seen = left = past + torch.matmul(k.transpose(-1, -2), v)
             if self.decay is not None:
                 frames = k.size(2)
-                faded = k * _faded(frames, self.decay, k)
+                faded = k * _decay_weights(frames, self.decay, k)
                 left = past * self.decay**frames + torch.matmul(faded.transpose(-1, -2), v)
             state.append(step, left)
-        return self._look_up(x, seen)
+        return self._attend_to_sums(x, seen)
 
     def init_cross_state(self, memory, spec, mask):
         state = self.init_state(spec)
         valid = None if mask is None else mask[:, :, :, None].ne(0)
-        k, v = self._to_sum(memory, valid, state.tensors[0].dtype)
+        k, v = self._terms(memory, valid, state.tensors[0].dtype)
         with torch.autocast(memory.device.type, enabled=False):
             state.tensors[0].copy_(torch.matmul(k.transpose(-1, -2), v))
         return state
 
-    def recall(self, x, step):
-        return self._look_up(x, step.memory.states[self.state_index].tensors[0])
+    def cross_attend(self, x, step):
+        return self._attend_to_sums(x, step.memory.states[self.state_index].tensors[0])
 
-    def _to_sum(self, x: Tensor, valid: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _terms(self, x: Tensor, valid: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """phi(k) (B, H, S, f) and (v, 1) (B, H, S, d_k + 1) of frames x (B, S, D).
 
-        The column of ones sums up phi(k); frames that are not valid (B, 1, S, 1) add nothing.
+        The column of ones yields the sum of phi(k). Frames not valid (B, 1, S, 1) are zero.
         """
         k, v = self._heads(self.linear_k(x)), self._heads(self.linear_v(x))
         with torch.autocast(x.device.type, enabled=False):
             k, v = self.feature_map(k.to(dtype)), F.pad(v.to(dtype), (0, 1), value=1.0)
             return (k if valid is None else k * valid), v
 
-    def _look_up(self, x: Tensor, sums: Tensor) -> Tensor:
+    def _attend_to_sums(self, x: Tensor, sums: Tensor) -> Tensor:
         """Attend with frames x (B, Q, D) to sums (B, H, f, d_k + 1) -> (B, Q, D)."""
         q = self._heads(self.linear_q(x))
         with torch.autocast(x.device.type, enabled=False):
@@ -208,15 +208,15 @@ class LinearAttention(Attention):
         if self.decay is None or self.decay == 1:
             state, norm = own.cumsum(dim=2), own_norm.cumsum(dim=2)
         else:
-            state, norm = _fading(k, v, own, own_norm, self.decay)
+            state, norm = _decayed_sums(k, v, own, own_norm, self.decay)
         out = torch.matmul(q, state) / (
             torch.matmul(q, norm.unsqueeze(-1)) + EPSILON
         )  # (B, H, N, C, d_k)
         return out.flatten(2, 3)[:, :, :frames]
 
 
-def _full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Every query sees every key: q (B, H, Q, f), k (B, H, S, f), v (B, H, S, d_k)."""
+def _all_pairs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """All keys are visible to all queries: q (B, H, Q, f), k (B, H, S, f), v (B, H, S, d_k)."""
     state = torch.matmul(k.transpose(-1, -2), v)  # (B, H, f, d_k)
     norm = torch.matmul(q, k.sum(dim=2).unsqueeze(-1))  # (B, H, Q, 1)
     return torch.matmul(q, state) / (norm + EPSILON)
@@ -225,7 +225,7 @@ def _full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _pairwise(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, chunks: Chunks, decay: float | None
 ) -> Tensor:
-    """A mask (B, Q, S) of no known structure: quadratic, as softmax attention would be."""
+    """Attend with an arbitrary mask (B, Q, S); quadratic in the length."""
     visible = mask[:, None].ne(0)
     if chunks.size:
         frames = torch.arange(k.size(2), device=k.device)
@@ -238,19 +238,16 @@ def _pairwise(
     return torch.matmul(weights, v) / (weights.sum(dim=-1, keepdim=True) + EPSILON)
 
 
-def _faded(size: int, decay: float, like: Tensor) -> Tensor:
-    """(C, 1): what is left of each key of a chunk when the next one begins.
-
-    A key j frames before the end of its chunk has faded by decay^j.
-    """
+def _decay_weights(size: int, decay: float, like: Tensor) -> Tensor:
+    """(C, 1): weight decay^j of the key j frames before the end of a chunk, in the next chunk."""
     ages = torch.arange(size - 1, -1, -1, device=like.device, dtype=like.dtype)
     return (decay**ages)[:, None]
 
 
-def _fading(k: Tensor, v: Tensor, own: Tensor, own_norm: Tensor, decay: float):
-    """Sums seen by each chunk: its own plus what is left of the chunks before it."""
+def _decayed_sums(k: Tensor, v: Tensor, own: Tensor, own_norm: Tensor, decay: float):
+    """Sums of each chunk: its own terms plus the decayed sums of the chunks before it."""
     size = k.size(3)
-    left = k * _faded(size, decay, k)
+    left = k * _decay_weights(size, decay, k)
     left_state, left_norm = torch.matmul(left.transpose(-1, -2), v), left.sum(dim=3)
     past, past_norm = torch.zeros_like(own[:, :, 0]), torch.zeros_like(own_norm[:, :, 0])
     states, norms = [], []

@@ -1,7 +1,4 @@
-"""Positions as ESPnet encodes them, computed where they are needed.
-
-A table of positions would grow with the stream.
-"""
+"""ESPnet's positional encodings, computed on demand, because a table would grow with the stream."""
 
 import math
 from typing import Any
@@ -11,7 +8,7 @@ from torch import Tensor
 
 
 def sinusoid(positions: Tensor, size: int) -> Tensor:
-    """Positions (...) -> (..., size), as ESPnet tabulates them (arXiv 1706.03762, 3.5)."""
+    """Sinusoidal encoding (..., size) of positions (...), as ESPnet's (arXiv 1706.03762, 3.5)."""
     rates = torch.exp(
         torch.arange(0, size, 2, dtype=torch.float32, device=positions.device)
         * -(math.log(10000.0) / size)
@@ -21,7 +18,7 @@ def sinusoid(positions: Tensor, size: int) -> Tensor:
 
 
 def relative(first: int, last: int, size: int, device: torch.device) -> Tensor:
-    """(1, first - last + 1, size): the distances first, first - 1, ..., last.
+    """(1, first - last + 1, size): encodings of the distances first, first - 1, ..., last.
 
     The order is that of ESPnet's RelPositionalEncoding.
     """
@@ -29,14 +26,14 @@ def relative(first: int, last: int, size: int, device: torch.device) -> Tensor:
 
 
 def at_positions(encoding: Any, x: Tensor, positions: Tensor) -> Tensor:
-    """What ESPnet's PositionalEncoding or ScaledPositionalEncoding returns for frames of a stream.
+    """Apply ESPnet's PositionalEncoding or ScaledPositionalEncoding at the given positions.
 
     Args:
         encoding: the module.
-        x: (B, T, D), or (N, D) of one position.
-        positions: broadcastable to x without D.
+        x: (B, T, D), or (N, D) at one position.
+        positions: broadcastable to the shape of x without D.
     """
     absolute = sinusoid(positions, x.size(-1)).to(x.dtype)
-    if hasattr(encoding, "alpha"):  # the scaled one
+    if hasattr(encoding, "alpha"):  # ScaledPositionalEncoding
         return x + encoding.alpha * absolute
     return x * encoding.xscale + absolute

@@ -15,8 +15,8 @@ from espnet_kv.attention.base import Attention, HeadSizes
 from espnet_kv.attention.chunks import Chunks
 from espnet_kv.cache.state import FrameState, StateSpec
 
-# Long utterances are attended in blocks of queries: of the 2T-1 relative positions each block
-# needs only T+block-1, and under a chunk mask only the keys in reach are touched.
+# Long utterances are processed in blocks of queries. Of the 2T-1 relative positions a block needs
+# only T+block-1, and under a chunk mask only the visible range of keys.
 QUERY_BLOCK = 256
 
 
@@ -28,7 +28,7 @@ class SoftmaxAttention(Attention):
 
     Args:
         sizes, dropout_rate, rel_pos: see Attention.
-        zero_triu: drop the position term of keys ahead of the query (ESPnet's option).
+        zero_triu: set the position term of keys after the query to zero (ESPnet's option).
     """
 
     espnet_options: tuple[str, ...] = ("zero_triu",)
@@ -52,13 +52,12 @@ class SoftmaxAttention(Attention):
         """Keys and values, each (B, S, D) -> (B, G, S, d_k), G a divisor of the heads."""
 
     def init_state(self, spec: StateSpec) -> FrameState:
-        # the vectors are those of `to_store`
-        return FrameState(spec, self.stored_vectors)
+        return FrameState(spec, self.cached_vector_sizes)
 
     @property
     @abstractmethod
-    def stored_vectors(self) -> list[tuple[int, int]]:
-        """(G, size) of each vector of `to_store`."""
+    def cached_vector_sizes(self) -> list[tuple[int, int]]:
+        """(G, size) of each vector of `cached_vectors`."""
 
     def project_q(self, query: Tensor) -> Tensor:
         """(B, Q, D) -> (B, Q, H, d_k)."""
@@ -100,51 +99,51 @@ class SoftmaxAttention(Attention):
         return self.linear_out(out.transpose(1, 2).flatten(2))
 
     def step(self, x, step):
-        stored = step.states[self.state_index].append(step, *self.to_store(x))
+        stored = step.states[self.state_index].append(step, *self.cached_vectors(x))
         q = self.project_q(x)  # (R, Q, H, d_k)
         table = step.tables[self.state_index] if step.tables else None
         if table is None:
-            return self._mix(q, stored, step.visible)
+            return self._attend(q, stored, step.visible)
         keys, (r, queries) = step.read, x.shape[:2]
-        # streams as further queries: the table is read once for all of them
+        # streams become additional queries, so that the table is read once
         position = (q + self.pos_bias_v).permute(2, 0, 1, 3).flatten(1, 2)  # (H, R Q, d_k)
         # (H, R Q, d_k) x (H, d_k, S+Q-1) -> (H, R Q, S+Q-1) -> (R, H, Q, S)
         scores = torch.bmm(position, table[:, step.window].transpose(1, 2))
         bias = rel_shift(scores.unflatten(1, (r, queries)).transpose(0, 1), keys)
         if self.zero_triu:
             bias = bias.tril(keys - queries)
-        bias = step.arrange(bias)
+        bias = step.to_slot_order(bias)
         if step.hidden is not None:
             bias = bias.masked_fill(step.hidden, torch.finfo(bias.dtype).min)
-        return self._mix(q + self.pos_bias_u, stored, bias)
+        return self._attend(q + self.pos_bias_u, stored, bias)
 
     def init_cross_state(self, memory, spec, mask):
         state = self.init_state(spec)
         vectors = iter(state.tensors)
-        for codec, x in zip(state.codecs, self.to_store(memory), strict=True):
+        for codec, x in zip(state.codecs, self.cached_vectors(memory), strict=True):
             for encoded in codec.encode(x):
                 next(vectors).copy_(encoded)
         return state
 
-    def recall(self, x, step):
+    def cross_attend(self, x, step):
         stored = step.memory.states[self.state_index].read(step.memory, x.dtype)
-        return self._mix(self.project_q(x), stored, step.memory.visible)
+        return self._attend(self.project_q(x), stored, step.memory.visible)
 
-    def _mix(self, q: Tensor, stored: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        """`attend_stored` of q (B, Q, H, d_k), projected to (B, Q, D)."""
-        out = self.attend_stored(q.transpose(1, 2), stored, bias)
+    def _attend(self, q: Tensor, stored: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        """`attend_cached` of q (B, Q, H, d_k), projected to (B, Q, D)."""
+        out = self.attend_cached(q.transpose(1, 2), stored, bias)
         return self.linear_out(out.transpose(1, 2).flatten(2))
 
-    def to_store(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The vectors that are stored of frames (B, S, D): each (B, G, S, its size)."""
+    def cached_vectors(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Vectors to store for frames (B, S, D): each (B, G, S, size)."""
         return self.project_kv(x, x)
 
-    def attend_stored(self, q: Tensor, stored: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        """Attend to frames of which the vectors of `to_store` were stored.
+    def attend_cached(self, q: Tensor, stored: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        """Attend to cached frames.
 
         Args:
             q: (B, H, Q, d_k).
-            stored: each (B, G, S, its size).
+            stored: the vectors of `cached_vectors`, each (B, G, S, size).
             bias: broadcastable to (B, H, Q, S): bool (True: visible) or added to the logits.
 
         Returns:
@@ -154,36 +153,36 @@ class SoftmaxAttention(Attention):
         return grouped_attention(q, k, v, bias, 0.0)
 
     def position_table(self, pos_emb: Tensor) -> Tensor | None:
-        """(1, N+C-1, D) -> (H, N+C-1, d_k), over sqrt(d_k).
+        """(1, N+C-1, D) -> (H, N+C-1, d_k), divided by sqrt(d_k).
 
-        The result is the same for every chunk and stream; projecting the positions in each chunk
+        The result is the same for all chunks and streams. Projecting the positions in each chunk
         would cost as much as a feed-forward layer.
         """
         if not self.rel_pos:
             return None
-        # a table outlives the autocast region that happens to be active now
+        # the table is used after the current autocast region has ended
         with torch.autocast(pos_emb.device.type, enabled=False):
             p = self.linear_pos(pos_emb[0].to(self.pos_bias_u.dtype) / math.sqrt(self.d_k))
         return p.view(-1, self.h, self.d_k).transpose(0, 1).contiguous()
 
     def _position_bias(self, scores: Tensor, visible: Tensor | None, diagonal: int) -> Tensor:
-        """Additive mask of the kernel: scaled position term, hidden keys at the minimum."""
+        """Additive mask: the scaled position term, with the minimum for keys not visible."""
         bias = scores / math.sqrt(self.d_k)
         if self.zero_triu:
             bias = bias.tril(diagonal)
         if visible is not None:
-            # in place: the division above made a tensor of our own
+            # in place is safe: the division above made a new tensor
             bias.masked_fill_(~visible, torch.finfo(bias.dtype).min)
         return bias
 
 
 def rel_shift(scores: Tensor, keys: int) -> Tensor:
-    """Line relative-position scores up with keys, without copying.
+    """Align relative-position scores with keys, without copying.
 
-    The queries are the last Q of `keys` frames and the position axis runs from the largest
-    distance to the smallest, as ESPnet's RelPositionalEncoding orders it, so query i meets key
-    j at position Q - 1 - i + j (Transformer-XL, arXiv 1901.02860, appendix B). In the flattened
-    last two dimensions that is Q - 1 + i (S + Q - 2) + j.
+    The queries are the last Q of `keys` frames. The position axis runs from the largest distance
+    to the smallest, as in ESPnet's RelPositionalEncoding, so the score of query i and key j is at
+    position Q - 1 - i + j (Transformer-XL, arXiv 1901.02860, appendix B). In the flattened last
+    two dimensions that is Q - 1 + i (S + Q - 2) + j.
 
     Args:
         scores: (B, H, Q, S+Q-1), contiguous in its last two dimensions.
@@ -216,10 +215,9 @@ def _visible(
     if chunks.size:
         queries = torch.arange(first, last, device=device)
         keys = torch.arange(start, stop, device=device)
-        in_reach = chunks.visible(queries, keys)
-        visible = in_reach[None, None] if visible is None else visible & in_reach
-        # the softmax of a padded frame out of reach of any real one would have no term: let the
-        # frame see itself
+        in_chunks = chunks.visible(queries, keys)
+        visible = in_chunks[None, None] if visible is None else visible & in_chunks
+        # a padded frame may have no visible key, and its softmax no term: make it visible to itself
         visible = visible | (queries[:, None] == keys[None, :])
     return visible
 
@@ -232,14 +230,14 @@ def grouped_attention(
     dropout: float,
     scale: float | None = None,
 ) -> Tensor:
-    """Scaled dot-product attention in which H query heads share G key/value heads.
+    """Scaled dot-product attention of H query heads that share G key/value heads.
 
     Args:
         q: (B, H, Q, d_k).
         k, v: (B, G, S, d_k), G dividing H.
         bias: broadcastable to (B, H, Q, S): bool (True: visible) or added to the logits.
         dropout: probability of dropping an attention weight.
-        scale: of the logits; None: 1 / sqrt(d_k).
+        scale: factor of the logits; None: 1 / sqrt(d_k).
 
     Returns:
         (B, H, Q, d_k).
@@ -247,11 +245,11 @@ def grouped_attention(
     groups, heads = k.size(1), q.size(1)
     if groups == heads:
         return F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale)
-    # heads of one group become further queries of that group: K and V are read once, not copied
+    # heads of one group become additional queries of that group, so that K and V are not copied
     b, _, queries, d_k = q.shape
     share = heads // groups
     q = q.reshape(b, groups, share * queries, d_k)
-    if bias is not None and max(bias.shape[1:3]) > 1:  # a padding mask broadcasts as it is
+    if bias is not None and max(bias.shape[1:3]) > 1:  # a padding mask broadcasts
         bias = bias.expand(-1, heads, queries, -1)
         bias = bias.reshape(bias.size(0), groups, share * queries, -1)
     out = F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale)

@@ -1,16 +1,17 @@
 """espnet2.bin.asr_inference with the plug-in registered: its options and two more, same files."""
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from espnet_kv.bin.model_options import LANGUAGE_MODEL, MODEL, find_model
-from espnet_kv.bin.streaming_options import check_device, check_search
+from espnet_kv.bin.streaming_options import check_device
 from espnet_kv.cli import command
 from espnet_kv.errors import UserError, one_line
-from espnet_kv.espnet.parser import extended
-from espnet_kv.espnet.utterances import decoding_task
+from espnet_kv.espnet.parser import check_search, extended
 from espnet_kv.files import check_writable, new_entries
 
 # the first of a pair is of no use without the second
@@ -58,17 +59,11 @@ def main(cmd: Sequence[str] | None = None) -> None:
 
     from typeguard import TypeCheckError
 
-    from espnet_kv.espnet.inference import our_inference
-    from espnet_kv.espnet.task import ASRTask, CachedDecodingTask
-
     options = vars(args)
     options.pop("config")
-    # what its Speech2Text builds models with, in this process
-    cached = options.pop("kv_decoder") and not options["partial_ar"]  # a search of another kind
-    task = decoding_task(CachedDecodingTask if cached else ASRTask)
     output = Path(options.pop("output_dir"))
-    fast_ctc = options.pop("fast_ctc")
-    with our_inference(task, fast_ctc) as espnet, new_entries(output) as partial:
+    ours = _ours(options.pop("kv_decoder"), options.pop("fast_ctc"), options["partial_ar"])
+    with ours as espnet, new_entries(output) as partial:
         print(espnet.get_commandline_args(), file=sys.stderr)
         try:
             espnet.inference(output_dir=str(partial), **options)
@@ -93,6 +88,34 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--output_dir {args.output_dir} is a file; name a directory")
     check_writable(Path(args.output_dir))
     find_model(args, (*MODEL, *LANGUAGE_MODEL))
+
+
+def _ours(
+    kv_decoder: bool, fast_ctc: bool, partial_ar: bool
+) -> contextlib.AbstractContextManager[Any]:
+    """ESPnet's inference module, which within the context works with our classes."""
+    from espnet_kv.espnet import inference
+    from espnet_kv.espnet.utterances import decoding_task
+
+    class Speech2Text(inference.Speech2Text):
+        def __init__(self, **options: Any):
+            super().__init__(kv_decoder=kv_decoder, fast_ctc=fast_ctc, **options)
+
+    return inference.replaced(
+        inference.espnet,
+        ASRTask=decoding_task(inference.search_task(kv_decoder, partial_ar)),
+        Speech2Text=Speech2Text,
+        _too_short_result=inference.too_short_result,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    """Import `Speech2Text` when it is used, because importing ESPnet takes seconds."""
+    if name == "Speech2Text":
+        from espnet_kv.espnet.inference import Speech2Text
+
+        return Speech2Text
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 if __name__ == "__main__":

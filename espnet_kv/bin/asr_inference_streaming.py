@@ -1,4 +1,4 @@
-"""Decode a data directory piece by piece, with the options and files of ESPnet's command."""
+"""Decode a data directory in streaming, with the options and files of ESPnet's command."""
 
 import argparse
 import logging
@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from espnet_kv.bin.model_options import MODEL, TAG_HELP, find_model
-from espnet_kv.bin.streaming_options import add_streaming_options, build_recognizer, check_search
+from espnet_kv.bin.streaming_options import add_streaming_options, build_recognizer
 from espnet_kv.cli import command
 from espnet_kv.errors import UserError
-from espnet_kv.espnet.parser import extended
+from espnet_kv.espnet.parser import check_search, extended
 from espnet_kv.espnet.utterances import decoding_task
 from espnet_kv.files import check_writable, new_entries
 
-# a day
-LONGEST_MS = 86_400_000
+LONGEST_MS = 86_400_000  # a day
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-# option of ESPnet's streaming command -> the value that leaves it out
+# unsupported options of ESPnet's streaming command -> their only allowed value
 UNUSED: dict[str, Any] = {
     "lm_train_config": None,
     "lm_file": None,
@@ -35,12 +34,12 @@ UNUSED: dict[str, Any] = {
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """ESPnet's options of asr_inference_streaming, and those of chunks, cache and endpoints."""
+    """ESPnet's options of asr_inference_streaming, and options of chunks, cache and endpoints."""
     from espnet2.bin import asr_inference_streaming as espnet
 
     parser = extended(
         espnet.get_parser(),
-        "Streaming ASR decoding: CTC prefix beam search, rescored by the decoder",
+        "Streaming ASR decoding: CTC prefix beam search with rescoring by the decoder",
     )
     for action in parser._actions:
         if action.dest in MODEL:  # a pack may take their place
@@ -52,7 +51,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--simulate_chunk_ms",
         type=float,
         default=0.0,
-        help="Feed the audio in pieces of so many ms; 0 = at once. The result is the same",
+        help="Length of the pieces of audio in ms; 0 = whole utterances. The result is the same",
     )
     return parser
 
@@ -62,7 +61,7 @@ def main(cmd: Sequence[str] | None = None) -> None:
     """Decode, and write the result files of espnet2.bin.asr_inference_streaming.
 
     Args:
-        cmd: the options; sys.argv when None.
+        cmd: the options; None: sys.argv.
     """
     args = get_parser().parse_args(cmd)
     logging.basicConfig(
@@ -74,7 +73,7 @@ def main(cmd: Sequence[str] | None = None) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse what the search here does not do, rather than ignore it."""
+    """Refuse unsupported options instead of ignoring them."""
     for name, unset in UNUSED.items():
         if (value := getattr(args, name)) not in (unset, "none"):
             raise UserError(
@@ -84,11 +83,11 @@ def _check(args: argparse.Namespace) -> None:
     check_search(args)
     if not 0 <= args.simulate_chunk_ms <= LONGEST_MS or args.sim_chunk_length < 0:
         raise UserError(
-            "--simulate_chunk_ms, --sim_chunk_length: allowed are 0 (at once) or more, at "
+            "--simulate_chunk_ms, --sim_chunk_length: allowed: 0 (at once) or more, at "
             f"most {LONGEST_MS} ms"
         )
     if args.simulate_chunk_ms and args.sim_chunk_length:
-        raise UserError("--simulate_chunk_ms and --sim_chunk_length say the same: give one of them")
+        raise UserError("--simulate_chunk_ms and --sim_chunk_length exclude each other: give one")
     paths = [path for path, _, _ in args.data_path_and_name_and_type]
     for path in (*paths, args.key_file):
         if path is not None and not Path(path).is_file():

@@ -1,4 +1,4 @@
-"""espnet2.bin.asr_train with the plug-in registered: same options, same files, safely written."""
+"""espnet2.bin.asr_train with our classes, the same options and files, and atomic saving."""
 
 import sys
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ def main(cmd: Sequence[str] | None = None) -> None:
     """Train as espnet2.bin.asr_train does.
 
     Args:
-        cmd: ESPnet's options; sys.argv when None.
+        cmd: ESPnet's options; None: sys.argv.
     """
     from espnet_kv.espnet.training import ASRTraining
 

@@ -1,4 +1,4 @@
-"""Convert a trained model to a smaller KV cache."""
+"""Convert a trained model to one with a smaller KV cache."""
 
 import argparse
 import math
@@ -13,12 +13,12 @@ from espnet_kv.bin.model_options import add_model_options, find_model
 from espnet_kv.cli import HelpFormatter, Parser, command, whole
 from espnet_kv.errors import UserError, one_line
 
-# of utterances that are left out so many are named
-NAMED = 10
+# utterances named in a warning; further ones are counted
+SHOWN = 10
 PARTS = ("encoder", "decoder_self", "decoder_cross")
 TYPES = ("mla", "gqa", "linear")
 FEATURE_MAPS = ("elu", "relu", "hedgehog")
-# options that say what is converted and how: what a rerun must agree on
+# options that determine the result
 OPTIONS = (
     "attention_type",
     "kv_rank",
@@ -35,54 +35,54 @@ OPTIONS = (
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """The options."""
+    """The options of this command."""
     parser = Parser(
         description="Convert the attention of a trained ESPnet or espnet_kv model to mla, gqa or "
-        "linear. Out comes an experiment directory, for asr_inference, asr_train and the recipe.",
+        "linear. The result is an experiment for asr_inference, asr_train and the recipe.",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
     add_model_options(add, Path)
-    add("--output_dir", type=Path, required=True, help="The experiment directory to write")
-    add("--attention_type", required=True, choices=TYPES, help="What attention becomes")
-    add("--kv_rank", type=int, help="mla: numbers in the latent of a frame, the same in all layers")
+    add("--output_dir", type=Path, required=True, help="experiment directory to write")
+    add("--attention_type", required=True, choices=TYPES, help="attention of the new model")
+    add("--kv_rank", type=int, help="mla: size of the latent, the same in all layers")
     add("--num_kv_heads", type=int, help="gqa: key/value heads, 1 = MQA")
-    add("--feature_map", choices=FEATURE_MAPS, help="linear: its feature map (hedgehog)")
+    add("--feature_map", choices=FEATURE_MAPS, help="linear: feature map (default: hedgehog)")
     add(
         "--target_compression",
         type=float,
-        help="mla, gqa: instead, the part of the attention cache's bytes that goes, e.g. 0.875; "
-        "layers share what is left by what each needs",
+        help="mla, gqa: instead of a size, the fraction of the attention cache to remove, e.g. "
+        "0.875; layers get different sizes by their sensitivity",
     )
     add(
         "--parts",
         type=_parts,
         default=("encoder",),
-        help=f"Which attention, split by commas: {', '.join(PARTS)}",
+        help=f"attention to convert, separated by commas: {', '.join(PARTS)}",
     )
     add(
         "--calibration_scp",
         type=Path,
-        help="wav.scp of audio like that of the training, no transcripts needed; without it the "
-        "conversion sees the weights alone",
+        help="wav.scp of audio similar to the training data, without transcripts; if missing, only "
+        "the weights are used",
     )
-    add("--calibration_type", default="sound", choices=("sound", "kaldi_ark"), help="Its type")
-    add("--calibration_minutes", type=_positive, default=10.0, help="How much of it is used")
+    add("--calibration_type", default="sound", choices=("sound", "kaldi_ark"), help="type of audio")
+    add("--calibration_minutes", type=_positive, default=10.0, help="minutes of audio to use")
     add(
         "--transfer_steps",
         type=whole(0, 10**9),
         default=300,
         help="linear: steps of attention transfer",
     )
-    add("--seed", type=whole(0, 2**32 - 1), default=0, help="Of the choice of calibration audio")
+    add("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of the choice of audio")
     return parser
 
 
 def _parts(text: str) -> tuple[str, ...]:
     parts = tuple(text.split(","))
     if not set(parts) <= set(PARTS) or len(set(parts)) < len(parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of {', '.join(PARTS)}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of {', '.join(PARTS)}")
     return tuple(part for part in PARTS if part in parts)
 
 
@@ -97,10 +97,10 @@ def main(cmd: Sequence[str] | None = None) -> None:
     """Convert.
 
     Args:
-        cmd: the options; sys.argv when None.
+        cmd: the options; None: sys.argv.
 
     Raises:
-        UserError: a model or an option that cannot be used.
+        UserError: a model or an option cannot be used.
     """
     args = get_parser().parse_args(cmd)
     find_model(args, kind=Path)
@@ -109,7 +109,7 @@ def main(cmd: Sequence[str] | None = None) -> None:
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What conversion.json records of the options."""
+    """The options recorded in conversion.json."""
     values = {name: getattr(args, name) for name in OPTIONS}
     return {
         name: str(value) if isinstance(value, Path) else list(value) if name == "parts" else value
@@ -117,8 +117,8 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def run(args: argparse.Namespace, said: str) -> None:
-    """Convert as `args` say; said: the command, for the record."""
+def run(args: argparse.Namespace, command_line: str) -> None:
+    """Convert as given by the options; `command_line` is recorded in conversion.json."""
     import torch
 
     from espnet_kv.convert.calibration import read_calibration
@@ -141,7 +141,7 @@ def run(args: argparse.Namespace, said: str) -> None:
     model, config = load_source(args.asr_train_config, args.asr_model_file, args.parts)
     calibration = None
     if args.calibration_scp is None:
-        print("  no --calibration_scp: fitted to the weights alone (Frobenius norm)", flush=True)
+        print("  no --calibration_scp: fitted to the weights only (Frobenius norm)", flush=True)
     else:
         calibration = read_calibration(
             args.calibration_scp,
@@ -158,16 +158,18 @@ def run(args: argparse.Namespace, said: str) -> None:
         )
         for note in calibration.source["notes"]:
             print(f"  note: {note}", flush=True)
-        _tell_left_out(calibration.source["left_out"])
+        _warn_left_out(calibration.source["left_out"])
     try:
-        conversion = convert_model(model, config, args.parts, target, calibration, _tell)
+        conversion = convert_model(model, config, args.parts, target, calibration, _counter)
     except torch.linalg.LinAlgError as error:
         raise UserError(
             f"{args.asr_model_file}: its attention cannot be factorised ({one_line(error)}): the "
             "weights are out of range; use the model of another epoch"
         ) from error
-    heard = None if calibration is None else calibration.source
-    provenance = describe(args.asr_train_config, args.asr_model_file, options_of(args), said, heard)
+    source = None if calibration is None else calibration.source
+    provenance = describe(
+        args.asr_train_config, args.asr_model_file, options_of(args), command_line, source
+    )
     write_experiment(args.output_dir, args.asr_model_file.name, conversion, provenance)
     for part, cache in conversion.cache.items():
         before, after = cache["before"]["bytes"], cache["after"]["bytes"]
@@ -175,11 +177,11 @@ def run(args: argparse.Namespace, said: str) -> None:
     print(f"  {args.output_dir}", flush=True)
 
 
-def _tell_left_out(left_out: Mapping[str, Sequence[str]]) -> None:
-    """Say which utterances play no part, and why."""
+def _warn_left_out(left_out: Mapping[str, Sequence[str]]) -> None:
+    """Warn of utterances that are not used."""
     for reason, utterances in left_out.items():
         if utterances:
-            named = ", ".join(utterances[:NAMED]) + (", ..." if len(utterances) > NAMED else "")
+            named = ", ".join(utterances[:SHOWN]) + (", ..." if len(utterances) > SHOWN else "")
             print(
                 f"warning: {len(utterances)} utterances of the calibration audio left out, "
                 f"{reason}: {named}",
@@ -187,8 +189,8 @@ def _tell_left_out(left_out: Mapping[str, Sequence[str]]) -> None:
             )
 
 
-def _tell(label: str, total: int) -> Callable[[], None]:
-    """What to call after each step; prints how many were made, at most every two seconds."""
+def _counter(label: str, total: int) -> Callable[[], None]:
+    """Return a function to call after each step; it prints the count every two seconds."""
     done, printed = 0, time.monotonic()
 
     def step() -> None:

@@ -1,4 +1,4 @@
-"""espnet2.bin.lm_calc_perplexity with paths that may hold commas: same options, same files."""
+"""espnet2.bin.lm_calc_perplexity, with the same options and files, and commas allowed in paths."""
 
 import argparse
 import sys
@@ -21,7 +21,7 @@ def main(cmd: Sequence[str] | None = None) -> None:
     """Compute perplexities as espnet2.bin.lm_calc_perplexity does.
 
     Args:
-        cmd: the options; sys.argv when None.
+        cmd: the options; None: sys.argv.
     """
     from espnet2.bin import lm_calc_perplexity as espnet
 

@@ -1,4 +1,4 @@
-"""espnet2.bin.lm_train: same options, same files, safely written."""
+"""espnet2.bin.lm_train, with the same options and files, and atomic saving."""
 
 import sys
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ def main(cmd: Sequence[str] | None = None) -> None:
     """Train as espnet2.bin.lm_train does.
 
     Args:
-        cmd: ESPnet's options; sys.argv when None.
+        cmd: ESPnet's options; None: sys.argv.
     """
     from espnet_kv.espnet.training import LMTraining
 

@@ -15,8 +15,8 @@ from espnet_kv.bin.model_options import add_model_options, find_model
 from espnet_kv.cli import Parser, command, true_or_false, whole
 from espnet_kv.config import load_config, load_yaml
 from espnet_kv.errors import ConfigError, UserError, one_line
-from espnet_kv.files import check_writable, write_text
-from espnet_kv.report.profiles import SCHEMA
+from espnet_kv.files import check_writable
+from espnet_kv.profile.schema import write_profile
 from espnet_kv.scores import read_scores
 
 if TYPE_CHECKING:
@@ -25,100 +25,101 @@ if TYPE_CHECKING:
 
 LENGTHS = "5 10 30 60 120 300 600"
 CACHE_DTYPES = ("fp32", "fp16", "bf16", "int8", "int4")
-# a day; hours of encoder frames: what is longer fits no memory, and no patience
+# limits: one day of audio, and some hours of encoder frames in the cache
 LONGEST_SECONDS = 86_400
 MOST_FRAMES = 1_000_000
-# of a recording with fewer seconds there is nothing to recognize
+# shorter recordings are not used
 SHORTEST_SECONDS = 0.3
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """The options of this command; names as in the recipe and in ESPnet's commands."""
+    """The options of this command, with the names of the recipe and of ESPnet's commands."""
     parser = Parser(
         prog="python -m espnet_kv.bin.profile",
-        description="Measure what a model costs: bytes of its cache, time, memory. A trained "
-        "model loads from any directory; outside that of its training give --wav_scp, too. What is "
-        "written: docs/profile.md. The last line of standard output is the path of the JSON.",
+        description="Measure the cache bytes, time and memory of a model. A trained model loads "
+        "from any directory; outside the directory of its training, give --wav_scp too. The output "
+        "is described in docs/profile.md. The last line on standard output is the JSON's path.",
         allow_abbrev=False,
     )
     g = parser.add_argument_group("a trained model")
-    g.add_argument("--experiment", type=Path, help="its directory")
+    g.add_argument("--experiment", type=Path, help="directory of the experiment")
     g.add_argument(
         "--inference_asr_model",
         default="valid.acc.ave.pth",
-        help="model file there (default: %(default)s)",
+        help="model file in this directory (default: %(default)s)",
     )
     add_model_options(g.add_argument, Path)
     g.add_argument(
         "--decoding",
         default="",
-        help="names of decodings whose error rates are taken, split by spaces (default: the "
-        "shortest name of each kind)",
+        help="decodings to read error rates from, separated by spaces (default: the shortest name "
+        "of each kind)",
     )
 
     g = parser.add_argument_group("or a configuration, with random weights")
     g.add_argument("--config", type=Path, help="training configuration, conf/train_asr_x.yaml")
-    g.add_argument("--overlay", type=Path, help="YAML laid over it")
+    g.add_argument("--overlay", type=Path, help="YAML whose keys replace those of --config")
     g.add_argument(
         "--vocab_size",
         type=whole(3, 10_000_000),
         default=5000,
-        help="tokens (default: %(default)s)",
+        help="number of tokens (default: %(default)s)",
     )
 
-    g = parser.add_argument_group("how")
+    g = parser.add_argument_group("measurement")
     g.add_argument(
         "--wav_scp",
         type=Path,
-        help="utterances (default: the validation set that the model's config.yaml names; noise "
-        "for random weights)",
+        help="audio (default: the validation set in the model's config.yaml; noise for random "
+        "weights)",
     )
     g.add_argument(
         "--utterances",
         type=whole(1, 100_000),
         default=20,
-        help="how many of them (default: %(default)s)",
+        help="number of utterances (default: %(default)s)",
     )
     g.add_argument(
         "--lengths",
         nargs="+",
         default=[LENGTHS],
-        help=f"seconds of audio at which size, time and memory are looked at (default: {LENGTHS})",
+        help=f"seconds of audio at which size, time and memory are measured (default: {LENGTHS})",
     )
     g.add_argument(
         "--cache_dtypes",
         nargs="+",
         default=["fp32 int8"],
-        help=f"of {', '.join(CACHE_DTYPES)}; the model's own comes first (default: fp32 int8)",
+        help=f"some of {', '.join(CACHE_DTYPES)}, after the model's type (default: fp32 int8)",
     )
     g.add_argument("--chunk_size", type=whole(1), help="encoder frames (default: 16)")
     g.add_argument("--left_chunks", type=whole(0), help="chunks of left context (default: 4)")
     g.add_argument(
-        "--inference_config", type=Path, help="options of the beam search, as conf/decode_asr.yaml"
+        "--inference_config", type=Path, help="beam search options, e.g. conf/decode_asr.yaml"
     )
     g.add_argument(
         "--streaming_config",
         type=Path,
-        help="chunk_size, left_chunks and search of streaming, as conf/decode_asr_streaming.yaml",
+        help="options of streaming, e.g. conf/decode_asr_streaming.yaml",
     )
     g.add_argument(
-        "--repeats", type=whole(1), default=3, help="runs of an utterance (default: %(default)s)"
+        "--repeats", type=whole(1), default=3, help="runs per utterance (default: %(default)s)"
     )
-    g.add_argument("--hour", type=true_or_false, default=False, help="stream an hour, too")
+    g.add_argument("--hour", type=true_or_false, default=False, help="also stream an hour")
     g.add_argument(
-        "--seed", type=whole(0, 2**32 - 1), default=0, help="of weights and noise (default: 0)"
+        "--seed", type=whole(0, 2**32 - 1), default=0, help="seed of weights and noise (default: 0)"
     )
-    g.add_argument("--threads", type=whole(1, 1024), default=1, help="on a CPU (default: 1)")
-    g.add_argument("--ngpu", type=whole(0), help="0 = CPU (default: 1 if there is one)")
+    g.add_argument("--threads", type=whole(1, 1024), default=1, help="CPU threads (default: 1)")
+    g.add_argument("--ngpu", type=whole(0), help="0 = CPU (default: 1 if a GPU is available)")
     g.add_argument("--output", type=Path, help="(default: EXPERIMENT/profile/profile.json)")
     return parser
 
 
 @dataclass(frozen=True)
-class Named:
-    """A model and the names that its profile gives it.
+class ProfileTarget:
+    """The model to profile.
 
-    experiment: its directory, None for a configuration alone. paths: of the profile's `model`.
+    experiment: directory of the experiment; None: a configuration with random weights.
+    paths: paths in the profile's `model`.
     """
 
     source: "Source"
@@ -127,10 +128,10 @@ class Named:
     paths: dict[str, str | None]
 
     def output(self, given: Path | None) -> Path:
-        """Where the profile goes.
+        """The path of the profile.
 
         Raises:
-            UserError: it has to be said.
+            UserError: --output is missing and there is no experiment.
         """
         if given is None and self.experiment is None:
             raise UserError("--config: give --output, the file to write")
@@ -142,16 +143,16 @@ def main(cmd: Sequence[str] | None = None) -> None:
     """Profile a model.
 
     Args:
-        cmd: the options; sys.argv when None.
+        cmd: the options; None: sys.argv.
 
     Raises:
-        UserError: bad options or bad input, in one line.
+        UserError: bad options or bad input.
     """
     arguments = list(sys.argv[1:] if cmd is None else cmd)
     args = get_parser().parse_args(arguments)
     seconds, cache_dtypes = _lengths(args.lengths), _cache_dtypes(args.cache_dtypes)
     search, streaming = _search_options(args)
-    named = _named(args)
+    named = _profile_target(args)
     output = named.output(args.output)
     check_writable(output)
 
@@ -160,7 +161,7 @@ def main(cmd: Sequence[str] | None = None) -> None:
     from espnet_kv.profile.run import Options, profile
     from espnet_kv.profile.subject import Subject
 
-    # what ESPnet says of a search is meant for those who decode
+    # ESPnet's messages about the search are not relevant here
     logging.getLogger("espnet2").setLevel(logging.ERROR)
     device = _device(args.ngpu)
     torch.set_num_threads(args.threads)
@@ -169,14 +170,16 @@ def main(cmd: Sequence[str] | None = None) -> None:
     )
     if seconds[-1] < 2 * subject.chunk_seconds:
         raise UserError(
-            f"--lengths {seconds[-1]:g}: the longest is at least two chunks, "
+            f"--lengths {seconds[-1]:g}: the longest must be at least two chunks, "
             f"{2 * subject.chunk_seconds:g} s"
         )
     sound = _sound(args, subject)
-    _say(f"{named.name} on {device}, {len(sound.utterances)} utterances of {sound.name}")
+    _print_line(f"{named.name} on {device}, {len(sound.utterances)} utterances of {sound.name}")
     options = Options(seconds, cache_dtypes, args.repeats, args.hour, search, streaming)
     try:
-        measured = profile(subject, sound, options, _say)
+        measured = profile(named.name, subject, sound, options, _print_line).model_dump(
+            by_alias=True
+        )
     except ConfigError as error:
         raise UserError(f"{args.inference_config}: {error}") from error
     measured["model"] |= named.paths | {"converted_from": _provenance(named.experiment)}
@@ -184,12 +187,11 @@ def main(cmd: Sequence[str] | None = None) -> None:
         ["python", "-m", "espnet_kv.bin.profile", *arguments]
     )
     wer = read_scores(named.experiment, args.decoding.split()) if named.experiment else {}
-    document = {"schema": SCHEMA, "name": named.name, **measured, "wer": wer}
-    write_text(output, json.dumps(document, indent=1, allow_nan=False) + "\n")
+    write_profile(output, measured | {"wer": wer})
     print(output)
 
 
-def _say(text: str) -> None:
+def _print_line(text: str) -> None:
     print(f"  {text}", flush=True)
 
 
@@ -224,7 +226,7 @@ def _cache_dtypes(words: Sequence[str]) -> list[str]:
 
 
 def _search_options(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of the beam search, and of streaming with its chunk_size and left_chunks."""
+    """Options of the beam search, and options of streaming including the chunk settings."""
     search = load_yaml(args.inference_config) if args.inference_config else {}
     streaming = load_yaml(args.streaming_config) if args.streaming_config else {}
     for name, default in (("chunk_size", 16), ("left_chunks", 4)):
@@ -243,8 +245,8 @@ def _search_options(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str,
     return search, streaming
 
 
-def _named(args: argparse.Namespace) -> Named:
-    """The model that the options name."""
+def _profile_target(args: argparse.Namespace) -> ProfileTarget:
+    """The model given by the options."""
     from espnet_kv.profile.subject import Source
 
     files = args.asr_train_config or args.asr_model_file
@@ -262,11 +264,11 @@ def _named(args: argparse.Namespace) -> Named:
     if args.config is not None:
         config = load_config(args.config, args.overlay)
         if not isinstance(config.get("encoder"), str):
-            raise UserError(f"{args.config}: no encoder is named; this is no training config")
+            raise UserError(f"{args.config} is not a training configuration: it names no encoder")
         stems = [path.stem for path in (args.config, args.overlay) if path is not None]
         paths |= {"config": str(args.config), "overlay": _text(args.overlay)}
         source = Source(config=config, vocab_size=args.vocab_size, seed=args.seed)
-        return Named(source, "_".join(stems), None, paths)
+        return ProfileTarget(source, "_".join(stems), None, paths)
     if args.experiment is not None:
         if not args.experiment.is_dir():
             raise UserError(f"{args.experiment} does not exist: train first (stage 11)")
@@ -282,11 +284,11 @@ def _named(args: argparse.Namespace) -> Named:
         "model_file": str(args.asr_model_file),
     }
     source = Source(str(args.asr_train_config), str(args.asr_model_file), seed=args.seed)
-    return Named(source, experiment.resolve().name, experiment, paths)
+    return ProfileTarget(source, experiment.resolve().name, experiment, paths)
 
 
 def _sound(args: argparse.Namespace, subject: "Subject") -> "Sound":
-    """The utterances: evenly chosen from a wav.scp, or noise."""
+    """The audio: utterances evenly selected from a wav.scp, or noise."""
     import numpy as np
 
     from espnet_kv.profile.sound import Sound
@@ -308,7 +310,7 @@ def _sound(args: argparse.Namespace, subject: "Subject") -> "Sound":
         if len(audio) >= SHORTEST_SECONDS * subject.sample_rate:
             samples.append(audio.astype(np.float32))
     for note in sorted(notes):
-        _say(f"{wav_scp}: {note}")
+        _print_line(f"{wav_scp}: {note}")
     if not samples:
         raise UserError(f"{wav_scp}: no utterance has {SHORTEST_SECONDS} s or more")
     return Sound(str(wav_scp), subject.sample_rate, samples)
@@ -318,8 +320,8 @@ def _validation_set(subject: "Subject") -> Path:
     named = getattr(subject.args, "valid_data_path_and_name_and_type", None) or []
     paths = [Path(path) for path, name, _ in named if name == "speech"]
     if not paths or not paths[0].is_file():
-        said = f"{paths[0]} (of config.yaml) does not exist" if paths else "no audio is named"
-        raise UserError(f"{said}: give --wav_scp")
+        found = f"{paths[0]} (of config.yaml) does not exist" if paths else "no audio is named"
+        raise UserError(f"{found}: give --wav_scp")
     return paths[0]
 
 
@@ -328,7 +330,7 @@ def _provenance(experiment: Path | None) -> Mapping[str, Any] | None:
 
 
 def _json(file: Path) -> Mapping[str, Any]:
-    """What a file beside a model says; empty where there is none."""
+    """Read a JSON mapping beside a model; empty if the file does not exist."""
     if not file.exists():
         return {}
     try:

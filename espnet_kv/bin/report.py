@@ -1,4 +1,4 @@
-"""Compare profiled models: tables, figures and one page, from what espnet_kv.bin.profile wrote.
+"""Compare profiled models: tables, figures and a page from files of espnet_kv.bin.profile.
 
     python -m espnet_kv.bin.report --expdir exp
     python -m espnet_kv.bin.report --output report a/profile.json b/profile.json
@@ -15,7 +15,7 @@ from pathlib import Path
 from espnet_kv.cli import Parser, command
 from espnet_kv.errors import UserError
 from espnet_kv.files import check_writable
-from espnet_kv.report.profiles import read_profiles
+from espnet_kv.profile.schema import read_profiles
 from espnet_kv.report.write import TITLE, write_report
 
 
@@ -35,10 +35,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--results",
         type=Path,
-        help="Markdown file for the table, its other text is kept; "
+        help="Markdown file for the table; its other text is kept; "
         "default: EXPDIR/RESULTS.md, or OUTPUT/RESULTS.md",
     )
-    p.add_argument("--title", default=TITLE, help="Of page and table; default: %(default)s")
+    p.add_argument("--title", default=TITLE, help="Title of page and table; default: %(default)s")
     return p
 
 
@@ -47,10 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write the report.
 
     Args:
-        arguments: options (`--help`); sys.argv when None.
+        arguments: the options; None: sys.argv.
 
     Raises:
-        UserError: no profile, a damaged one, or a place that cannot be written to.
+        UserError: there is no profile, one is damaged, or an output cannot be written.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     args = parser().parse_args(arguments)
@@ -67,9 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if output is None:
         raise UserError("--output is missing: name a directory, or give --expdir")
     check_writable(output)
-    said = shlex.join(["python", "-m", "espnet_kv.bin.report", *arguments])
+    command_line = shlex.join(["python", "-m", "espnet_kv.bin.report", *arguments])
     page = write_report(
-        read_profiles(paths), output, results or output / "RESULTS.md", args.title, said
+        read_profiles(paths), output, results or output / "RESULTS.md", args.title, command_line
     )
     print(page)
 

@@ -20,12 +20,12 @@ HIGHEST_RATE = 768_000
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """The options of this command; names as in asr_inference_streaming."""
+    """The options of this command, with the names of asr_inference_streaming."""
     parser = Parser(
         prog="python -m espnet_kv.bin.stream",
-        description="Transcribe a wav or flac file, or raw 16-bit mono audio from standard input, "
-        "as it arrives. Final text goes to standard output, a line per pause; on a terminal the "
-        "words so far, real-time factor and cache are shown while they come.",
+        description="Transcribe an audio file, or raw 16-bit mono audio from standard input while "
+        "it arrives. Final text goes to standard output, one line per segment. A terminal also "
+        "shows the current words, the real-time factor and the cache size.",
         formatter_class=HelpFormatter,
     )
     add = parser.add_argument
@@ -39,7 +39,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--penalty", type=float, default=0.0, help="Added to the score for every token")
     add("--token_type", choices=["char", "bpe"], help="Default: the model's")
     add("--bpemodel", help="Sentencepiece model; default: the model's")
-    # audio may come for ever and without a pause: what is held for an open segment is bounded
+    # audio may be endless and without pauses, so the length of a segment is limited
     add_streaming_options(parser, endpoint_silence_ms=1000, max_segment_seconds=30)
     return parser
 
@@ -49,10 +49,10 @@ def main(cmd: Sequence[str] | None = None) -> int:
     """Transcribe until the audio ends or Ctrl-C.
 
     Args:
-        cmd: the options; sys.argv when None.
+        cmd: the options; None: sys.argv.
 
     Returns:
-        Exit status: 0; 130 after Ctrl-C, 141 when nobody reads the text any more.
+        Exit status: 0; 130 after Ctrl-C, 141 when standard output is closed.
     """
     return _transcribe(get_parser().parse_args(cmd))
 
@@ -74,8 +74,8 @@ def _transcribe(args: argparse.Namespace) -> int:
     source = file or PipeSource(args.rate or recognizer.sample_rate)
     if not file and recognizer.left_chunks < 0:
         print(
-            "note: --left_chunks -1: a frame sees all before it, so the cache may grow with the "
-            "stream; --left_chunks 4, say, bounds it",
+            "note: --left_chunks -1: the left context is unbounded, so the cache may grow with the "
+            "stream; give e.g. --left_chunks 4 to bound it",
             file=sys.stderr,
         )
     for note in file.notes if file else ():
@@ -99,13 +99,13 @@ def _transcribe(args: argparse.Namespace) -> int:
 
 
 class Display:
-    """Final lines on standard output; the open line and the meter on a terminal."""
+    """Prints final text on standard output, and the open segment and the meter on a terminal."""
 
     def __init__(self, meter) -> None:
         self._meter = meter
         terminals = [stream for stream in (sys.stderr, sys.stdout) if stream.isatty()]
         self._live: TextIO | None = terminals[0] if terminals else None
-        self._text, self._drawn = "", 0.0  # what stands there, and since when
+        self._text, self._drawn = "", 0.0  # text on the terminal, and the time it was drawn
 
     def __enter__(self) -> "Display":
         return self
@@ -116,7 +116,7 @@ class Display:
             print(self._meter.summary(), file=sys.stderr)
 
     def show(self, segments: list) -> None:
-        """Print the text of segments that ended, and draw the open one."""
+        """Print the text of segments that ended, and draw the open segment."""
         for (text, token, *_), *_ in segments:
             self._erase()
             print(" ".join(token) if text is None else text, flush=True)
@@ -136,7 +136,7 @@ class Display:
                 f"[{meter.audio_seconds:.1f} s, RTF {meter.real_time_factor:.2f}, "
                 f"cache {meter.cache_nbytes / 1000:.1f} kB] "
             )
-        # a terminal that was never told its size says 0
+        # the size of a terminal is 0 if it was never set
         width = (os.get_terminal_size(self._live.fileno()).columns or 80) - 1
         line = (head + _tail(text, width - len(head)))[:width]
         print(f"\r\x1b[K{line}", end="", file=self._live, flush=True)
@@ -147,7 +147,7 @@ class Display:
 
 
 def _tail(text: str, width: int) -> str:
-    """The end of `text` that fits `width` columns of a terminal."""
+    """The longest end of `text` that fits in `width` columns of a terminal."""
     columns = 0
     for n, character in enumerate(reversed(text)):
         columns += 2 if unicodedata.east_asian_width(character) in "WF" else 1

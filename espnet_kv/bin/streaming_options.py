@@ -1,7 +1,6 @@
-"""What decoding commands share: options of streams, checks of options, the recognizer."""
+"""Shared by decoding commands: streaming options, checks of options, building the recognizer."""
 
 import argparse
-import math
 from typing import Any
 
 from espnet2.utils.types import str_or_none
@@ -24,44 +23,24 @@ RECOGNIZER = (
     "bpemodel",
     "dtype",
 )
-"""Options that a recognizer takes under their own name."""
-
-
-COUNTS = {
-    "beam_size": (1, 10_000),
-    "nbest": (1, 10_000),
-    "batch_size": (1, 100_000),
-    "num_workers": (0, 1024),
-    "seed": (0, 2**32 - 1),
-    "ctc_window_margin": (0, 10**9),
-}
-"""Options that are whole numbers -> the least and the most."""
-NUMBERS = {
-    "ctc_weight": (0.0, 1.0),
-    "lm_weight": (-math.inf, math.inf),
-    "ngram_weight": (-math.inf, math.inf),
-    "penalty": (-math.inf, math.inf),
-    "maxlenratio": (-math.inf, math.inf),
-    "minlenratio": (-math.inf, math.inf),
-}
-"""Options that are numbers -> their range."""
+"""Options with the name of an argument of StreamingRecognizer."""
 
 
 def add_streaming_options(
     parser: argparse.ArgumentParser, endpoint_silence_ms: float, max_segment_seconds: float
 ) -> None:
-    """Add the options of the encoder's chunks and cache, and of endpoints.
+    """Add the options of chunks, cache and endpoints.
 
     Args:
-        endpoint_silence_ms, max_segment_seconds: their defaults.
+        endpoint_silence_ms, max_segment_seconds: defaults of these options.
     """
     group = parser.add_argument_group("Streaming related")
     add = group.add_argument
-    add("--chunk_size", type=int, help="Encoder frames in a chunk; default: the model's own")
+    add("--chunk_size", type=int, help="Encoder frames in a chunk; default: the model's setting")
     add(
         "--left_chunks",
         type=int,
-        help="Chunks before its own that a frame sees, -1 = all; default: the model's own",
+        help="Chunks of left context, -1 = all; default: the model's setting",
     )
     add(
         "--cache_dtype",
@@ -72,18 +51,18 @@ def add_streaming_options(
         "--endpoint_silence_ms",
         type=float,
         default=endpoint_silence_ms,
-        help="A pause of so many ms makes the words before it final; 0 = no pause does",
+        help="Length of a pause that ends a segment, in ms; 0 = pauses do not",
     )
     add(
         "--max_segment_seconds",
         type=float,
         default=max_segment_seconds,
-        help="So many seconds without a pause do, too; 0 = any number",
+        help="Maximum length of a segment; 0 = no limit",
     )
 
 
 def build_recognizer(args: argparse.Namespace) -> Any:
-    """The recognizer that `args` describe.
+    """Build the recognizer of the options `args`.
 
     Raises:
         UserError: the model or the options cannot be used, or there is no GPU.
@@ -96,7 +75,7 @@ def build_recognizer(args: argparse.Namespace) -> Any:
 
 
 def check_device(ngpu: int) -> None:
-    """Refuse a number of GPUs that cannot be used.
+    """Check the option --ngpu.
 
     Raises:
         UserError: it is not 0 or 1, or there is no GPU.
@@ -104,29 +83,6 @@ def check_device(ngpu: int) -> None:
     import torch
 
     if ngpu not in (0, 1):
-        raise UserError(f"--ngpu {ngpu}: allowed are 0 (CPU) and 1; a model decodes on one GPU")
+        raise UserError(f"--ngpu {ngpu}: allowed: 0 (CPU) and 1; a model decodes on one GPU")
     if ngpu and not torch.cuda.is_available():
         raise UserError(f"--ngpu {ngpu}: no GPU was found; leave it out to use the CPU")
-
-
-def check_search(args: argparse.Namespace) -> None:
-    """Refuse numbers of a decoding command that mean nothing, from a YAML too.
-
-    Raises:
-        UserError: names the option and what is allowed.
-    """
-    for name, (least, most) in COUNTS.items():
-        value = getattr(args, name, least)
-        if type(value) is not int or not least <= value <= most:
-            raise UserError(f"--{name} {value}: allowed are whole numbers from {least} to {most}")
-    for name, (low, high) in NUMBERS.items():
-        number = getattr(args, name, low if math.isfinite(low) else 0)
-        if type(number) not in (int, float) or not math.isfinite(number):
-            raise UserError(f"--{name} {number}: a finite number is needed")
-        if not low <= number <= high:
-            raise UserError(f"--{name} {number}: allowed are {low:g} to {high:g}")
-    if args.nbest > args.beam_size:
-        raise UserError(
-            f"--nbest {args.nbest} is more than --beam_size {args.beam_size}: a search keeps no "
-            "more hypotheses than that"
-        )

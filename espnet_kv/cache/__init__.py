@@ -1,4 +1,4 @@
-"""What streams and searches keep: the states of modules, their storage and their bytes."""
+"""States of streams and searches: the states of modules, their storage and their size in bytes."""
 
 from espnet_kv.cache.footprint import Footprint
 from espnet_kv.cache.state import KINDS, ConvState, FrameState, State, StateSpec, SumState

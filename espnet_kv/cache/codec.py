@@ -1,7 +1,7 @@
-"""cache_dtype: the number format in which a cache stores its vectors.
+"""Codecs for `cache_dtype`, the number format of the vectors in a cache.
 
-A vector is the last dimension of a stored tensor: one head's key of one frame, or the latent of a
-frame.
+A vector is the last dimension of a stored tensor, e.g. the key of one head and frame, or the
+latent of a frame.
 """
 
 from abc import ABC, abstractmethod
@@ -18,11 +18,11 @@ FLOATS = {
     "bf16": torch.bfloat16,
 }
 INTEGERS = {"int8": 8, "int4": 4}
-LARGEST_HALF = 65504  # float16 has no larger finite number
+LARGEST_HALF = 65504  # largest finite float16
 
 
 class Codec(ABC):
-    """Encodes tensors (..., size) into the stored tensors, each (..., its width), and back.
+    """Encodes tensors (..., size) into stored tensors, each (..., width), and back.
 
     Args:
         size: numbers in a vector.
@@ -46,7 +46,7 @@ class Codec(ABC):
 
 
 class FloatCodec(Codec):
-    """Stores a floating-point type: the model's own, or another one with rounding."""
+    """Stores vectors as a floating-point type, rounded where it is narrower than the model's."""
 
     def __init__(self, size: int, dtype: torch.dtype):
         super().__init__(size)
@@ -92,7 +92,7 @@ class IntegerCodec(Codec):
 
     def decode(self, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
         codes, scale = parts
-        # the rounded scale of a vector at the end of the float16 range lies beyond that range
+        # for vectors near the largest float16, the rounded scale exceeds the float16 range
         wide = torch.float32 if dtype == torch.float16 else dtype
         if self.bits == 4:
             codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)[..., : self.size]
@@ -101,7 +101,7 @@ class IntegerCodec(Codec):
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert without making an infinity, which softmax would turn into NaN."""
+    """Convert, with values clamped to the float16 range; softmax would turn infinity into NaN."""
     if x.dtype == dtype:
         return x
     x = x.to(dtype)
@@ -109,7 +109,7 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def build_codec(cache_dtype: str | None, size: int, model_dtype: torch.dtype) -> Codec:
-    """The codec of `cache_dtype` (fp32, fp16, bf16, int8, int4; None: the model's own type).
+    """Build the codec of `cache_dtype` (fp32, fp16, bf16, int8, int4; None: the model's type).
 
     Raises:
         ConfigError (a ValueError): unknown cache_dtype.

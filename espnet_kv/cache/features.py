@@ -1,6 +1,6 @@
-"""Features that wait to be encoded.
+"""Features that are not encoded yet.
 
-Shape letters: B streams, R of them, T frames, F feature size.
+Shape letters: B streams, R selected streams, T frames, F feature size.
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from torch.nn.utils.rnn import pad_sequence
 class Features:
     """Features of each stream that are not encoded yet, (frames, F).
 
-    Subsampling looks back a few frames, and a chunk waits for its last one. The tensors are
-    replaced, never written to, so that states may share them.
+    These are the frames of an incomplete chunk and the left context of the subsampling. The
+    tensors are replaced and never written to, so that states may share them.
 
     Attributes:
         size: F.
-        tensors: of each stream.
+        tensors: features of each stream.
     """
 
     def __init__(self, size: int, tensors: Sequence[Tensor]):
@@ -35,17 +35,17 @@ class Features:
         self.tensors = [torch.cat([held, x[:length]]) for held, x, length in pairs]
 
     def read(self, streams: Sequence[int], first: Sequence[int], frames: int) -> Tensor:
-        """(R, frames, F) of some streams, from frame first[r] on; past the end zeros."""
+        """Features (R, frames, F) of some streams from frame first[r] on, padded with zeros."""
         pieces = [self.tensors[s][f : f + frames] for s, f in zip(streams, first, strict=True)]
         return pad_sequence(pieces, batch_first=True)
 
     def keep(self, frames: Sequence[int]) -> None:
-        """Keep the newest frames[b] of stream b, and nothing of the storage behind them."""
+        """Keep the newest frames[b] of stream b, and free the storage of the others."""
         pairs = zip(self.tensors, frames, strict=True)
         self.tensors = [tensor[tensor.size(0) - n :].clone() for tensor, n in pairs]
 
     def select(self, streams: Sequence[int]) -> "Features":
-        """Those of some streams."""
+        """Features of some streams."""
         return Features(self.size, [self.tensors[stream] for stream in streams])
 
     @property

@@ -1,7 +1,7 @@
-"""Bytes that a module's state takes, computed from the module's configuration alone.
+"""Size of a module's state in bytes, computed from the module's configuration.
 
-No tensor is read here: the figures are compared with those of live states, which are read off
-their storage (`espnet_kv.cache.state`).
+No tensor is read here. The results are compared with the storage of real states
+(`espnet_kv.cache.state`).
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 BITS = {"fp64": 64, "fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4}
-SCALE_BYTES = 2  # of a vector of integers
+SCALE_BYTES = 2  # scale of a vector of integers, in bfloat16
 NAMES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
@@ -20,7 +20,7 @@ NAMES = {
 
 
 def vector_bytes(numbers: int, cache_dtype: str) -> int:
-    """Bytes of one stored vector of so many numbers; integers come with a scale.
+    """Bytes of one stored vector of `numbers` numbers, including the scale of integers.
 
     Args:
         cache_dtype: fp64, fp32, fp16, bf16, int8 or int4.
@@ -31,13 +31,13 @@ def vector_bytes(numbers: int, cache_dtype: str) -> int:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one module stores of one stream.
+    """Contents of one module's state for one stream.
 
     Attributes:
-        frame: (count, size) of the vectors stored for every frame.
-        constant: (count, size) of the vectors stored whatever the length of the stream.
-        sums: numbers stored whatever the length, in float32 or the model's type if that is wider;
-            cache_dtype does not apply to them.
+        frame: (count, size) of the vectors stored per frame.
+        constant: (count, size) of the vectors stored per stream.
+        sums: numbers stored per stream in float32, or in the model's type if that is wider;
+            independent of cache_dtype.
     """
 
     frame: Sequence[tuple[int, int]] = ()
@@ -52,7 +52,7 @@ class Footprint:
         """Bytes that do not depend on the number of frames.
 
         Args:
-            dtype: the model's type, which decides that of the sums.
+            dtype: the model's type, which determines the type of the sums.
         """
         wide = torch.promote_types(dtype, torch.float32).itemsize
         vectors = sum(count * vector_bytes(size, cache_dtype) for count, size in self.constant)
@@ -67,7 +67,7 @@ class Footprint:
         """Bytes of some streams.
 
         Args:
-            held: frames that each stream holds.
+            held: number of frames of each stream.
             cache_dtype: None: the model's type.
             dtype: the model's type.
         """

@@ -1,4 +1,4 @@
-"""Relative positions as attention modules project them.
+"""Relative positions, projected by the attention modules.
 
 Shape letters: H heads, d_k head size, N slots, C chunk_size.
 """
@@ -12,15 +12,15 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class PositionTables:
-    """Relative positions as each attention module projects them, for every chunk of a stream.
+    """Projected relative positions for all chunks of a stream.
 
-    They depend on the weights, N and C, and are made at the first chunk. States of one encoder
-    with the same settings share them.
+    They depend on the weights, N and C, and are computed at the first chunk. States of one
+    encoder with the same settings share them.
 
     Attributes:
         slots: N.
         chunk_size: C.
-        tables: (H, N+C-1, d_k) of every module by its `state_index`; None: has none.
+        tables: (H, N+C-1, d_k) of each module, by `state_index`; None: the module has none.
     """
 
     slots: int
@@ -28,7 +28,7 @@ class PositionTables:
     tables: Sequence[Tensor | None]
 
     def same_as(self, other: "PositionTables") -> bool:
-        """Whether the numbers are the same."""
+        """Whether both hold equal numbers of the same types."""
         return all(
             a is b or (a is not None and b is not None and a.dtype == b.dtype and torch.equal(a, b))
             for a, b in zip(self.tables, other.tables, strict=True)

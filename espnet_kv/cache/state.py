@@ -1,10 +1,10 @@
-"""What one module stores of a batch of streams between two chunks.
+"""State of one module for a batch of streams between two chunks.
 
-Every state serves streams that share nothing but the storage: they may differ in age, and join or
-leave a running batch. Row b of each tensor belongs to the stream in place b.
+Streams share only the storage: they may have different lengths, and join or leave the batch at
+any chunk. Row b of each tensor belongs to the stream in place b.
 
 Shape letters: P places, R streams of a step, Q frames of a chunk, N slots, S slots in use,
-G key/value heads, H heads, f size of a feature map, K frames that a convolution looks back.
+G key/value heads, H heads, f size of a feature map, K frames of left context of a convolution.
 """
 
 import copy
@@ -17,21 +17,21 @@ import torch
 from torch import Tensor
 
 from espnet_kv.cache.codec import build_codec
-from espnet_kv.cache.step import Step
+from espnet_kv.cache.step import CacheStep
 
 KINDS = ("attention", "conv", "input")
 
 
 @dataclass(frozen=True)
 class StateSpec:
-    """What the states of an encoder or decoder have in common.
+    """Settings common to all states of an encoder or decoder.
 
     Attributes:
         batch_size: P, places for streams.
-        slots: N, frames that a ring has room for.
+        slots: N, capacity of a ring in frames.
         cache_dtype: see `espnet_kv.cache.codec`.
-        dtype: of the model.
-        device: of the storage.
+        dtype: type of the model.
+        device: device of the storage.
     """
 
     batch_size: int
@@ -42,12 +42,12 @@ class StateSpec:
 
 
 class State(ABC):
-    """What one module stores of each stream.
+    """State of one module for each stream.
 
-    A subclass has an `append`, which takes what is new and returns what the module needs.
+    The method `append` of a subclass stores new data and returns the input of the module.
 
     Attributes:
-        kind: under which name its bytes are counted, one of KINDS.
+        kind: name under which the bytes are counted, one of KINDS.
         tensors: the storage; the first dimension is the place of a stream.
     """
 
@@ -56,7 +56,7 @@ class State(ABC):
 
     @abstractmethod
     def nbytes(self, held: Sequence[int]) -> int:
-        """Bytes of streams that hold so many frames each, read off the storage."""
+        """Bytes in use, from the storage; `held`: number of frames of each stream."""
 
     @property
     def places(self) -> int:
@@ -65,16 +65,16 @@ class State(ABC):
 
     @property
     def layout(self) -> tuple:
-        """What states must have in common for streams to move from one to the other."""
+        """Type and shapes; streams can be copied between states of equal layout."""
         return type(self), *((t.dtype, *self._shape(t, 0, 0)) for t in self.tensors)
 
     @property
     def capacity_bytes(self) -> int:
-        """Bytes of the storage, in use or not."""
+        """Bytes of the allocated storage."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors)
 
     def resized(self, places: int, slots: int) -> Self:
-        """An empty state like this one with room for other numbers of streams and frames."""
+        """An empty state with the same settings and other numbers of places and slots."""
         new = copy.copy(self)
         new.tensors = [t.new_zeros(self._shape(t, places, slots)) for t in self.tensors]
         return new
@@ -82,14 +82,14 @@ class State(ABC):
     def _shape(self, tensor: Tensor, places: int, slots: int) -> tuple[int, ...]:
         return (places, *tensor.shape[1:])
 
-    def copy_from(self, source: Self, theirs: Sequence[int], ours: Sequence[int]) -> None:
-        """Copy streams from places `theirs` of another state, or of this one, to places `ours`."""
+    def copy_from(self, source: Self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy streams from places `sources` of another or this state to places `targets`."""
         for tensor, other in zip(self.tensors, source.tensors, strict=True):
-            for here, there in zip(ours, theirs, strict=True):
+            for here, there in zip(targets, sources, strict=True):
                 tensor[here].copy_(other[there])
 
     def clear(self, places: Sequence[int]) -> None:
-        """Make new streams in these places."""
+        """Start new streams in these places."""
         for tensor in self.tensors:
             for place in places:
                 tensor[place].zero_()
@@ -100,10 +100,10 @@ class State(ABC):
 
 
 class FrameState(State):
-    """One or more vectors per frame, for the frames in reach, in a ring of slots.
+    """One or more vectors per frame, for the visible frames, in a ring of slots.
 
     Args:
-        spec: what it has in common with the other states.
+        spec: common settings.
         vectors: (G, size) of each vector of a frame: G groups of `size` numbers.
     """
 
@@ -123,15 +123,15 @@ class FrameState(State):
         """N."""
         return self.tensors[0].size(2)
 
-    def append(self, step: Step, *new: Tensor) -> list[Tensor]:
+    def append(self, step: CacheStep, *new: Tensor) -> list[Tensor]:
         """Store the frames of a chunk.
 
         Args:
-            step: says which streams, and where.
-            new: (R, G, Q, size) of each vector.
+            step: streams and slots of the chunk.
+            new: each vector of the new frames, (R, G, Q, size).
 
         Returns:
-            What the chunk may attend to, slot by slot: (R, G, S, size) of each vector.
+            Each vector of the slots in use, (R, G, S, size).
         """
         stored = iter(self.tensors)
         for codec, x in zip(self.codecs, new, strict=True):
@@ -139,8 +139,8 @@ class FrameState(State):
                 step.put(next(stored), encoded)
         return self.read(step, new[0].dtype)
 
-    def read(self, step: Step, dtype: torch.dtype) -> list[Tensor]:
-        """What a chunk may attend to, slot by slot: (R, G, S, size) of each vector."""
+    def read(self, step: CacheStep, dtype: torch.dtype) -> list[Tensor]:
+        """Read each vector of the slots in use, (R, G, S, size)."""
         stored = iter(self.tensors)
         return [
             codec.decode([step.get(next(stored)) for _ in codec.layout], dtype)
@@ -148,7 +148,7 @@ class FrameState(State):
         ]
 
     def grow(self, slots: int) -> None:
-        """Make room for more frames; the ring has not wrapped yet."""
+        """Enlarge the ring, which must not have wrapped yet."""
         larger = self.resized(self.places, slots)
         for tensor, old in zip(larger.tensors, self.tensors, strict=True):
             tensor[:, :, : old.size(2)] = old
@@ -163,16 +163,16 @@ class FrameState(State):
     def _shape(self, tensor: Tensor, places: int, slots: int) -> tuple[int, ...]:
         return (places, tensor.size(1), slots, tensor.size(3))
 
-    def copy_from(self, source: Self, theirs: Sequence[int], ours: Sequence[int]) -> None:
+    def copy_from(self, source: Self, sources: Sequence[int], targets: Sequence[int]) -> None:
         slots = min(self.slots, source.slots)
         for tensor, other in zip(self.tensors, source.tensors, strict=True):
-            for here, there in zip(ours, theirs, strict=True):
+            for here, there in zip(targets, sources, strict=True):
                 tensor[here, :, :slots].copy_(other[there, :, :slots])
-                tensor[here, :, slots:].zero_()  # a NaN left there would reach the next stream
+                tensor[here, :, slots:].zero_()  # a NaN there would affect the next stream
 
     @property
     def frame_nbytes(self) -> int:
-        """Bytes of one frame of one stream, read off the storage."""
+        """Bytes of one frame of one stream, from the storage."""
         return self.capacity_bytes // max(1, self.places * self.slots)
 
     def nbytes(self, held: Sequence[int]) -> int:
@@ -180,16 +180,17 @@ class FrameState(State):
 
 
 class ConstantState(State):
-    """Storage that does not depend on how many frames a stream has."""
+    """State whose size does not depend on the number of frames."""
 
     def nbytes(self, held: Sequence[int]) -> int:
         return len(held) * self.capacity_bytes // max(1, self.places)
 
 
 class SumState(ConstantState):
-    """Sums over all frames, in float32 or wider: H f (d_v + 1) numbers of a stream.
+    """Running sums of linear attention: H f (d_v + 1) numbers per stream, constant in time.
 
-    cache_dtype does not apply: the terms added over an hour would be lost in rounding.
+    Always float32 or wider; `cache_dtype` is ignored, because a low-precision accumulator loses
+    small updates over a long stream.
     """
 
     kind = "attention"
@@ -201,17 +202,17 @@ class SumState(ConstantState):
 
     @classmethod
     def holding(cls, sums: Tensor) -> Self:
-        """A state of these sums, (P, H, f, d_v + 1)."""
+        """Create a state with these sums, (P, H, f, d_v + 1)."""
         state = cls.__new__(cls)
         state.tensors = [sums]
         return state
 
-    def read(self, step: Step) -> Tensor:
-        """(R, H, f, d_v + 1): sum of phi(k) v' and, in the last column, of phi(k)."""
+    def read(self, step: CacheStep) -> Tensor:
+        """(R, H, f, d_v + 1): sums of phi(k) v' and, in the last column, of phi(k)."""
         return step.rows_of(self.tensors[0])
 
-    def append(self, step: Step, sums: Tensor) -> None:
-        """Replace the sums (R, H, f, d_v + 1) of the streams that take the step."""
+    def append(self, step: CacheStep, sums: Tensor) -> None:
+        """Replace the sums (R, H, f, d_v + 1) of the streams of the step."""
         step.put_rows(self.tensors[0], sums)
 
 
@@ -223,17 +224,17 @@ class ConvState(ConstantState):
     def __init__(self, spec: StateSpec, channels: int, frames: int):
         self.codec = build_codec(spec.cache_dtype, channels, spec.dtype)
         self.frames = frames
-        # a causal convolution is padded with zeros, and storage of zeros decodes to zeros
+        # zeros decode to zeros, which is the padding of a causal convolution
         self.tensors = [
             torch.zeros(spec.batch_size, frames, width, dtype=dtype, device=spec.device)
             for width, dtype in self.codec.layout
         ]
 
-    def append(self, step: Step, x: Tensor) -> Tensor:
-        """(R, channels, Q) -> (R, channels, K + Q), preceded by the K frames before."""
+    def append(self, step: CacheStep, x: Tensor) -> Tensor:
+        """Prepend the K previous frames: (R, channels, Q) -> (R, channels, K + Q)."""
         held = [step.rows_of(tensor) for tensor in self.tensors]
-        seen = torch.cat([self.codec.decode(held, x.dtype).transpose(1, 2), x], dim=2)
-        new = self.codec.encode(seen[:, :, seen.size(2) - self.frames :].transpose(1, 2))
+        padded = torch.cat([self.codec.decode(held, x.dtype).transpose(1, 2), x], dim=2)
+        new = self.codec.encode(padded[:, :, padded.size(2) - self.frames :].transpose(1, 2))
         for tensor, encoded in zip(self.tensors, new, strict=True):
             step.put_rows(tensor, encoded)
-        return seen
+        return padded

@@ -1,12 +1,11 @@
-"""Where a module reads and writes its state while its encoder or decoder runs with a cache.
+"""Where a chunk is written in the cache and which cached frames it may attend to.
 
 ESPnet's blocks call attention and convolutions without an argument for state. The encoder or
-decoder therefore puts a `Step` into `running`, a context variable, while it calls its blocks; each
-module finds its own state in `Step.states` by its `state_index`. Masks do not travel this way: they
-are arguments, because a checkpointed layer is computed again in the backward pass.
+decoder therefore sets the context variable `current_step` to a `CacheStep` while it calls its
+blocks, and each module reads its state from `CacheStep.states` by its `state_index`. Masks are
+passed as arguments instead, because a checkpointed layer is computed again in the backward pass.
 
-Shape letters: P places, R streams that take the step, Q frames of the chunk, N slots, S slots in
-use.
+Shape letters: P places, R streams of the step, Q frames of the chunk, N slots, S slots in use.
 """
 
 from abc import ABC, abstractmethod
@@ -19,20 +18,20 @@ import torch
 from torch import Tensor
 
 
-class Step(ABC):
+class CacheStep(ABC):
     """Access to the states of the modules for one call of an encoder or decoder.
 
     Attributes:
-        states: state of every module that has one, by its `state_index`.
-        tables: position table of every attention module, by its `state_index`; None: no relative
+        states: states of the modules, by `state_index`.
+        tables: position tables of the attention modules, by `state_index`; None: no relative
             positions.
-        positions: (R, Q) numbers of the frames, where positions are absolute.
-        memory: of a decoder, what its cross-attention modules attend to.
+        positions: (R, Q), frame numbers, for absolute positions.
+        memory: encoded utterances for the cross-attention of a decoder.
         read: S; the slots [0, S) are read.
-        window: the part of a position table that the keys in [0, S) need.
+        window: range of a position table for the keys in [0, S).
         visible: broadcastable to (R, H, Q, S): bool (True: visible) or added to the logits;
             None: everything is visible.
-        hidden: not visible, where `visible` is bool.
+        hidden: the negation of a bool `visible`.
         valid: (R, 1, Q, 1) bool, the frames of the chunk that exist; None: all.
     """
 
@@ -52,42 +51,40 @@ class Step(ABC):
 
     @abstractmethod
     def get(self, stored: Tensor) -> Tensor:
-        """The slots in use, (R, G, S, n), of stored (P, G, N, n)."""
+        """Read the slots in use, (R, G, S, n), of stored (P, G, N, n)."""
 
     @abstractmethod
     def rows_of(self, stored: Tensor) -> Tensor:
-        """(R, ...) of stored (P, ...): what the streams of this step have."""
+        """Read the rows (R, ...) of the streams of this step from stored (P, ...)."""
 
     @abstractmethod
     def put_rows(self, stored: Tensor, new: Tensor) -> None:
-        """Replace (R, ...) of stored (P, ...)."""
+        """Replace the rows (R, ...) of the streams of this step in stored (P, ...)."""
 
-    def arrange(self, bias: Tensor) -> Tensor:
-        """(R, H, Q, S) with the newest frame last -> the same in the order of the slots."""
+    def to_slot_order(self, bias: Tensor) -> Tensor:
+        """Reorder the keys of (R, H, Q, S) from the order of time to the order of the slots."""
         return bias
 
-    def per_sum(self, x: Tensor) -> Tensor:
-        """(R, Q, D) -> one row for each sum: frames of a stream share one."""
+    def rows_per_sum(self, x: Tensor) -> Tensor:
+        """Reshape (R, Q, D) to one row per sum; here the frames of a stream share a sum."""
         return x
 
 
-class ChunkStep(Step):
-    """A chunk of some streams in the rings of an encoder.
+class ChunkStep(CacheStep):
+    """One chunk of some streams in the ring buffers of an encoder.
 
-    The slots of a store are a ring: frame i of a stream lies in slot i mod N. Keys never move;
-    the position term, which is small, is brought into their order instead. Index tensors are made
-    here, once per chunk, and the numbers behind them stay on the CPU: no layer waits for the
-    device.
+    The slots of a store are a ring: frame i of a stream is in slot i mod N. Keys are never moved;
+    the position term, which is small, is reordered instead. Index tensors are made here, once per
+    chunk, from numbers on the CPU, so that no layer synchronises with the device.
 
     Args:
-        states, tables: see Step.
-        places: of the streams that take this step. Places 0 to R - 1 in order are read without a
-            copy.
-        starts: frames that each of these streams had before.
-        lengths: frames that each adds now.
-        held: frames before the chunk that each may attend to.
+        states, tables: see CacheStep.
+        places: place of each stream. Places 0 to R - 1 in order are read without a copy.
+        starts: frames of each stream before the chunk.
+        lengths: frames of each stream in the chunk.
+        held: frames before the chunk that each stream may attend to.
         slots: N.
-        device: of the states.
+        device: device of the states.
     """
 
     def __init__(
@@ -107,48 +104,48 @@ class ChunkStep(Step):
         self.window = slice(slots - self.read, slots + frames - 1)
         # None: the places [0, R)
         self.rows: Tensor | None = None
-        # (R, 1) places, where a write needs them as indices
-        self._where: Tensor | None = None
+        # (R, 1) places as indices for writing; None: not needed
+        self._write_rows: Tensor | None = None
         if list(places) != list(range(self.count)):
             self.rows = torch.tensor(places, device=device)
-            self._where = self.rows[:, None]
-        # where the Q new frames go: (Q,) slots of all streams, or (R, Q) of each
+            self._write_rows = self.rows[:, None]
+        # slots of the Q new frames: (Q,) for all streams, or (R, Q) for each
         self.write: Tensor
-        # of the newest S frames, in the order of time, the one that lies in each slot: (S,) for
-        # all streams, or (R, 1, 1, S) of each; None: slots are in the order of time
+        # maps slots to time: index of each slot's frame among the newest S frames, (S,) for all
+        # streams or (R, 1, 1, S) for each; None: slots are in the order of time
         self.order: Tensor | None = None
-        self.turn = 0  # place in that order of slot 0, where all streams are alike
-        alike = len(set(zip(starts, lengths, held, strict=True))) == 1
-        if alike:  # the usual case; the rest is for streams of different ages and ragged ends
+        self.rotation = 0  # that index of slot 0, if it is the same for all streams
+        uniform = len(set(zip(starts, lengths, held, strict=True))) == 1
+        if uniform:  # the usual case; otherwise streams differ in age or end within the chunk
             first = starts[0] % slots
             self.write = torch.arange(first, first + frames, device=device)
             if starts[0] + frames > slots:
-                self.turn = -(first + frames) % slots
-                self.order = (torch.arange(slots, device=device) + self.turn) % slots
+                self.rotation = -(first + frames) % slots
+                self.order = (torch.arange(slots, device=device) + self.rotation) % slots
             if held[0] + frames >= self.read:
                 return
             starts, lengths, held = starts[:1], lengths[:1], held[:1]
         begin = torch.tensor(starts, device=device)[:, None] % slots  # (R, 1), as the next three
         held_frames = torch.tensor(held, device=device)[:, None]
         short = frames - torch.tensor(lengths, device=device)[:, None]
-        # how old is what lies in each slot? 0: the last frame of the chunk
+        # age of the frame in each slot; 0: the last frame of the chunk
         age = (begin + frames - 1 - torch.arange(self.read, device=device)) % slots  # (R, S)
         seen = (age >= short) & (age < held_frames + frames)
         self.visible = seen[:, None, None, :]
         self.hidden = ~self.visible
-        if not alike:
+        if not uniform:
             self.write = begin + torch.arange(frames, device=device)
-            if self._where is None:
-                self._where = torch.arange(self.count, device=device)[:, None]
+            if self._write_rows is None:
+                self._write_rows = torch.arange(self.count, device=device)[:, None]
             self.order = (self.read - 1 - age).clamp(min=0)[:, None, None, :]
         if len(set(lengths)) > 1:
             self.valid = (torch.arange(frames, device=device) < frames - short)[:, None, :, None]
 
     def put(self, stored: Tensor, new: Tensor) -> None:
-        if self._where is None:
+        if self._write_rows is None:
             stored[: self.count].index_copy_(2, self.write, new)
         else:
-            stored[self._where, :, self.write] = new.transpose(1, 2)  # (R, Q, G, n)
+            stored[self._write_rows, :, self.write] = new.transpose(1, 2)  # (R, Q, G, n)
 
     def get(self, stored: Tensor) -> Tensor:
         if self.rows is None:
@@ -164,28 +161,28 @@ class ChunkStep(Step):
         else:
             stored[self.rows] = new
 
-    def arrange(self, bias: Tensor) -> Tensor:
+    def to_slot_order(self, bias: Tensor) -> Tensor:
         if self.order is None:
             return bias
         if self.order.dim() > 1:
             return bias.gather(-1, self.order.expand_as(bias))
-        # a compiled graph that knew the turn as a number would be compiled again for the next chunk
+        # the rotation as a Python number would cause a recompilation for each chunk
         if torch.compiler.is_compiling():
             return bias.index_select(-1, self.order)
-        if self.turn == 0:
+        if self.rotation == 0:
             return bias
-        return torch.cat([bias[..., self.turn :], bias[..., : self.turn]], dim=-1)
+        return torch.cat([bias[..., self.rotation :], bias[..., : self.rotation]], dim=-1)
 
 
-# the step that the encoder or decoder of this thread or task is taking
-running: ContextVar[Step | None] = ContextVar("running", default=None)
+# the current step of the encoder or decoder in this thread or task
+current_step: ContextVar[CacheStep | None] = ContextVar("current_step", default=None)
 
 
 @contextmanager
-def taking(step: Step) -> Iterator[None]:
-    """Within it, the modules that this thread or task calls take part in `step`."""
-    token = running.set(step)
+def active_step(step: CacheStep) -> Iterator[None]:
+    """Make `step` the current step of this thread or task within the block."""
+    token = current_step.set(step)
     try:
         yield
     finally:
-        running.reset(token)
+        current_step.reset(token)

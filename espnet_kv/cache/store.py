@@ -1,8 +1,8 @@
-"""Storage that the streams of one or more states share, a place for each stream.
+"""Storage shared by the streams of one or more states, with one place per stream.
 
-`EncoderState.select` and `join` give new states without copying the streams that stay: the new
-state refers to the places of the old one. A state that is about to write first makes sure that no
-other living state refers to its storage, and copies its streams out where one does.
+`EncoderState.select` and `join` return new states without copying the streams that stay: the new
+state refers to the places of the old one. Before a state writes, it copies its streams to a new
+store if another live state refers to its storage (copy on write).
 
 Shape letters: P places, N slots.
 """
@@ -15,8 +15,7 @@ import torch
 
 from espnet_kv.cache.state import FrameState, State
 
-# a batch that streams join takes a quarter more places than it needs, so that the next ones that
-# join copy nothing but themselves
+# `join` allocates one quarter more places than needed, so that later joins copy only new streams
 SPARE = 4
 
 
@@ -24,10 +23,10 @@ class Store:
     """The states of an encoder's modules for P streams.
 
     Attributes:
-        states: of the modules, by their `state_index`.
+        states: states of the modules, by `state_index`.
         places: P.
         slots: N of the rings.
-        holders: the living states that refer to places here.
+        holders: live EncoderStates that refer to places of this store.
     """
 
     def __init__(self, states: Sequence[State], places: int, slots: int):
@@ -43,37 +42,37 @@ class Store:
 
     @property
     def layout(self) -> list[tuple]:
-        """Shapes and types of the storage apart from P and N: equal where streams fit."""
+        """Shapes and types of the storage without P and N; equal if streams can be copied."""
         return [state.layout for state in self.states]
 
     @property
     def capacity_bytes(self) -> int:
-        """Bytes of the storage, in use or not."""
+        """Bytes of the allocated storage."""
         return sum(state.capacity_bytes for state in self.states)
 
     def free(self) -> list[int]:
-        """Places that no living state refers to."""
+        """Places that no live state refers to."""
         taken = {place for holder in self.holders for place in holder.places}
         return [place for place in range(self.places) if place not in taken]
 
-    def copy_from(self, source: "Store", theirs: Sequence[int], ours: Sequence[int]) -> None:
-        """Copy streams from places of another store, or of this one, to places here."""
+    def copy_from(self, source: "Store", sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy streams from places `sources` of another or this store to places `targets`."""
         for state, other in zip(self.states, source.states, strict=True):
-            state.copy_from(other, theirs, ours)
+            state.copy_from(other, sources, targets)
 
     def resized(self, places: int, slots: int) -> "Store":
         """An empty store for the same modules."""
         return Store([s.resized(places, slots) for s in self.states], places, slots)
 
     def grow(self, slots: int) -> None:
-        """Make room for more frames in rings that have not wrapped."""
+        """Enlarge the rings, which must not have wrapped yet."""
         for state in self.states:
             if isinstance(state, FrameState):
                 state.grow(slots)
         self.slots = slots
 
     def clear(self, places: Sequence[int]) -> None:
-        """Make new streams in these places."""
+        """Start new streams in these places."""
         for state in self.states:
             state.clear(places)
 

@@ -16,7 +16,7 @@ from espnet_kv.cache.position_table import PositionTables
 from espnet_kv.cache.state import KINDS
 from espnet_kv.cache.store import SPARE, Store
 
-# slots that an unbounded left context begins with, in chunks; they double when full
+# initial capacity in chunks with an unbounded left context; it doubles when full
 FIRST_CHUNKS = 16
 
 
@@ -26,9 +26,9 @@ class ModuleBytes:
 
     Attributes:
         kind: attention or conv.
-        nbytes: held now, read off the storage.
-        nbytes_analytic: the same computed from the module's configuration.
-        capacity_bytes: allocated.
+        nbytes: bytes in use, from the storage.
+        nbytes_analytic: bytes in use, computed from the module's configuration.
+        capacity_bytes: bytes allocated.
     """
 
     kind: str
@@ -39,25 +39,26 @@ class ModuleBytes:
 
 @dataclass(eq=False)
 class EncoderState:
-    """Everything that an encoder keeps of a batch of streams between two chunks.
+    """State of an encoder for a batch of streams between two chunks.
 
-    A state is made by `encoder.init_state`, changed in place by `encoder.forward_chunk`, and can be
-    pickled. It must not be used by two threads at once; different states of one encoder may.
+    `encoder.init_state` creates it and `encoder.forward_chunk` changes it in place. It can be
+    pickled. Two threads may use different states of one encoder, but not the same state.
 
     Attributes:
         chunk_size: C, frames after subsampling in a chunk.
-        left_chunks: chunks before its own that a frame attends to; -1: all.
-        cache_dtype: of what is stored; None: the model's own type.
-        dtype: of the model.
+        left_chunks: number of chunks of left context; -1: all.
+        cache_dtype: number format of the cache; None: the model's type.
+        dtype: type of the model.
         store: storage of the encoder's modules.
         places: place of each stream in the store.
-        features: what is not encoded yet.
-        frames: frames encoded so far, of each stream.
-        held: frames that the next chunk may attend to, of each stream.
-        emitted: frames that the last call returned, of each stream.
-        finished: whether each stream had its last piece.
-        footprints: of the encoder's modules, by their `state_index`.
-        tables: projected relative positions; made at the next chunk where None.
+        features: features that are not encoded yet.
+        frames: frames of each stream encoded so far.
+        held: frames of each stream that the next chunk may attend to.
+        emitted: frames of each stream returned by the last call.
+        finished: whether each stream has ended.
+        footprints: footprints of the encoder's modules, by `state_index`.
+        tables: projected relative positions; None: computed at the next chunk.
+        owner: reference to the encoder; None: any encoder of the same layout may take the state.
     """
 
     chunk_size: int
@@ -89,37 +90,36 @@ class EncoderState:
         return self.store.slots
 
     def select(self, rows: Iterable[int]) -> "EncoderState":
-        """These streams, in this order, as a state of their own.
+        """Return a new state with these streams in this order.
 
-        Streams may be left out, reordered, or listed twice, which forks them. Neither state changes
-        with the other. Streams are copied only where less than half of the storage stays in use,
-        or where both states are used afterwards.
+        Streams may be left out, reordered, or repeated, which forks them. The two states are
+        independent. Streams are copied only if less than half of the storage stays in use, or if
+        both states are used afterwards.
 
         Args:
-            rows: numbers of streams, each from 0 to B - 1, a number as often as wanted; none: a
-                state of no streams, to which others can be joined.
+            rows: stream numbers, each from 0 to B - 1. An empty sequence gives a state without
+                streams, to which others can be joined.
 
         Raises:
-            ValueError: rows is a mask or holds something else than whole numbers.
-            IndexError: there is no such stream; negative numbers name none.
+            ValueError: rows is a mask or contains values that are not integers.
+            IndexError: a number is negative, or B or more.
         """
         rows = self._checked(rows)
-        selected = self._of(rows, self.store, [self.places[row] for row in rows])
+        selected = self._subset(rows, self.store, [self.places[row] for row in rows])
         slots = selected._slots_needed
         if 2 * len(rows) * slots <= self.store.places * self.store.slots:
-            selected._move_out(slots)
+            selected._copy_to_own_store(slots)
         return selected
 
     @staticmethod
     def join(parts: Sequence["EncoderState"]) -> "EncoderState":
-        """The streams of all parts, in this order, in one batch.
+        """Join the streams of all parts, in this order, into one state.
 
-        The streams of the largest part stay where they are if its storage has room; only the others
-        are copied.
+        If the storage of the largest part has room, only the streams of the others are copied.
 
         Raises:
-            ValueError: no parts, or parts of different encoders, chunk_size, left_chunks or
-                cache_dtype.
+            ValueError: `parts` is empty, or the parts have different encoders, chunk_size,
+                left_chunks or cache_dtype.
         """
         parts = list(parts)
         if not parts:
@@ -170,7 +170,7 @@ class EncoderState:
         )
 
     def reset(self, rows: Iterable[int] | None = None) -> None:
-        """Begin new streams in place of these; None: of all.
+        """Replace these streams by new ones; None: all streams.
 
         Raises:
             IndexError, ValueError: see `select`.
@@ -184,9 +184,9 @@ class EncoderState:
             self.features.tensors[row] = self.features.tensors[row][:0].clone()
 
     def trim(self, frames: int) -> None:
-        """Let later chunks attend to no more than the newest `frames` frames.
+        """Limit the left context of later chunks to the newest `frames` frames.
 
-        The sums of linear attention cannot forget.
+        This has no effect on the sums of linear attention.
         """
         self.held = [min(held, frames) for held in self.held]
 
@@ -200,15 +200,15 @@ class EncoderState:
         return self
 
     def claim(self) -> None:
-        """Make sure that no other state sees what is written, and that places are 0 to B - 1.
+        """Make the storage exclusive to this state, and the places 0 to B - 1.
 
-        `forward_chunk` calls it. Streams that lie behind are moved into the places of streams that
-        have left: dropping one of many streams moves one.
+        `forward_chunk` calls this before it writes. Streams in places from B on are moved to free
+        places below B, so that dropping one of many streams moves only one.
         """
         if any(other is not self for other in self.store.holders) or len(set(self.places)) < len(
             self.places
         ):
-            self._move_out(self._slots_needed)
+            self._copy_to_own_store(self._slots_needed)
         behind = [row for row, place in enumerate(self.places) if place >= self.batch_size]
         if behind:
             taken = set(self.places)
@@ -218,22 +218,22 @@ class EncoderState:
                 self.places[row] = place
 
     def make_room(self, slots: int) -> None:
-        """Have rings of at least `slots` slots, where the left context is unbounded."""
+        """Enlarge the rings to at least `slots` slots, for an unbounded left context."""
         while self.store.slots < slots:
             self.store.grow(2 * self.store.slots)
 
-    def _move_out(self, slots: int) -> None:
-        """Copy the streams into a store of their own."""
+    def _copy_to_own_store(self, slots: int) -> None:
+        """Copy the streams to a new store."""
         store, places = self.store.resized(self.batch_size, slots), list(range(self.batch_size))
         store.copy_from(self.store, self.places, places)
         self.store.holders.discard(self)
         store.holders.add(self)
         self.store, self.places = store, places
         if self.tables is not None and self.tables.slots != slots:
-            self.tables = None  # those of longer streams; others are made at the next chunk
+            self.tables = None  # computed again at the next chunk
 
-    def _of(self, rows: Sequence[int], store: Store, places: list[int]) -> "EncoderState":
-        """Some streams of this state in these places of a store."""
+    def _subset(self, rows: Sequence[int], store: Store, places: list[int]) -> "EncoderState":
+        """A state of some of these streams, in these places of a store."""
         selected = object.__new__(EncoderState)
         vars(selected).update(
             vars(self),
@@ -249,15 +249,15 @@ class EncoderState:
         return selected
 
     def _checked(self, rows: Iterable[Any]) -> list[int]:
-        """Numbers of streams as ints."""
-        numbers = _whole_numbers(rows)
+        """Stream numbers as ints in the range of this state."""
+        numbers = _stream_numbers(rows)
         if not all(0 <= row < self.batch_size for row in numbers):
             raise IndexError(f"streams {numbers} of a state of {self.batch_size}")
         return numbers
 
     @property
     def _slots_needed(self) -> int:
-        """Slots that rings of these streams would be given."""
+        """Slots that a new store of these streams needs."""
         if self.left_chunks >= 0:
             return self.store.slots
         slots = min(self.store.slots, FIRST_CHUNKS * self.chunk_size)
@@ -267,11 +267,11 @@ class EncoderState:
 
     @property
     def encoder(self) -> Any:
-        """The encoder that made the state; None: it was unpickled, or the encoder is gone."""
+        """The encoder of this state; None: the state was unpickled, or the encoder was deleted."""
         return None if self.owner is None else self.owner()
 
     def _fits(self, other: Self) -> bool:
-        """Whether streams of the two may share storage."""
+        """Whether the streams of both states may share storage."""
         same = self.encoder is None or other.encoder is None or self.encoder is other.encoder
         return (
             same
@@ -280,12 +280,12 @@ class EncoderState:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and copy: the streams alone, without the encoder.
+        """Pickle and copy the streams without the encoder.
 
-        The first encoder of the same layout that is given the state afterwards becomes its own.
+        Afterwards the first encoder of the same layout that uses the state becomes its owner.
         """
-        own = self._of(range(self.batch_size), self.store, self.places)
-        own._move_out(self._slots_needed)
+        own = self._subset(range(self.batch_size), self.store, self.places)
+        own._copy_to_own_store(self._slots_needed)
         return vars(own) | {"owner": None, "tables": None}
 
     def __setstate__(self, values: dict[str, Any]) -> None:
@@ -294,7 +294,7 @@ class EncoderState:
 
     @property
     def modules(self) -> list[ModuleBytes]:
-        """Bytes of the encoder's modules, by their `state_index`."""
+        """Bytes of the encoder's modules, by `state_index`."""
         pairs = zip(self.store.states, self.footprints, strict=True)
         return [
             ModuleBytes(
@@ -310,30 +310,30 @@ class EncoderState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held now: frames in reach, sums, features that wait. Read off the storage."""
+        """Bytes in use, from the storage: visible frames, sums, and features not encoded yet."""
         return sum(self.nbytes_by_kind().values())
 
     @property
     def nbytes_analytic(self) -> int:
-        """What nbytes should be, computed from the configuration."""
+        """The expected value of `nbytes`, computed from the configuration."""
         waiting = sum(self.features.lengths) * self.features.size * self.dtype.itemsize
         return waiting + sum(module.nbytes_analytic for module in self.modules)
 
     @property
     def capacity_bytes(self) -> int:
-        """Bytes of all storage behind the state, in use or not, position tables included."""
+        """Bytes of all allocated storage, including the position tables."""
         return sum(self.capacity_by_kind().values())
 
     def nbytes_by_kind(self) -> dict[str, int]:
-        """nbytes apart: {"attention": .., "conv": .., "input": ..}."""
+        """`nbytes` by kind: {"attention": .., "conv": .., "input": ..}."""
         own = {kind: sum(m.nbytes for m in self.modules if m.kind == kind) for kind in KINDS}
         return own | {"input": self.features.nbytes}
 
     def capacity_by_kind(self) -> dict[str, int]:
-        """capacity_bytes apart: the kinds of `nbytes_by_kind`, and "position".
+        """`capacity_bytes` by kind: the kinds of `nbytes_by_kind`, and "position".
 
-        position: tables of relative positions, which streams of an encoder with the same settings
-        share.
+        position: tables of relative positions, shared by streams of an encoder with the same
+        settings.
         """
         own = {
             kind: sum(s.capacity_bytes for s in self.store.states if s.kind == kind)
@@ -343,8 +343,8 @@ class EncoderState:
         return own | {"input": self.features.nbytes, "position": tables}
 
 
-def _whole_numbers(rows: Any) -> list[int]:
-    """Numbers of streams as plain integers: of a sequence, an array or a tensor."""
+def _stream_numbers(rows: Any) -> list[int]:
+    """Stream numbers as plain integers, from a sequence, an array or a tensor."""
     numbers = rows.tolist() if hasattr(rows, "tolist") else rows
     try:
         numbers = [row.item() if hasattr(row, "item") else row for row in numbers]

@@ -1,4 +1,4 @@
-"""Trained multi-head attention made into mla, gqa or linear: the mathematics of it."""
+"""Conversion of trained multi-head attention to mla, gqa or linear attention."""
 
 import importlib
 from typing import Any

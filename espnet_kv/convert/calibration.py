@@ -1,6 +1,6 @@
-"""Audio that shows a conversion what attention meets; no transcripts are needed.
+"""Calibration audio: its selection, and running a model on it. No transcripts are needed.
 
-The decoder hears its own words: what it finds by greedy search stands in for the text.
+The decoder input is the model's own greedy search result instead of a transcript.
 """
 
 import random
@@ -18,20 +18,21 @@ from espnet_kv.errors import UserError
 from espnet_kv.streaming.recordings import model_rate, read_scp, read_utterance
 
 KINDS = ("kaldi_ark", "sound")
-# one utterance in so many is kept from the fit, to measure errors on
+# every fifth utterance is held out from the fit, to measure errors on it
 HELD_OUT = 5
-# seconds; what is shorter may be too short for the encoder, and says little
+# seconds; shorter utterances may be too short for the encoder and carry little information
 SHORTEST = 0.5
-# greedy search gives up at so many tokens per encoder frame
+# limit of greedy search, in tokens per encoder frame
 TOKENS_PER_FRAME = 1.0
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Utterances: (N,) samples as the model's frontend takes them.
+    """Calibration utterances, each (N,) samples at the sampling rate of the model's frontend.
 
-    fit: what a conversion is fitted to. held_out: what its errors are measured on. source: where
-    they come from, for the record.
+    fit: utterances that the conversion is fitted to.
+    held_out: utterances that its errors are measured on.
+    source: origin of the audio, recorded in conversion.json.
     """
 
     fit: Sequence[Tensor]
@@ -42,20 +43,20 @@ class Calibration:
 def read_calibration(
     scp: Path, kind: str, minutes: float, seed: int, args: Any, task: Any
 ) -> Calibration:
-    """Draw utterances from a wav.scp until there are `minutes` of audio.
+    """Draw random utterances from a wav.scp until there are `minutes` of audio.
 
-    Audio of another rate is resampled. Utterances shorter than SHORTEST are left out and named in
-    `source`.
+    Audio with another sampling rate is resampled. Utterances shorter than SHORTEST are left out
+    and listed in `source`.
 
     Args:
         scp: a wav.scp.
         kind: kaldi_ark or sound, as in ESPnet's --train_data_path_and_name_and_type.
-        seed: of the drawing, and of which utterances are held out.
-        args: the model's training arguments; samples are read and prepared as for decoding.
-        task: the ESPnet task.
+        seed: for the choice of utterances, including those held out.
+        args: the model's training arguments; samples are preprocessed as for decoding.
+        task: the ESPnet task class.
 
     Raises:
-        UserError: fewer than two utterances, or a file that cannot be read.
+        UserError: fewer than two utterances are long enough, or a file cannot be read.
     """
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r}: allowed are {', '.join(KINDS)}")
@@ -64,11 +65,11 @@ def read_calibration(
     random.Random(seed).shuffle(utterances)
     preprocess = task.build_preprocess_fn(args, False)
     rate = model_rate(args.frontend_conf)
-    wanted, samples, taken = minutes * 60 * rate, 0, []
+    samples_needed, samples, selected = minutes * 60 * rate, 0, []
     short: list[str] = []
     notes: set[str] = set()
     for utterance in utterances:
-        if samples >= wanted:
+        if samples >= samples_needed:
             break
         try:
             speech = read_utterance(entries[utterance], kind, rate, note=notes.add)
@@ -79,18 +80,18 @@ def read_calibration(
         if preprocess is not None:
             speech = preprocess(utterance, {"speech": speech})["speech"]
         if len(speech) >= SHORTEST * rate:
-            taken.append(torch.from_numpy(np.asarray(speech, dtype=np.float32)))
+            selected.append(torch.from_numpy(np.asarray(speech, dtype=np.float32)))
             samples += len(speech)
         else:
             short.append(utterance)
-    if len(taken) < 2:
+    if len(selected) < 2:
         raise UserError(
-            f"{scp}: {len(taken)} utterance is too few: one is fitted to and another measured on "
-            f"({len(short)} shorter than {SHORTEST} s were left out); give more audio or more "
-            "minutes"
+            f"{scp}: {len(selected)} utterance is too few: the fit and the held-out errors need "
+            f"one each ({len(short)} shorter than {SHORTEST} s were left out); give more audio or "
+            "more minutes"
         )
-    held_out = taken[HELD_OUT - 1 :: HELD_OUT] or taken[-1:]
-    fit = [x for x in taken if not any(x is y for y in held_out)]
+    held_out = selected[HELD_OUT - 1 :: HELD_OUT] or selected[-1:]
+    fit = [x for x in selected if not any(x is y for y in held_out)]
     return Calibration(
         fit,
         held_out,
@@ -110,49 +111,49 @@ def _seconds(utterances: Sequence[Tensor], rate: int) -> float:
     return round(sum(map(len, utterances)) / rate, 2)
 
 
-class Listener:
-    """A model that calibration audio is pushed through, utterance by utterance.
+class CalibrationRunner:
+    """Runs a model on calibration audio, one utterance at a time.
 
     Args:
         model: the ESPnet model, in eval mode.
-        decoding: whether its decoder runs too.
+        decoding: whether to run the decoder too.
     """
 
     def __init__(self, model: Any, decoding: bool):
         self._model, self._decoding = model, decoding
-        self._words: dict[int, Tensor] = {}
+        self._tokens: dict[int, Tensor] = {}
 
-    def learn_words(self, utterances: Sequence[Tensor], step: Callable[[], object]) -> None:
-        """Find the tokens of utterances; afterwards the decoder can hear them.
+    def transcribe(self, utterances: Sequence[Tensor], step: Callable[[], object]) -> None:
+        """Find the decoder input of each utterance by greedy search; `run` needs it.
 
-        Call it before anything watches the attention modules. step: called after each.
+        Call it before the calls of attention modules are recorded. step: called after each.
         """
         for speech in utterances if self._decoding else ():
             encoded, _ = self._encode(speech)
-            self._words[id(speech)] = greedy_tokens(self._model, encoded[0])
+            self._tokens[id(speech)] = greedy_tokens(self._model, encoded[0])
             step()
 
     @torch.no_grad()
-    def hear(
+    def run(
         self, utterances: Sequence[Tensor], step: Callable[[], object] = lambda: None
     ) -> dict[str, Tensor]:
-        """Push utterances through the model. step: called after each.
+        """Run the model on utterances. step: called after each.
 
         Returns:
-            What comes out: {"encoder": (frames, D)} and, where it runs, {"decoder": (tokens, V)},
-            log-probabilities.
+            Outputs of all utterances, concatenated: "encoder" (frames, D), and with `decoding`
+            "decoder" (tokens, V), log-probabilities.
         """
-        heard: dict[str, list[Tensor]] = {"encoder": [], "decoder": []}
+        outputs: dict[str, list[Tensor]] = {"encoder": [], "decoder": []}
         for speech in utterances:
             encoded, lengths = self._encode(speech)
-            heard["encoder"].append(encoded[0])
+            outputs["encoder"].append(encoded[0])
             if self._decoding:
-                words = self._words[id(speech)][None]  # (1, L), <sos> first
-                words_length = torch.tensor([words.size(1)])
-                scores, _ = self._model.decoder(encoded, lengths, words, words_length)
-                heard["decoder"].append(scores[0].log_softmax(dim=-1))
+                tokens = self._tokens[id(speech)][None]  # (1, L), <sos> first
+                token_lengths = torch.tensor([tokens.size(1)])
+                scores, _ = self._model.decoder(encoded, lengths, tokens, token_lengths)
+                outputs["decoder"].append(scores[0].log_softmax(dim=-1))
             step()
-        return {module: torch.cat(parts) for module, parts in heard.items() if parts}
+        return {module: torch.cat(parts) for module, parts in outputs.items() if parts}
 
     @torch.no_grad()
     def _encode(self, speech: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,7 +161,7 @@ class Listener:
         encoded = encoded[0] if isinstance(encoded, tuple) else encoded
         if not torch.isfinite(encoded).all():
             raise UserError(
-                "the encoder's output on the calibration audio is infinite or no number: the "
+                "the encoder's output on the calibration audio is infinite or not a number: the "
                 "training of the model diverged; use the model of an earlier epoch"
             )
         return encoded, lengths
@@ -168,11 +169,11 @@ class Listener:
 
 @torch.no_grad()
 def greedy_tokens(model: Any, encoded: Tensor) -> Tensor:
-    """<sos> and the tokens that the decoder finds most likely, one after another: (L,).
+    """Greedy search: (L,) tokens, <sos> first, without <eos>.
 
     Args:
-        model: with a kv_transformer decoder.
-        encoded: (T, D).
+        model: the ESPnet model, with a kv_transformer decoder.
+        encoded: (T, D) encoder output.
     """
     decoder: KVTransformerDecoder = model.decoder
     tokens = torch.tensor([model.sos], device=encoded.device)

@@ -1,4 +1,4 @@
-"""What an attention module was called with, kept to call others the same way.
+"""Recording the calls of attention modules, to repeat them with other modules.
 
 Shape letters: B batch, Q queries, S keys, D model size.
 """
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 class Call:
     """The arguments of one forward pass through an attention module.
 
-    query: (B, Q, D). key: (B, S, D), the frames that keys and values are projected from. context:
-    what follows them: relative positions or chunks where there are any, then the mask.
+    query: (B, Q, D).
+    key: (B, S, D), the frames that keys and values are projected from.
+    context: the further arguments: relative positions or chunks, if any, then the mask.
     """
 
     query: Tensor
@@ -24,7 +25,7 @@ class Call:
     context: tuple
 
     def run(self, attention: nn.Module) -> Tensor:
-        """What `attention` makes of it, (B, Q, D), in the type of its weights."""
+        """Output (B, Q, D) of `attention` for these arguments, in the dtype of its weights."""
         dtype = next(attention.parameters()).dtype
         position = [_cast(part, dtype) for part in self.context[:-1]]
         query, key = self.query.to(dtype), self.key.to(dtype)
@@ -32,7 +33,7 @@ class Call:
 
     @property
     def frames(self) -> Tensor:
-        """(B, S) bool: the keys that are no padding."""
+        """(B, S) bool: True for keys that are not padding."""
         mask = self.context[-1]
         if mask is None:
             return torch.ones(self.key.shape[:2], dtype=torch.bool, device=self.key.device)
@@ -40,9 +41,9 @@ class Call:
 
     @property
     def queries(self) -> Tensor:
-        """(B, Q) bool: the queries that are no padding, as far as the mask tells.
+        """(B, Q) bool: True for queries that are not padding.
 
-        In self-attention they are the frames. Cross-attention has no mask of its queries: all.
+        In self-attention, queries are the frames. Cross-attention has no query mask: all True.
         """
         if self.query.shape == self.key.shape:
             return self.frames
@@ -50,7 +51,7 @@ class Call:
 
 
 def _cast(part, dtype: torch.dtype):
-    """Relative positions, or the chunks that carry them, in another type."""
+    """Convert relative positions, or the chunks that contain them, to another dtype."""
     if isinstance(part, Tensor):
         return part.to(dtype)
     if part is None or part.pos_emb is None:
@@ -60,20 +61,20 @@ def _cast(part, dtype: torch.dtype):
 
 @contextmanager
 def recording(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]]]:
-    """Within it, every call of the modules is kept: name -> calls, in their order.
+    """Context manager that records every call of the modules: name -> calls, in order.
 
-    Tensors are kept as they are, not copied: 4 D bytes per frame and layer.
+    Tensors are kept without a copy: 4 D bytes per frame and layer in float32.
     """
     calls: dict[str, list[Call]] = {name: [] for name in modules}
 
-    def keeper(name: str) -> Callable:
-        def keep(module: nn.Module, args: tuple) -> None:
+    def hook_of(name: str) -> Callable:
+        def record(module: nn.Module, args: tuple) -> None:
             query, key, _, *context = args
             calls[name].append(Call(query.detach(), key.detach(), tuple(context)))
 
-        return keep
+        return record
 
-    hooks = [module.register_forward_pre_hook(keeper(name)) for name, module in modules.items()]
+    hooks = [module.register_forward_pre_hook(hook_of(name)) for name, module in modules.items()]
     try:
         yield calls
     finally:
@@ -82,5 +83,5 @@ def recording(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]
 
 
 def rows(calls: Sequence[Call], kind: str, values: Callable[[Call], Tensor]) -> Tensor:
-    """values(call) (B, T, n) of all calls without padding -> (N, n); kind: frames or queries."""
+    """Concatenate values(call) (B, T, n) without padding: (N, n); kind: frames or queries."""
     return torch.cat([values(call)[getattr(call, kind)] for call in calls])

@@ -1,11 +1,11 @@
-"""How much an error in what a layer puts out shows in what its model puts out."""
+"""Sensitivity of the model output to noise in each attention layer's output."""
 
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-# size of the noise beside the output that it is added to
+# standard deviation of the noise, relative to that of the output it is added to
 NOISE = 0.1
 
 
@@ -13,15 +13,16 @@ NOISE = 0.1
 def measure_effects(
     modules: Mapping[str, nn.Module], run: Callable[[], Tensor], seed: int = 0
 ) -> dict[str, float]:
-    """Add noise to one layer's output at a time, and see what comes of it.
+    """Add noise to the output of one layer at a time and measure the change of the model output.
 
     Args:
-        modules: attention modules.
-        run: pushes some audio through their model in evaluation mode and returns what the model
-            makes of it (encoder output, log-probabilities): the same shape every time.
+        modules: name -> attention module.
+        run: runs the model in evaluation mode on the same audio every time and returns its output
+            (encoder output or log-probabilities).
+        seed: for the noise.
 
     Returns:
-        Of each module the squared change of the model's output over the squared noise.
+        For each module, squared change of the model output divided by the squared noise.
     """
     before = run().double()
     effects = {}

@@ -1,4 +1,4 @@
-"""A converted model as an ESPnet experiment directory that says where it comes from."""
+"""Writes a converted model as an ESPnet experiment directory, with its provenance."""
 
 import dataclasses
 import hashlib
@@ -22,20 +22,20 @@ from espnet_kv.espnet.loading import write_statistics
 from espnet_kv.espnet.task import ASRTask
 from espnet_kv.files import check_writable, commit, new_directory
 
-# keys of a config.yaml that say where that training wrote, and the way in which it ran
-OF_THE_RUN = ("config", "output_dir", "init_param", "local_rank", "dist_rank", "dist_world_size")
+# keys of a config.yaml that describe one training run: its directory, start and processes
+RUN_KEYS = ("config", "output_dir", "init_param", "local_rank", "dist_rank", "dist_world_size")
 
 
 def check_new(directory: Path, source: Path | None = None) -> None:
-    """Refuse to write over anything, and what cannot be written, before the work.
+    """Check before the conversion that `directory` can be written and nothing is overwritten.
 
     Args:
-        directory: to be written.
+        directory: the experiment directory to write.
         source: the experiment that is converted.
 
     Raises:
-        UserError: `directory` exists and is not empty, or is a file or the source; or it cannot
-            be made there, or ESPnet would misread its name.
+        UserError: `directory` is the source, a file, or not empty; or it cannot be created; or
+            its name contains a colon.
     """
     if source is not None and directory.resolve() == source.resolve():
         raise ArgumentError(
@@ -44,8 +44,8 @@ def check_new(directory: Path, source: Path | None = None) -> None:
     if ":" in str(directory):
         raise ArgumentError(
             "output_dir",
-            f"{directory}: ESPnet's init_param, by which the converted model is "
-            "trained further, splits paths at a colon; name another directory",
+            f"{directory}: ESPnet's init_param, which fine-tuning uses, splits paths at a colon; "
+            "name another directory",
         )
     check_writable(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -55,14 +55,14 @@ def check_new(directory: Path, source: Path | None = None) -> None:
 def write_experiment(
     directory: Path, model_name: str, conversion: Conversion, provenance: Mapping[str, Any]
 ) -> None:
-    """Write config.yaml, the model, what they need, train.yaml for fine-tuning, and the report.
+    """Write config.yaml, the checkpoint, files they refer to, train.yaml and the report.
 
-    The directory appears complete or not at all.
+    The directory appears only when it is complete.
 
     Args:
-        directory: new. Paths in its files are relative where it is.
+        directory: new or empty. Paths in its files are relative if it is relative.
         model_name: file name of the checkpoint.
-        provenance: of `describe`.
+        provenance: result of `describe`.
     """
     with new_directory(directory) as new:
         config = dict(conversion.config) | {"output_dir": str(directory)}
@@ -74,7 +74,7 @@ def write_experiment(
         if config.get("bpemodel"):
             shutil.copyfile(config["bpemodel"], new / "bpe.model")
             config["bpemodel"] = str(directory / "bpe.model")
-        with (new / model_name).open("wb") as file:  # torch hides why a file cannot be written
+        with (new / model_name).open("wb") as file:  # torch hides the reason of a failure
             torch.save(conversion.model.state_dict(), file)
         _dump(new / "config.yaml", config)
         _dump(new / "train.yaml", training_config(config, directory / model_name))
@@ -90,8 +90,8 @@ def write_experiment(
 
 
 def training_config(config: Mapping[str, Any], model_file: Path) -> dict[str, Any]:
-    """What `asr_train --config` takes to go on training from `model_file` as `config` trained."""
-    known = {action.dest for action in ASRTask.get_parser()._actions} - set(OF_THE_RUN)
+    """The configuration for `asr_train --config` to fine-tune `model_file`, based on `config`."""
+    known = {action.dest for action in ASRTask.get_parser()._actions} - set(RUN_KEYS)
     kept = {key: value for key, value in config.items() if key in known}
     return kept | {"init_param": [str(model_file)]}
 
@@ -103,7 +103,7 @@ def describe(
     command: str,
     calibration: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """The provenance of a conversion."""
+    """Provenance of a conversion: source files and their hashes, options, command, versions."""
     return {
         "source": {
             "experiment": str(config_file.parent),
@@ -133,7 +133,7 @@ def sha256(file: Path) -> str:
 
 
 def _write_statistics(source: Path, model: Any, file: Path) -> None:
-    """Copy the statistics of features; those of the model where their file is gone."""
+    """Copy the feature statistics; if their file is missing, take them from the model."""
     if source.is_file():
         shutil.copyfile(source, file)
         return

@@ -1,4 +1,4 @@
-"""Multi-head attention to latent attention: keys and values read from one latent.
+"""Conversion of multi-head attention to latent attention (MLA) by low-rank factorisation.
 
 Shape letters: H heads, D model size, d_k head size, r rank.
 """
@@ -11,33 +11,33 @@ from espnet_kv.attention.latent import MultiHeadLatentAttention
 from espnet_kv.convert.layer_error import output_error
 from espnet_kv.convert.linalg import left_vectors, symmetric_root
 from espnet_kv.convert.metric import OutputMetric
-from espnet_kv.convert.modules import head_rows, successor
+from espnet_kv.convert.modules import head_rows, replacement_module
 from espnet_kv.convert.statistics import LayerStatistics
 from espnet_kv.convert.subspace import best_rows, best_ups
 
-# how much an error of keys counts, beside its bound (`metric`): what gives the least output error
-# on the calibration inputs is kept
+# candidate weights of key errors, relative to their upper bound (`metric`): the one with the
+# smallest output error on the calibration inputs is used
 KEY_SCALES = (0.5, 1.0)
 
 
 def factorize_kv(
     weight_k: Tensor, weight_v: Tensor, rank: int, second_moment: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best [up_k; up_v] down of a rank for [weight_k; weight_v], by truncated SVD.
+    """Best approximation of W = [weight_k; weight_v] by [up_k; up_v] down, by truncated SVD.
 
-    Best for activations: E |(W - up down) x|^2 is least for x of the given second moment (without
-    one, in the Frobenius norm). With S S' the moment, W S = A s B' and A_r the first r columns of
-    A, that is up = A_r, down = A_r' W: nothing is inverted, whatever the moment's condition.
-    Directions that the data never takes count a little (`linalg.CUT_OFF`), so that rank left over
-    goes to them.
+    Minimises E |(W - up down) x|^2 for inputs x with the given second moment; without one, the
+    Frobenius norm of the weight error. With S S' the moment, W S = A s B' and A_r the first r
+    columns of A, the solution is up = A_r, down = A_r' W. No inverse is needed, so the moment may
+    be singular. Directions without data have a small weight (`linalg.CUT_OFF`), so that they
+    receive the remaining rank.
 
     Args:
-        weight_k, weight_v: (any, D), as torch.nn.Linear holds them.
-        rank: r; more than D adds zeros.
+        weight_k, weight_v: (any, D), weights of torch.nn.Linear.
+        rank: r; ranks above D are filled with zeros.
         second_moment: (D, D), E[x x'].
 
     Returns:
-        down (r, D), up_k, up_v (rows of the weight, r), in the type of weight_k. Computed in
+        down (r, D), up_k, up_v (rows of the weight, r), in the dtype of weight_k. Computed in
         float64; the columns of [up_k; up_v] are orthonormal up to rank D.
     """
     stacked = torch.cat([weight_k, weight_v]).detach().double()
@@ -54,35 +54,35 @@ def factorize_kv(
 def to_mla(
     attention: MultiHeadAttention, rank: int, statistics: LayerStatistics | None = None
 ) -> MultiHeadLatentAttention:
-    """Multi-head attention with its keys and values read from a latent of `rank` numbers.
+    """Convert to latent attention with `rank` cached numbers per frame.
 
-    Without statistics: `factorize_kv` of the weights alone. With them, what is made small is the
-    error of the attention output (`metric.OutputMetric`): the latent is the best one in that norm
-    (`subspace.best_rows`), each head's map from it the best in its own, and the mean error of the
-    values is taken out by their bias.
+    Without statistics, this is `factorize_kv` of the weights. With statistics, the error of the
+    attention output (`metric.OutputMetric`) is minimised: the down-projection is the best one in
+    that norm (`subspace.best_rows`), and so is each head's up-projection (`subspace.best_ups`).
+    The bias of the values compensates their mean error.
 
     Raises:
         UserError: keys are normalised (qk_norm).
         ConfigError: rank is out of range.
     """
-    new = successor(attention, MultiHeadLatentAttention, kv_rank=rank)
-    if statistics is None or rank >= attention.linear_k.in_features:  # nothing is lost then
+    new = replacement_module(attention, MultiHeadLatentAttention, kv_rank=rank)
+    if statistics is None or rank >= attention.linear_k.in_features:  # no loss
         plain = factorize_kv(attention.linear_k.weight, attention.linear_v.weight, rank)
-        _set(new, *plain, attention.linear_v.bias)
+        _set_weights(new, *plain, attention.linear_v.bias)
         return new
     candidates = [_latent(attention, rank, statistics, scale) for scale in KEY_SCALES]
     errors = []
     for weights in candidates:
-        _set(new, *weights)
+        _set_weights(new, *weights)
         errors.append(output_error(attention, new, statistics.calls))
-    _set(new, *candidates[errors.index(min(errors))])
+    _set_weights(new, *candidates[errors.index(min(errors))])
     return new
 
 
 def _latent(
     attention: MultiHeadAttention, rank: int, statistics: LayerStatistics, key_scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """down, up_k, up_v and the bias of the values for one weight of keys beside values."""
+    """down, up_k, up_v and the value bias, with key errors weighted by `key_scale`."""
     h = attention.h
     metric = OutputMetric.of(attention, statistics, key_scale)
     keys, values = head_rows(attention.linear_k.weight, h), head_rows(attention.linear_v.weight, h)
@@ -90,16 +90,16 @@ def _latent(
     roots = torch.cat([metric.right_k, metric.right_v])
     rows = best_rows(maps, roots @ roots, rank)
     ups = best_ups(torch.cat([keys, values]), roots, rows)  # (2 H, d_k, r)
-    lost = values - ups[h:] @ rows
+    value_error = values - ups[h:] @ rows
     bias = head_rows(attention.linear_v.bias[:, None], h)[..., 0]
-    bias = bias + torch.einsum("hij,hj->hi", lost, statistics.pooled_mean)
-    # a basis of the latent in which it is as large as the keys and values it is made of
-    up, turn = torch.linalg.qr(ups.flatten(0, 1))
+    bias = bias + torch.einsum("hij,hj->hi", value_error, statistics.pooled_mean)
+    # orthonormal up-projections: the latent has the scale of the keys and values
+    up, basis = torch.linalg.qr(ups.flatten(0, 1))
     up_k, up_v = up.chunk(2)
-    return turn @ rows, up_k, up_v, bias.flatten()
+    return basis @ rows, up_k, up_v, bias.flatten()
 
 
-def _set(
+def _set_weights(
     new: MultiHeadLatentAttention, down: Tensor, up_k: Tensor, up_v: Tensor, v_bias: Tensor
 ) -> None:
     new.linear_kv_down.weight.copy_(down)

@@ -1,4 +1,4 @@
-"""How far a converted attention is from its source, on inputs that it was not fitted to."""
+"""Relative errors of a converted attention layer, for inputs that it was not fitted to."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,11 +16,11 @@ from espnet_kv.convert.calls import Call, rows
 def output_error(source: Attention, converted: Attention, calls: Sequence[Call]) -> float:
     """Relative error of the attention output: sqrt(E |o' - o|^2 / E |o - E o|^2).
 
-    0: none; 1: no better than a constant.
+    0: no error; 1: no better than a constant output.
     """
-    wanted = rows(calls, "queries", lambda call: call.run(source)).double()
-    given = rows(calls, "queries", lambda call: call.run(converted)).double()
-    return _relative(given - wanted, wanted)
+    expected = rows(calls, "queries", lambda call: call.run(source)).double()
+    actual = rows(calls, "queries", lambda call: call.run(converted)).double()
+    return _relative(actual - expected, expected)
 
 
 @torch.no_grad()
@@ -29,23 +29,23 @@ def layer_errors(
 ) -> dict[str, float]:
     """Relative errors of a converted layer, each sqrt(E |error|^2 / E |x - E x|^2).
 
-    k, v: of the source's keys and values as the best affine map reads them back from the converted
-    ones. (A basis of its own and another order of heads are no error, and a constant added to all
-    keys is none either: softmax cancels it.)
-    output: of the attention output.
+    k, v: error of the source's keys and values after the best affine map from the converted ones.
+        A change of basis, another order of heads and a constant added to all keys (which softmax
+        cancels) therefore do not count as errors.
+    output: error of the attention output.
     """
     x = rows(inputs, "frames", lambda call: call.key)
-    wanted = _keys_and_values(source, x)
-    given = _keys_and_values(converted, x)
+    expected = _keys_and_values(source, x)
+    actual = _keys_and_values(converted, x)
     errors = {
         name: _relative(_unexplained(*pair), pair[0])
-        for name, *pair in zip("kv", wanted, given, strict=True)
+        for name, *pair in zip("kv", expected, actual, strict=True)
     }
     return errors | {"output": output_error(source, converted, inputs)}
 
 
 def _keys_and_values(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of frames x (N, D), each (N, heads d_k); linear attention's before its feature map."""
+    """Keys and values, each (N, heads d_k), of frames x (N, D); without any feature map."""
     if isinstance(attention, LinearAttention):
         k, v = attention.linear_k(x), attention.linear_v(x)
     else:
@@ -55,14 +55,14 @@ def _keys_and_values(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return k.double(), v.double()
 
 
-def _unexplained(wanted: Tensor, given: Tensor) -> Tensor:
-    """What is left of (N, n) when the best affine map of (N, m) is taken away."""
-    wanted, given = wanted - wanted.mean(dim=0), given - given.mean(dim=0)
-    basis, singular, _ = torch.linalg.svd(given, full_matrices=False)
+def _unexplained(expected: Tensor, actual: Tensor) -> Tensor:
+    """Residual of `expected` (N, n) after affine regression on `actual` (N, m)."""
+    expected, actual = expected - expected.mean(dim=0), actual - actual.mean(dim=0)
+    basis, singular, _ = torch.linalg.svd(actual, full_matrices=False)
     basis = basis[:, singular > 1e-6 * singular[0]]
-    return wanted - basis @ (basis.T @ wanted)
+    return expected - basis @ (basis.T @ expected)
 
 
-def _relative(error: Tensor, wanted: Tensor) -> float:
-    spread = (wanted - wanted.mean(dim=0)).square().sum()
+def _relative(error: Tensor, expected: Tensor) -> float:
+    spread = (expected - expected.mean(dim=0)).square().sum()
     return float((error.square().sum() / spread.clamp(min=torch.finfo(spread.dtype).tiny)).sqrt())

@@ -1,23 +1,23 @@
-"""Roots of moments that may be singular, and singular vectors that come out alike everywhere."""
+"""Square roots of moments that may be singular, and singular vectors with a fixed sign."""
 
 import torch
 from torch import Tensor
 
-# Directions in which the data has less than this part of its largest variance count as if they
-# had so much: round-off would decide about them otherwise.
+# Smallest eigenvalue of a moment, relative to its largest. Smaller eigenvalues are raised to it,
+# because they consist of rounding errors.
 CUT_OFF = 1e-12
 
 
 def symmetric_root(moment: Tensor) -> Tensor:
-    """The symmetric square root of moments (..., n, n), eigenvalues no less than the cut-off."""
+    """Symmetric square root of moments (..., n, n), with eigenvalues raised to the cut-off."""
     values, vectors = torch.linalg.eigh(moment)
     values = torch.maximum(values, CUT_OFF * values[..., -1:]).clamp(min=0)
     return (vectors * values.sqrt()[..., None, :]) @ vectors.transpose(-1, -2)
 
 
 def left_vectors(matrix: Tensor, rank: int) -> Tensor:
-    """(n, rank): the first left singular vectors of (n, m), zeros where there are no more."""
+    """(n, rank): the first left singular vectors of (n, m), padded with zeros."""
     vectors = torch.linalg.svd(matrix, full_matrices=False).U[:, :rank]
-    # the sign is the SVD's choice: largest entry positive, for the same result everywhere
+    # the sign depends on the SVD routine; a positive largest entry makes results reproducible
     signs = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True)).sign()
     return torch.nn.functional.pad(vectors * signs, (0, rank - vectors.size(1)))

@@ -1,6 +1,6 @@
-"""Cache bytes of a model, counted while it really streams or searches.
+"""Cache size of a model in bytes, measured on the state of a real stream or search.
 
-The input is noise: bytes depend on its length, not on its content.
+The input is noise, because the size depends on the length of the input only.
 """
 
 from typing import Any
@@ -14,25 +14,26 @@ from espnet_kv.errors import ConfigError
 
 # encoder frames of the utterance; tokens of the hypothesis
 FRAMES, TOKENS = 256, 64
-# where the model's configuration leaves chunks open
+# chunk size in frames if the model's configuration has none
 CHUNK = 16
 
 
 @torch.no_grad()
 def cache_bytes(model: Any, part: str) -> dict[str, Any]:
-    """Bytes that the attention of one part holds of one utterance, each layer by itself.
+    """Bytes in the attention cache of one part of the model for one utterance.
 
-    encoder: after FRAMES frames that came in chunks and are all remembered (left_chunks -1); an
-    encoder that cannot stream is given them at once. decoder_self: of one hypothesis of TOKENS
-    tokens. decoder_cross: of FRAMES encoder frames.
+    encoder: FRAMES frames, streamed in chunks with unlimited left context (left_chunks -1); an
+        encoder that cannot stream processes them in one pass.
+    decoder_self: one hypothesis of TOKENS tokens.
+    decoder_cross: FRAMES encoder frames.
 
     Args:
-        model: the ESPnet model, in eval mode; its `part` belongs to a kv_* class.
+        model: the ESPnet model, in eval mode; the encoder or decoder of `part` is a kv_* class.
         part: a key of PARTS.
 
     Returns:
-        {"layers": [bytes], "bytes": their sum, "allocated": bytes of the storage behind them,
-        "frames" or "tokens": how many, "how": how it was measured}.
+        {"layers": bytes of each layer, "bytes": their sum, "allocated": bytes of the allocated
+        storage, "frames" or "tokens": length of the input, "how": method of measurement}.
     """
     if part == "encoder":
         return _of_encoder(model)
@@ -64,14 +65,14 @@ def _of_encoder(model: Any) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     try:
         state = encoder.init_state(chunk_size=encoder.chunk_size or CHUNK, left_chunks=-1)
-    except ConfigError as refusal:
+    except ConfigError as error:
         weight = next(encoder.parameters())
         spec = StateSpec(1, FRAMES, None, weight.dtype, weight.device)
         xs = torch.randn(1, FRAMES, encoder.output_size(), generator=generator)
         states = [attention.init_cross_state(xs, spec, None) for attention in attentions]
         held = [state.nbytes([FRAMES]) for state in states]
         allocated = sum(state.capacity_bytes for state in states)
-        how = f"all frames at once, as the encoder cannot stream ({refusal})"
+        how = f"one pass over all frames, as the encoder cannot stream ({error})"
         return _result(held, allocated, {"frames": FRAMES}, how)
     stride, window = subsampling(encoder.embed)
     features = (FRAMES - 1) * stride + window

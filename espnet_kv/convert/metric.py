@@ -1,16 +1,16 @@
-"""In which norm an error of keys or values counts: by what it does to the attention output.
+"""Weighted norms for key and value errors, from their first-order effect on the attention output.
 
 With weights a, values v and output o of head h, and errors E_k x of keys and E_v x of values, the
-output is off, to first order, by
+error of the output is, to first order,
 
     W_out (E_v p_i + sum_j a_ij (v_j - o_i) (q_i . E_k (x_j - p_i)) / sqrt(d_k)),
 
     p_i = sum_j a_ij x_j.
 
-So E_v meets frames as attention pools them, not the frames; and E_k meets what differs among the
-frames that one query looks at (softmax cancels the rest), the queries on its other side, and
-counts as much as the values differ there. The mean error of the values goes into their bias:
-weights sum to one.
+E_v is therefore applied to pooled frames p_i, not to single frames. E_k is applied to differences
+of the frames that one query attends to (softmax cancels the rest), is multiplied by the query,
+and is scaled by how much the values differ. The attention weights sum to one, so the bias of the
+values can compensate their mean error.
 
 Shape letters: H heads, D model size, d_k head size.
 """
@@ -26,7 +26,7 @@ from espnet_kv.convert.linalg import symmetric_root
 from espnet_kv.convert.modules import head_rows
 from espnet_kv.convert.statistics import LayerStatistics
 
-# part of the covariance of all frames in both: what few calibration queries missed may come yet
+# share of the covariance of all frames in both norms, for directions that the queries do not cover
 SHRINK = 0.05
 
 
@@ -46,25 +46,25 @@ class OutputMetric:
     def of(
         cls, attention: MultiHeadAttention, statistics: LayerStatistics, key_scale: float = 1.0
     ) -> "OutputMetric":
-        """The metric at an attention layer.
+        """The metric of an attention layer.
 
-        For keys it is an estimate: the variance of the logits' error under the attention weights
-        times that of the values as the output projection shows them (more they cannot do:
-        Cauchy-Schwarz), each averaged over queries, times key_scale^2.
+        For keys it is an estimate: the variance of the logit errors under the attention weights
+        times that of the values after the output projection (an upper bound by Cauchy-Schwarz),
+        each averaged over queries, times key_scale^2.
         """
         h, d_k = attention.h, attention.d_k
         out = head_rows(attention.linear_out.weight.T, h).transpose(1, 2)  # (H, D, d_k)
         left_v = symmetric_root(out.transpose(1, 2) @ out)
         right_k = symmetric_root(statistics.spread + SHRINK * statistics.covariance)
-        read = left_v @ head_rows(attention.linear_v.weight, h) @ right_k
-        differ = read.square().sum(dim=(1, 2)).sqrt()[:, None, None]  # of the values of each head
-        left_k = symmetric_root(statistics.query_moment) * differ * key_scale / math.sqrt(d_k)
+        values = left_v @ head_rows(attention.linear_v.weight, h) @ right_k
+        value_std = values.square().sum(dim=(1, 2)).sqrt()[:, None, None]  # of each head
+        left_k = symmetric_root(statistics.query_moment) * value_std * key_scale / math.sqrt(d_k)
         right_v = symmetric_root(statistics.pooled_covariance + SHRINK * statistics.covariance)
         return cls(left_k, left_v, right_k, right_v)
 
     @classmethod
-    def flat(cls, attention: MultiHeadAttention) -> "OutputMetric":
-        """Errors of weights, all alike: the Frobenius norm."""
+    def frobenius(cls, attention: MultiHeadAttention) -> "OutputMetric":
+        """The Frobenius norm of the weight errors."""
         weight = attention.linear_k.weight
         left = torch.eye(attention.d_k, dtype=torch.float64, device=weight.device)
         right = torch.eye(weight.size(1), dtype=torch.float64, device=weight.device)
@@ -72,5 +72,5 @@ class OutputMetric:
         return cls(left, left, right, right)
 
     def weigh(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps (H, d_k, D) of keys and values with the metric's square roots on both sides."""
+        """Multiply weights (H, d_k, D) of keys and values by the metric's square roots."""
         return self.left_k @ keys @ self.right_k, self.left_v @ values @ self.right_v

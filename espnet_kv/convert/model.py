@@ -1,7 +1,8 @@
-"""Converting a loaded model: which attention becomes what, and how far off it then is."""
+"""Converts the attention of a loaded model and measures errors and cache size."""
 
 import argparse
 import copy
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from espnet_kv.convert.calibration import Calibration, Listener
+from espnet_kv.convert.calibration import Calibration, CalibrationRunner
 from espnet_kv.convert.calls import Call, recording
 from espnet_kv.convert.effects import measure_effects
 from espnet_kv.convert.factorize import to_mla
@@ -25,22 +26,23 @@ from espnet_kv.errors import ArgumentError, UserError
 from espnet_kv.espnet.loading import build_filled
 from espnet_kv.espnet.task import ASRTask
 
-# attention transfer: utterances that a step learns from
+# attention transfer: utterances in one training step
 UTTERANCES = 4
-# how much layers matter: utterances that it is measured on
+# utterances for measuring the effects of layer errors
 UTTERANCES_OF_EFFECTS = 16
 
-type Tell = Callable[[str, int], Callable[[], object]]
-"""tell("label", total) -> what to call after each of `total` steps."""
+type Progress = Callable[[str, int], Callable[[], object]]
+"""progress("label", total) -> a function to be called after each of `total` steps."""
 
 
 @dataclass
 class Layer:
-    """One converted attention.
+    """One converted attention layer.
 
-    conf: its options. spectrum: singular values of [W_k; W_v] as the calibration audio meets
-    them, the largest first, in parts of the root of their sum of squares. errors: of k, v and
-    output, relative, on audio that was not fitted to; None without audio.
+    part: key of PARTS. name: name of the module in the model. conf: options of its attention type.
+    spectrum: singular values of [W_k; W_v], with audio weighted by the square root of the frame
+        covariance, in descending order, normalised to a sum of squares of 1.
+    errors: relative errors of k, v and output on held-out audio; None without audio.
     """
 
     part: str
@@ -54,7 +56,8 @@ class Layer:
 class Conversion:
     """A converted model.
 
-    config: its configuration. cache: part -> {"before": ..., "after": ...} of `cache_bytes`.
+    config: its training configuration.
+    cache: part -> {"before": ..., "after": ...}, results of `cache_bytes`.
     """
 
     model: Any
@@ -70,41 +73,41 @@ def convert_model(
     parts: Sequence[str],
     target: Target,
     calibration: Calibration | None,
-    tell: Tell,
+    progress: Progress,
 ) -> Conversion:
-    """Convert the attention of some parts of a model; all else stays as it is.
+    """Convert the attention of the given parts of a model; the rest is not changed.
 
     Args:
-        model, config: from `load_source`. Its attention modules are replaced in place.
+        model, config: from `load_source`. The attention modules of `model` are replaced in place.
         parts: keys of PARTS.
-        calibration: what to fit to; None: to the weights alone.
-        tell: shows progress.
+        calibration: audio to fit to; None: fit to the weights only.
+        progress: reports the progress.
 
     Raises:
-        UserError: a layer cannot be converted in this way.
+        UserError: a layer cannot be converted to `target`.
     """
     if target.attention_type == "linear" and calibration is None:
-        raise ArgumentError("attention_type", "linear learns from audio: give calibration_scp")
+        raise ArgumentError("attention_type", "linear is trained on audio: give calibration_scp")
     parameters = {"before": _count(model)}
     cache = {part: {"before": cache_bytes(model, part)} for part in parts}
     names = {part: PARTS[part].attentions(model) for part in parts}
     sources = {name: a for attentions in names.values() for name, a in attentions.items()}
-    seen: dict[str, list[Call]] = {}
-    unseen: dict[str, list[Call]] = {}
-    listener = None
+    fit_calls: dict[str, list[Call]] = {}
+    held_out_calls: dict[str, list[Call]] = {}
+    runner = None
     if calibration is not None:
-        listener = Listener(model, decoding=any(PARTS[p].module == "decoder" for p in parts))
-        heard = [*calibration.fit, *calibration.held_out]
-        listener.learn_words(heard, tell("words that the decoder finds", len(heard)))
-        step = tell("calibration", len(heard))
-        for calls, audio in ((seen, calibration.fit), (unseen, calibration.held_out)):
-            with recording(sources) as recorded:
-                listener.hear(audio, step)
-            calls.update(recorded)
-    step = tell("statistics", len(sources))
+        runner = CalibrationRunner(model, any(PARTS[p].module == "decoder" for p in parts))
+        audio = [*calibration.fit, *calibration.held_out]
+        runner.transcribe(audio, progress("greedy search", len(audio)))
+        step = progress("calibration", len(audio))
+        with recording(sources) as fit_calls:
+            runner.run(calibration.fit, step)
+        with recording(sources) as held_out_calls:
+            runner.run(calibration.held_out, step)
+    step = progress("statistics", len(sources))
     statistics: dict[str, LayerStatistics] = {}
-    for name, calls_of in seen.items():
-        statistics[name] = LayerStatistics.of(sources[name], calls_of)
+    for name, calls in fit_calls.items():
+        statistics[name] = LayerStatistics.of(sources[name], calls)
         step()
 
     layers = []
@@ -112,10 +115,11 @@ def convert_model(
     converted: dict[str, Any] = {}
     for part, attentions in names.items():
         effects = None
-        if listener is not None and target.shares_a_budget:
-            effects = _effects(part, attentions, listener, calibration, tell)
+        if calibration is not None and runner is not None and target.shares_a_budget:
+            subset = calibration.fit[:UTTERANCES_OF_EFFECTS]
+            effects = _effects(part, attentions, subset, runner, progress)
         confs = layer_options(target, attentions, statistics, effects)
-        step = tell(f"{part} to {target.attention_type}", len(attentions))
+        step = progress(f"{part} to {target.attention_type}", len(attentions))
         for name, attention in attentions.items():
             converted[name] = _convert_layer(
                 name, attention, target, confs[name], statistics.get(name)
@@ -125,19 +129,19 @@ def convert_model(
             step()
         _set_options(new_config, part, model, target.attention_type, confs)
     if target.attention_type == "linear":
-        assert calibration is not None and listener is not None
-        _teach(sources, converted, target, calibration.fit, listener, tell)
-    if unseen:
-        step = tell("errors on audio held out", len(layers))
+        assert calibration is not None and runner is not None
+        _train_linear(sources, converted, target, calibration.fit, runner, progress)
+    if held_out_calls:
+        step = progress("errors on held-out audio", len(layers))
         for layer in layers:
             name = layer.name
-            layer.errors = layer_errors(sources[name], converted[name], unseen[name])
+            layer.errors = layer_errors(sources[name], converted[name], held_out_calls[name])
             step()
 
     for part in parts:
         for name, block, slot in PARTS[part].slots(model):
             setattr(block, slot, converted[name])
-    # the configuration must describe the weights, and nothing of them may be lost
+    # rebuilt from the configuration, to check that it describes all the weights
     args = argparse.Namespace(**copy.deepcopy(new_config))
     rebuilt: Any = build_filled(
         ASRTask.build_model, args, model.state_dict(), "the configuration of the converted model"
@@ -155,16 +159,19 @@ def _count(model: Any) -> int:
 
 
 def _effects(
-    part: str, attentions: Mapping[str, Any], listener: Listener, calibration: Any, tell: Tell
+    part: str,
+    attentions: Mapping[str, Any],
+    audio: Sequence[Tensor],
+    runner: CalibrationRunner,
+    progress: Progress,
 ) -> dict[str, float]:
-    """How much an error of each layer changes what the encoder, or the decoder, puts out."""
-    audio = calibration.fit[:UTTERANCES_OF_EFFECTS]
-    step = tell(f"{part}: what each layer matters", 1 + len(attentions))
+    """Effect of each layer's error on the encoder or decoder output (`measure_effects`)."""
+    step = progress(f"{part}: sensitivity of the output", 1 + len(attentions))
 
     def run() -> Tensor:
-        heard = listener.hear(audio)[PARTS[part].module]
+        output = runner.run(audio)[PARTS[part].module]
         step()
-        return heard
+        return output
 
     return measure_effects(attentions, run)
 
@@ -197,15 +204,15 @@ def _spectrum(attention: Any, statistics: LayerStatistics | None) -> list[float]
 def _set_options(
     config: dict[str, Any], part: str, model: Any, kind: str, confs: Mapping[str, dict[str, Any]]
 ) -> None:
-    """Write attention_type and attention_conf of a part: one value where all layers agree."""
+    """Set attention_type and attention_conf of a part; one value if all layers have the same."""
     where = PARTS[part]
     module = getattr(model, where.module)
     blocks = module.encoders if where.module == "encoder" else module.decoders
     of_block = {id(block): confs[name] for name, block, _ in where.slots(model)}
-    least: dict[str, Any] = next(iter(confs.values()))
-    rows = [of_block.get(id(block), least) for block in blocks]  # a block without attention: any
+    first: dict[str, Any] = next(iter(confs.values()))
+    rows = [of_block.get(id(block), first) for block in blocks]  # any for a block without attention
     options: dict[str, Any] = {}
-    for key in least:
+    for key in first:
         values = [row[key] for row in rows]
         options[key] = values[0] if len(set(values)) == 1 else values
     conf = dict(config.get(f"{where.module}_conf") or {})
@@ -213,29 +220,27 @@ def _set_options(
     config[f"{where.module}_conf"] = conf
 
 
-def _teach(
+def _train_linear(
     teachers: Mapping[str, Any],
     students: Mapping[str, Any],
     target: Target,
     audio: Sequence[Tensor],
-    listener: Listener,
-    tell: Tell,
+    runner: CalibrationRunner,
+    progress: Progress,
 ) -> None:
-    """Attention transfer, over the audio again and again."""
-    step = tell("attention transfer", target.transfer_steps)
-    turn = 0
+    """Train linear attention by attention transfer, in repeated passes over the audio."""
+    step = progress("attention transfer", target.transfer_steps)
+    utterances = itertools.cycle(audio)
 
     def run() -> None:
-        nonlocal turn
-        listener.hear([audio[(turn + n) % len(audio)] for n in range(UTTERANCES)])
-        turn += UTTERANCES
+        runner.run([next(utterances) for _ in range(UTTERANCES)])
 
-    learns = any(True for student in students.values() for _ in student.feature_map.parameters())
+    trainable = any(list(student.feature_map.parameters()) for student in students.values())
     transfer(
         teachers,
         students,
         run,
         target.transfer_steps,
-        projections=not learns,
+        projections=not trainable,
         progress=lambda *_: step(),
     )

@@ -1,4 +1,4 @@
-"""New attention modules that take over what a conversion leaves as it was."""
+"""Construction of the attention modules that replace those of the source model."""
 
 from typing import Any
 
@@ -10,16 +10,18 @@ from espnet_kv.attention.grouped import MultiHeadAttention
 from espnet_kv.errors import UserError
 
 
-def successor[T: Attention](source: MultiHeadAttention, kind: type[T], **conf: Any) -> T:
-    """An attention of another kind with every parameter of `source` that it has too.
+def replacement_module[T: Attention](source: MultiHeadAttention, kind: type[T], **conf: Any) -> T:
+    """Build a module of class `kind` with a copy of all parameters that `source` has as well.
 
     Raises:
-        UserError: source normalises its queries and keys, so its keys are no linear map.
-        ConfigError: conf is not allowed.
+        UserError: `kind` does not support qk_norm or zero_triu of `source`.
+        ConfigError: `conf` is not allowed.
     """
     refuse_normed_keys(source)
     if source.zero_triu and "zero_triu" not in kind.espnet_options:
-        raise UserError("zero_triu: true does not go with an attention without positions")
+        raise UserError(
+            "zero_triu: true is not supported by an attention without relative positions"
+        )
     sizes = HeadSizes(source.h, source.linear_q.in_features)
     options: dict[str, Any] = {"zero_triu": True} if source.zero_triu else {}
     new = kind(sizes, source.dropout_rate, source.rel_pos, **options, **conf)
@@ -35,11 +37,11 @@ def successor[T: Attention](source: MultiHeadAttention, kind: type[T], **conf: A
 
 
 def refuse_normed_keys(source: MultiHeadAttention) -> None:
-    """Raise a UserError where keys are no linear map of the frames."""
+    """Raise a UserError if keys are not a linear map of the frames (qk_norm)."""
     if not isinstance(source.k_norm, nn.Identity):
         raise UserError(
-            "qk_norm: true normalises keys after their projection, which only attention_type mha "
-            "does: such a layer cannot be converted"
+            "qk_norm: true: keys are normalised after their projection, which only attention_type "
+            "mha supports, so this layer cannot be converted"
         )
 
 

@@ -1,11 +1,11 @@
-"""Multi-head attention with fewer key/value heads: grouped-query attention.
+"""Conversion of multi-head attention to grouped-query attention (arXiv 2305.13245).
 
-Query heads of one group read the same keys and values. A head's keys may be put into another
-basis, K = T K', when its queries follow, q' = T' q (T' q . K' = q . T K'), and so may its values
-when the output projection follows. So a group needs no likeness of its heads as they stand: its
-keys are the best d_k directions of all its heads' keys together, and the same for values.
-Relative positions meet the same queries in (q + pos_bias_v) . W_pos p: T^-1 W_pos leaves that as
-it was, exactly.
+All query heads of a group use the same keys and values. The keys of a head may be expressed in
+another basis, K = T K', if its queries are transformed too, q' = T' q (T' q . K' = q . T K'). The
+same holds for values and the output projection. The heads of a group therefore need not be
+similar: the shared keys are the best d_k directions of the keys of all its heads, and likewise
+for values. The position term (q + pos_bias_v) . W_pos p has the same queries; replacing W_pos by
+T^-1 W_pos keeps it exactly.
 
 Shape letters: H heads, G key/value heads, D model size, d_k head size.
 """
@@ -19,12 +19,12 @@ from torch import Tensor
 from espnet_kv.attention.grouped import GroupedQueryAttention, MultiHeadAttention
 from espnet_kv.convert.linalg import symmetric_root
 from espnet_kv.convert.metric import OutputMetric
-from espnet_kv.convert.modules import head_rows, successor
+from espnet_kv.convert.modules import head_rows, replacement_module
 from espnet_kv.convert.statistics import LayerStatistics
 from espnet_kv.convert.subspace import best_rows, best_ups
 
-# A head whose keys hardly take some direction of its group still needs an inverse of T there:
-# singular values of T are no less than this part of the largest.
+# Smallest singular value of T, relative to the largest. T must be invertible, even if the keys of
+# a head hardly use some direction of its group.
 LEAST_SINGULAR = 1e-3
 
 
@@ -32,49 +32,49 @@ LEAST_SINGULAR = 1e-3
 def to_gqa(
     attention: MultiHeadAttention, num_kv_heads: int, statistics: LayerStatistics | None = None
 ) -> GroupedQueryAttention:
-    """Multi-head attention with its heads in groups, each of which shares one key/value head.
+    """Convert to grouped-query attention: each group of heads shares one key/value head.
 
-    With statistics, errors count as they show in the attention output (`metric.OutputMetric`);
-    without, as they show in weights.
+    With statistics, the error of the attention output (`metric.OutputMetric`) is minimised;
+    without, the Frobenius norm of the weight errors.
 
     Raises:
         UserError: keys are normalised (qk_norm).
         ConfigError: num_kv_heads does not divide the heads.
     """
-    new = successor(attention, GroupedQueryAttention, num_kv_heads=num_kv_heads)
+    new = replacement_module(attention, GroupedQueryAttention, num_kv_heads=num_kv_heads)
     if num_kv_heads == attention.h:
         return new
     h, d_k = attention.h, attention.d_k
     keys, values = head_rows(attention.linear_k.weight, h), head_rows(attention.linear_v.weight, h)
     if statistics is None:
-        metric, mean = OutputMetric.flat(attention), keys.new_zeros(h, keys.size(-1))
+        metric, mean = OutputMetric.frobenius(attention), keys.new_zeros(h, keys.size(-1))
     else:
         metric, mean = OutputMetric.of(attention, statistics), statistics.pooled_mean
     groups = choose_groups(*metric.weigh(keys, values), num_kv_heads)
     order = [head for group in groups for head in group]
-    shared_k, turn_k = _share(groups, keys, metric.left_k, metric.right_k)
-    shared_v, turn_v = _share(groups, values, metric.left_v, metric.right_v)
+    shared_k, transform_k = _share(groups, keys, metric.left_k, metric.right_k)
+    shared_v, transform_v = _share(groups, values, metric.left_v, metric.right_v)
     if attention.rel_pos:
-        turn_k = _invertible(turn_k)
+        transform_k = _invertible(transform_k)
 
     new.linear_k.weight.copy_(shared_k.flatten(0, 1))
     new.linear_k.bias.zero_()
     for name in ("linear_q.weight", "linear_q.bias", "pos_bias_u", "pos_bias_v"):
         if attention.rel_pos or name.startswith("linear"):
             tensor = attention.get_parameter(name)
-            turned = turn_k.transpose(1, 2) @ tensor.double().reshape(h, d_k, -1)[order]
-            new.get_parameter(name).copy_(turned.reshape(tensor.shape))
+            transformed = transform_k.transpose(1, 2) @ tensor.double().reshape(h, d_k, -1)[order]
+            new.get_parameter(name).copy_(transformed.reshape(tensor.shape))
     if attention.rel_pos:
         position = head_rows(attention.linear_pos.weight, h)[order]
-        new.linear_pos.weight.copy_(torch.linalg.solve(turn_k, position).flatten(0, 1))
+        new.linear_pos.weight.copy_(torch.linalg.solve(transform_k, position).flatten(0, 1))
 
     new.linear_v.weight.copy_(shared_v.flatten(0, 1))
     new.linear_v.bias.zero_()
     out = head_rows(attention.linear_out.weight.T, h).transpose(1, 2)[order]  # (H, D, d_k)
-    new.linear_out.weight.copy_((out @ turn_v).transpose(0, 1).flatten(1))
-    # weights sum to one: the bias of the values, and their mean error, pass through
-    given = turn_v @ shared_v.repeat_interleave(h // num_kv_heads, dim=0)
-    passed = torch.einsum("hij,hj->hi", values[order] - given, mean[order])
+    new.linear_out.weight.copy_((out @ transform_v).transpose(0, 1).flatten(1))
+    # attention weights sum to one, so the output bias can include value bias and mean error
+    approximated = transform_v @ shared_v.repeat_interleave(h // num_kv_heads, dim=0)
+    passed = torch.einsum("hij,hj->hi", values[order] - approximated, mean[order])
     passed += head_rows(attention.linear_v.bias[:, None], h)[order, :, 0]
     bias = attention.linear_out.bias.double() + torch.einsum("hij,hj->i", out, passed)
     new.linear_out.bias.copy_(bias)
@@ -84,57 +84,57 @@ def to_gqa(
 def _share(
     groups: Sequence[Sequence[int]], maps: Tensor, left: Tensor, right: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One map for the heads of each group, and how each of them reads it.
+    """One shared projection for each group, and a transform of it for each head.
 
     Args:
         maps: (H, d_k, D). left, right: of the metric, (H, d_k, d_k) and (H, D, D).
 
     Returns:
-        shared (G, d_k, D) and turns (H, d_k, d_k), heads in the order of the groups, with
-        turns @ shared close to the maps.
+        shared (G, d_k, D) and transforms (H, d_k, d_k), heads in the order of the groups, with
+        transforms @ shared close to the maps.
     """
     d_k = maps.size(1)
-    all_shared, all_turns = [], []
+    all_shared, all_transforms = [], []
     for group in groups:
         of, root = maps[group], right[group]
         shared = best_rows(left[group] @ of, root @ root, d_k)
-        turns = best_ups(of, root, shared)
-        # the basis in which the turns are closest to orthogonal: it is ours to choose
-        scale = symmetric_root((turns.transpose(1, 2) @ turns).mean(dim=0))
+        transforms = best_ups(of, root, shared)
+        # the basis is arbitrary: take the one in which the transforms are closest to orthogonal
+        scale = symmetric_root((transforms.transpose(1, 2) @ transforms).mean(dim=0))
         all_shared.append(scale @ shared)
-        all_turns.append(turns @ torch.linalg.pinv(scale))
-    return torch.stack(all_shared), torch.cat(all_turns)
+        all_transforms.append(transforms @ torch.linalg.pinv(scale))
+    return torch.stack(all_shared), torch.cat(all_transforms)
 
 
-def _invertible(turns: Tensor) -> Tensor:
-    """(n, d_k, d_k) with singular values raised to LEAST_SINGULAR of the largest."""
-    u, s, vh = torch.linalg.svd(turns)
+def _invertible(transforms: Tensor) -> Tensor:
+    """Raise small singular values of (n, d_k, d_k) to LEAST_SINGULAR times the largest."""
+    u, s, vh = torch.linalg.svd(transforms)
     least = LEAST_SINGULAR * float(s.max()) or 1.0
     return (u * s.clamp(min=least)[:, None, :]) @ vh
 
 
 def choose_groups(keys: Tensor, values: Tensor, groups: int) -> list[list[int]]:
-    """Which heads share, so that the least is lost when each group keeps d_k directions.
+    """Choose the groups of heads with the smallest error of d_k shared directions per group.
 
     Args:
-        keys, values: (H, d_k, n), each head's map in the norm that its errors count in.
+        keys, values: (H, d_k, n), weighted projections of each head (`OutputMetric.weigh`).
 
     Returns:
-        G lists of H / G heads. Found by swapping pairs while that helps, from neighbours on.
+        G lists of H / G heads, by a local search that swaps pairs, from adjacent heads on.
     """
     heads, d_k, _ = keys.shape
     share = heads // groups
-    lost: dict[tuple[int, ...], float] = {}
+    errors: dict[tuple[int, ...], float] = {}
 
     def cost(group: Sequence[int]) -> float:
         key = tuple(sorted(group))
-        if key not in lost:
+        if key not in errors:
             tails = [
                 torch.linalg.svdvals(part[list(key)].flatten(0, 1))[d_k:].square().sum()
                 for part in (keys, values)
             ]
-            lost[key] = float(sum(tails))
-        return lost[key]
+            errors[key] = float(sum(tails))
+        return errors[key]
 
     chosen = [list(range(first, first + share)) for first in range(0, heads, share)]
     improved = True

@@ -1,6 +1,6 @@
-"""The report of a conversion: conversion.json as a page and a figure.
+"""The report of a conversion: conversion.json, and a page and a figure made from it.
 
-Imports no torch: the recipe writes it anew when word error rates are known.
+The module does not import torch, because the recipe uses it to add word error rates.
 """
 
 import json
@@ -10,56 +10,56 @@ from typing import Any
 
 from espnet_kv.errors import UserError, one_line
 from espnet_kv.files import new_file, write_text
-from espnet_kv.scores import scored_sets
+from espnet_kv.scores import decoding_of, scored_sets
 
 SCHEMA = "espnet_kv.conversion/2"
 FILE, PAGE, FIGURE = "conversion.json", "conversion.md", "conversion.png"
-# keys of "wer" and how the page calls them
+# keys of "wer" and their titles on the page
 STAGES = {
     "before": "before",
     "after": "converted",
     "fine_tuned": "converted, fine-tuned",
-    "control": "not converted, fine-tuned alike",
+    "control": "not converted, same fine-tuning",
 }
 ERRORS = ("k", "v", "output")
 
 
 def read_record(experiment: Path) -> dict[str, Any]:
-    """The conversion.json of an experiment.
+    """Read the conversion.json of an experiment.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: the file does not exist or is damaged.
     """
     file = experiment / FILE
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{file} does not exist: {experiment} is no converted model") from error
+        raise UserError(f"{file} does not exist: {experiment} is not a converted model") from error
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({one_line(error)}): convert again") from error
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        raise UserError(f"{file} is no record of a conversion of this version: convert again")
+        raise UserError(f"{file} is not a conversion record of this version: convert again")
     return record
 
 
 def read_wer(experiment: Path) -> dict[str, dict[str, float]]:
-    """Decoding -> test set -> WER (%) of what stage 13 scored; empty where nothing is."""
+    """Decoding -> test set -> WER (%), as scored by stage 13; empty if nothing was scored."""
     rates: dict[str, dict[str, float]] = {}
-    for place, scores in scored_sets(experiment, "decode_*"):
+    for place, scores in scored_sets(experiment):
         if "wer" in scores.rates:
-            rates.setdefault(place.parent.name, {})[place.name] = scores.rates["wer"].err
+            rates.setdefault(decoding_of(place).name, {})[place.name] = scores.rates["wer"].err
     return rates
 
 
 def update_report(experiment: Path, related: Mapping[str, Path]) -> None:
-    """Write the word error rates of `experiment` and its relatives into its record and page.
+    """Write the word error rates of related experiments to the record and page of `experiment`.
 
     Args:
-        experiment: a converted model.
-        related: keys of STAGES -> experiments.
+        experiment: directory of a converted model.
+        related: key of STAGES -> experiment directory.
 
     Raises:
-        UserError: `experiment` is no converted model, or its record or a score file is damaged.
+        UserError: `experiment` is not a converted model, or its record or a score file is damaged.
     """
     record = read_record(experiment)
     record["wer"] = {stage: rates for stage, place in related.items() if (rates := read_wer(place))}
@@ -73,7 +73,7 @@ def update_report(experiment: Path, related: Mapping[str, Path]) -> None:
 def write_pages(directory: Path, record: Mapping[str, Any], name: str) -> None:
     """Write conversion.md and conversion.png of a record.
 
-    name: what the page calls the model.
+    name: title of the page.
     """
     draw(record, directory / FIGURE)
     write_text(directory / PAGE, page(record, name))
@@ -81,7 +81,7 @@ def write_pages(directory: Path, record: Mapping[str, Any], name: str) -> None:
 
 def page(record: Mapping[str, Any], name: str) -> str:
     """The Markdown of a record."""
-    source, options, heard = record["source"], record["options"], record["calibration"]
+    source, options, calibration = record["source"], record["options"], record["calibration"]
     lines = [
         f"# {name}",
         "",
@@ -90,13 +90,13 @@ def page(record: Mapping[str, Any], name: str) -> str:
         f"- commit: `{record['commit']}`, {record['date']}",
         f"- attention_type: `{options['attention_type']}`, parts: {', '.join(options['parts'])}",
     ]
-    if heard is None:
+    if calibration is None:
         lines.append("- fitted to the weights alone (Frobenius norm): no calibration audio")
     else:
-        seconds = heard["seconds"]
+        seconds = calibration["seconds"]
         lines.append(
-            f"- fitted to {seconds['fit']:g} s of `{heard['scp']}` (seed {heard['seed']}), errors "
-            f"measured on {seconds['held_out']:g} s that were not fitted to"
+            f"- fitted to {seconds['fit']:g} s of `{calibration['scp']}` (seed "
+            f"{calibration['seed']}), errors measured on {seconds['held_out']:g} s of other audio"
         )
     if tuned := record.get("finetune"):
         length = tuned["iterations_per_epoch"] or "all"
@@ -104,7 +104,7 @@ def page(record: Mapping[str, Any], name: str) -> str:
             f"- then fine-tuned: {tuned['epochs']} epochs of {length} batches, learning rate "
             f"{tuned['lr']:g}"
         )
-    lines += ["", "## Attention cache, bytes held (allocated) of one utterance", ""]
+    lines += ["", "## Attention cache of one utterance, bytes in use (allocated)", ""]
     lines += _table(
         ("part", "utterance", "before", "after", "removed", "measured in"),
         [
@@ -123,10 +123,10 @@ def page(record: Mapping[str, Any], name: str) -> str:
     lines += _table(("layer", "option", "error of K", "of V", "of the output"), rows)
     lines += [
         "",
-        "An error is the root of the squared error over the variance; K and V as the best affine "
-        "map reads them from what is stored."
-        * (heard is not None)
-        + "No audio, so no errors." * (heard is None),
+        "Errors were not measured, because there was no calibration audio."
+        if calibration is None
+        else "Error: root of the squared error divided by the variance. K and V are predicted from "
+        "the cached vectors by the best affine map.",
     ]
     lines += _wer_lines(record.get("wer") or {})
     lines += ["", f"![errors, spectra, cache]({FIGURE})", ""]
@@ -152,10 +152,7 @@ def _wer_lines(wer: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str
     for decoding in sorted({name for rates in wer.values() for name in rates}):
         sets = sorted({test for rates in wer.values() for test in rates.get(decoding, {})})
         rows = [
-            (
-                title,
-                *(f"{rates[test]:.1f}" if test in rates else "" for test in sets),
-            )
+            (title, *(f"{rates[test]:.1f}" if test in rates else "" for test in sets))
             for stage, title in STAGES.items()
             if (rates := wer.get(stage, {}).get(decoding))
         ]

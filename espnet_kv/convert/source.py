@@ -1,8 +1,7 @@
-"""Trained models that can be converted, loaded as kv_* models with mha.
+"""Loads trained models for conversion as kv_* models with multi-head attention.
 
-What a stock ESPnet model and ours share is everything but attention, and with mha that too: a
-stock config becomes ours by the names of encoder and decoder, and its checkpoint fills the model
-key for key.
+With mha, kv_* classes have the same parameters as ESPnet's own classes. So only the names of
+encoder and decoder in the configuration change, and the checkpoint is loaded as it is.
 """
 
 import argparse
@@ -23,9 +22,10 @@ DECODER = "transformer"
 
 @dataclass(frozen=True)
 class Part:
-    """A kind of attention in a model.
+    """One kind of attention in a model.
 
-    module: encoder or decoder. prefix: of its keys in encoder_conf or decoder_conf.
+    module: encoder or decoder.
+    prefix: of its keys in encoder_conf or decoder_conf.
     """
 
     module: str
@@ -40,7 +40,7 @@ class Part:
         return f"{self.prefix}attention_conf"
 
     def slots(self, model: nn.Module) -> list[tuple[str, nn.Module, str]]:
-        """(name, block, attribute) of the attention of every block; no attention, no entry."""
+        """(module name, block, attribute of the block) for every block that has this attention."""
         module: Any = getattr(model, self.module)
         blocks = module.encoders if self.module == "encoder" else module.decoders
         slot = module.attention_slot if self.module == "encoder" else f"{self.prefix}attn"
@@ -66,18 +66,18 @@ PARTS = {
 def load_source(
     config_file: Path, model_file: Path, parts: tuple[str, ...]
 ) -> tuple[Any, dict[str, Any]]:
-    """Load a model whose `parts` are to be converted.
+    """Load a model for the conversion of `parts`.
 
-    Encoder and decoder keep the names that they have where nothing of them is converted.
+    An encoder or decoder without a part to convert keeps its class.
 
     Args:
         config_file: config.yaml of an ESPnet experiment.
-        model_file: its checkpoint; loaded strictly.
+        model_file: its checkpoint, loaded strictly (no missing or unexpected keys).
         parts: keys of PARTS.
 
     Returns:
-        The model in eval mode, in which these parts are MultiHeadAttention, and its
-        configuration: that of the file with kv_ names and with paths that exist from here.
+        The model in eval mode, with MultiHeadAttention in these parts, and its configuration,
+        with kv_* names and with paths that are valid in the current directory.
 
     Raises:
         UserError: a file cannot be used, or a part of the model cannot be converted.
@@ -87,8 +87,8 @@ def load_source(
     changes = names | find_files(config_file, config)
     if isinstance(bpe := config.get("bpemodel"), str) and "bpemodel" not in changes:
         raise UserError(
-            f"{config_file}: bpemodel: {bpe} is neither here nor below any directory that holds "
-            "the config: put it beside config.yaml as bpe.model"
+            f"{config_file}: bpemodel: {bpe} was found neither here nor relative to a directory "
+            "above the config: put it beside config.yaml as bpe.model"
         )
     if isinstance(tokens := changes.get("token_list"), str):
         changes["token_list"] = Path(tokens).read_text(encoding="utf-8").splitlines()
@@ -108,11 +108,11 @@ def load_source(
 
 
 def _kv_names(file: Path, config: dict[str, Any], parts: tuple[str, ...]) -> dict[str, Any]:
-    """The choices that our classes go by, for what is converted."""
+    """The kv_* names of the encoder and decoder that contain `parts`."""
     if config.get("use_adapter"):
         raise UserError(
-            f"{file}: use_adapter: true: the checkpoint holds adapters, not the model; merge them "
-            "into it before the conversion"
+            f"{file}: use_adapter: true: the checkpoint contains adapters only; merge them into "
+            "the model before the conversion"
         )
     changes = {}
     for name in parts:
@@ -122,8 +122,8 @@ def _kv_names(file: Path, config: dict[str, Any], parts: tuple[str, ...]) -> dic
         allowed = ENCODERS if key == "encoder" else (DECODER,)
         if stock not in allowed:
             raise UserError(
-                f"{file}: {key}: {choice} cannot be converted (allowed: {', '.join(allowed)}, and "
-                "these with kv_ before them)"
+                f"{file}: {key}: {choice} cannot be converted (allowed: {', '.join(allowed)}, "
+                "also with the prefix kv_)"
             )
         changes[key] = f"kv_{stock}"
     return changes
@@ -134,22 +134,22 @@ def _check_attention(file: Path, config: dict[str, Any], name: str, model: Any) 
     conf = config.get(f"{part.module}_conf") or {}
     where = f"{file}: {part.module}_conf"
     if getattr(model, part.module) is None:
-        raise UserError(f"{file}: model_conf.ctc_weight: 1.0 trained no decoder")
+        raise UserError(f"{file}: model_conf.ctc_weight: 1.0: the model has no decoder")
     if not getattr(getattr(model, part.module), "holds_our_attention", True):
         key = model.encoder.layer_type_key
         if "legacy" in (kind := model.encoder.espnet_conf["rel_pos_type"]):
             raise UserError(
-                f"{where}.rel_pos_type: {kind}: legacy relative positions give the frames after a "
-                "query the position scores of another query, which no other attention can; only "
-                "models trained with rel_pos_type: latest (or with selfattn) can be converted"
+                f"{where}.rel_pos_type: {kind}: legacy relative positions use the position scores "
+                "of another query for frames after a query, which other attention types cannot; "
+                "only models trained with rel_pos_type: latest (or with selfattn) can be converted"
             )
         raise UserError(
-            f"{where}.{key}: {conf[key]} is no softmax attention over keys and values; only "
+            f"{where}.{key}: {conf[key]} is not softmax attention over keys and values; only "
             "rel_selfattn and selfattn can be converted"
         )
     attentions = part.attentions(model)
     if not attentions:
-        raise UserError(f"{where}: no block of it has attention")
+        raise UserError(f"{where}: no block has attention")
     for attention in attentions.values():
         if not isinstance(attention, MultiHeadAttention):
             raise UserError(

@@ -1,4 +1,4 @@
-"""What calibration saw of an attention module, summed up as a conversion needs it.
+"""Statistics of the inputs of an attention module on the calibration audio.
 
 Shape letters: B batch, H heads, Q queries, S keys, D model size, d_k head size.
 """
@@ -18,17 +18,17 @@ from espnet_kv.errors import UserError
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Moments, all in float64, and the calls that they are of.
+    """Moments of the inputs, all in float64.
 
-    frames, queries: how many were seen, padding excluded.
+    frames, queries: their numbers, without padding.
     mean (D,), second_moment (D, D): E[x], E[x x'] of the frames x that keys and values are
         projected from.
-    query_moment (H, d_k, d_k): E[q q'] of the queries that meet the keys, pos_bias_u included.
-    pooled_mean (H, D), pooled_moment (H, D, D): of sum_j a_ij x_j, the frames as the attention
-        weights a of each head average them: what W_v is in truth applied to.
-    spread (H, D, D): E_i of the covariance of the frames under the weights a_i: how the keys that
-        a query chooses among differ.
-    calls: the inputs themselves.
+    query_moment (H, d_k, d_k): E[q q'] of the queries, with pos_bias_u added.
+    pooled_mean (H, D), pooled_moment (H, D, D): of the pooled frames sum_j a_ij x_j, with the
+        attention weights a of each head; W_v is effectively applied to these.
+    spread (H, D, D): E_i of the covariance of the frames under the weights a_i, i.e. variation
+        among the frames that one query attends to.
+    calls: the calls that the moments were computed from.
     """
 
     frames: int
@@ -54,17 +54,17 @@ class LayerStatistics:
     @classmethod
     @torch.no_grad()
     def of(cls, attention: MultiHeadAttention, calls: Sequence[Call]) -> "LayerStatistics":
-        """Sum up what `attention` was called with.
+        """Compute the statistics of recorded `calls` of `attention`.
 
         Raises:
-            UserError: no frames, or keys are normalised (qk_norm).
+            UserError: there are no frames, or keys are normalised (qk_norm).
         """
         refuse_normed_keys(attention)
         h, d = attention.h, attention.linear_q.in_features
         weights_of = AttentionWeights(attention)
         zeros = attention.linear_q.weight.new_zeros(1, dtype=torch.float64)
         total, second, query_second = zeros.new_zeros(d), zeros.new_zeros(d, d), zeros
-        pooled, pooled_second, chosen = zeros.new_zeros(h, d), zeros, zeros
+        pooled, pooled_second, weighted_second = zeros.new_zeros(h, d), zeros, zeros
         frames = queries = 0
         for call in calls:
             x = call.key[call.frames].double()  # (N, D)
@@ -81,10 +81,10 @@ class LayerStatistics:
                 means = a @ keys  # (H, N, D)
                 pooled += means.sum(dim=1)
                 pooled_second = pooled_second + means.transpose(1, 2) @ means
-                received = a.sum(dim=1)  # (H, S)
-                chosen = chosen + keys.T @ (received[:, :, None] * keys)  # (H, D, D)
+                total_weights = a.sum(dim=1)[:, :, None]  # (H, S, 1)
+                weighted_second = weighted_second + keys.T @ (total_weights * keys)  # (H, D, D)
         if not frames or not queries:
-            raise UserError("calibration: no audio has reached the attention layers")
+            raise UserError("calibration: the attention layers processed no audio")
         return cls(
             frames=frames,
             queries=queries,
@@ -93,21 +93,17 @@ class LayerStatistics:
             query_moment=query_second / queries,
             pooled_mean=pooled / queries,
             pooled_moment=pooled_second / queries,
-            spread=(chosen - pooled_second) / queries,
+            spread=(weighted_second - pooled_second) / queries,
             calls=tuple(calls),
         )
 
 
 class AttentionWeights(MultiHeadAttention):
-    """An attention's weights themselves, (B, Q, H S): its values are one-hot and come out as is."""
+    """Returns the attention weights (B, Q, H S), as the attention output for one-hot values."""
 
     def __init__(self, attention: MultiHeadAttention):
-        super().__init__(
-            HeadSizes(attention.h, attention.linear_q.in_features),
-            0.0,
-            attention.rel_pos,
-            attention.zero_triu,
-        )
+        sizes = HeadSizes(attention.h, attention.linear_q.in_features)
+        super().__init__(sizes, 0.0, attention.rel_pos, attention.zero_triu)
         self.to(attention.linear_q.weight)
         self.load_state_dict(attention.state_dict())
         self.linear_out = nn.Identity()  # type: ignore[assignment]
@@ -121,14 +117,14 @@ class AttentionWeights(MultiHeadAttention):
 def gather(
     modules: Mapping[str, MultiHeadAttention], run: Callable[[], object]
 ) -> dict[str, LayerStatistics]:
-    """Watch attention modules while `run` pushes calibration audio through their model.
+    """Collect statistics of attention modules while `run` runs their model on calibration audio.
 
-    The model should be in evaluation mode. Padding is left out where masks tell of it; the queries
-    of cross-attention have none, so let `run` go utterance by utterance for a decoder. The inputs
-    are kept: 4 D bytes per frame and layer.
+    The model should be in evaluation mode. Padding is excluded by the masks. Cross-attention has
+    no mask for queries, so with a decoder `run` must process one utterance at a time. The inputs
+    are kept: 4 D bytes per frame and layer in float32.
 
     Raises:
-        UserError: a module was not reached.
+        UserError: a module was not called.
     """
     with recording(modules) as calls, torch.no_grad():
         run()

@@ -1,4 +1,4 @@
-"""The latent that serves several maps at once, each with a norm of its own.
+"""Low-rank approximation of several linear maps by one shared latent, each in its own norm.
 
 Shape letters: N maps, n their outputs, D their inputs, r rank.
 """
@@ -8,22 +8,22 @@ from torch import Tensor
 
 from espnet_kv.convert.linalg import left_vectors, symmetric_root
 
-# of the search; the latent of one common norm, where it starts, is most of the way
+# L-BFGS iterations; the start, the solution for one common norm, is already close to the optimum
 STEPS = 100
-# added to what is inverted, relative to its size; and where that is nothing
+# regularisation of inverted matrices: relative to their diagonal, and the smallest diagonal
 RIDGE, TINY = 1e-10, 1e-100
 
 
 def common_rows(maps: Tensor, moments: Tensor) -> Tensor:
-    """(D, D): directions of the inputs, the most useful first, by SVD in the mean of the norms.
+    """Input directions in descending order of importance, by SVD with the mean moment.
 
     Args:
         maps: (N, n, D).
-        moments: (N, D, D), of the inputs of each map.
+        moments: (N, D, D), second moments of the inputs of each map.
 
     Returns:
-        Rows that are orthonormal in the mean moment; their first r are the best latent of r
-        numbers, were that the moment of all.
+        (D, D), rows orthonormal with respect to the mean moment. The first r rows are the optimal
+        latent of rank r if all moments are equal.
     """
     root = symmetric_root(moments.mean(dim=0))
     stacked = maps.flatten(0, 1)
@@ -33,15 +33,15 @@ def common_rows(maps: Tensor, moments: Tensor) -> Tensor:
 
 
 def best_rows(maps: Tensor, moments: Tensor, rank: int) -> Tensor:
-    """(r, D) P for which sum_n min_U E |(maps_n - U P) x|^2, x of moments_n, is small.
+    """(r, D) P that minimises sum_n min_U E |(maps_n - U P) x|^2, x of second moment moments_n.
 
-    One SVD solves this for one common moment (`common_rows`). From there on L-BFGS, on P alone:
-    the best U are known in closed form, and so is the gradient. No data is touched.
+    The minimum is local: L-BFGS over P starts at the solution for the mean moment (`common_rows`).
+    The optimal U and the gradient have closed forms, so that no data are needed.
     """
     start = common_rows(maps, moments)[:rank]
-    reached = maps @ moments  # (N, n, D)
-    whole = (reached * maps).sum()
-    if whole <= TINY:
+    weighted = maps @ moments  # (N, n, D)
+    total = (weighted * maps).sum()
+    if total <= TINY:
         return start
     rows = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
@@ -54,31 +54,31 @@ def best_rows(maps: Tensor, moments: Tensor, rank: int) -> Tensor:
     )
 
     @torch.no_grad()
-    def lost_and_gradient() -> Tensor:
-        seen = rows @ moments  # (N, r, D)
-        gram = seen @ rows.T
+    def error_and_gradient() -> Tensor:
+        weighted_rows = rows @ moments  # (N, r, D)
+        gram = weighted_rows @ rows.T
         ridge = RIDGE * gram.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=TINY)
         gram = gram + ridge[:, None, None] * torch.eye(rank, dtype=rows.dtype, device=rows.device)
-        crossed = reached @ rows.T  # (N, n, r)
-        ups = torch.linalg.solve(gram, crossed.transpose(1, 2)).transpose(1, 2)
-        rest = reached - ups @ seen
-        rows.grad = -2 * (ups.transpose(1, 2) @ rest).sum(dim=0) / whole
-        return 1 - (ups * (2 * crossed - ups @ gram)).sum() / whole
+        cross = weighted @ rows.T  # (N, n, r)
+        ups = torch.linalg.solve(gram, cross.transpose(1, 2)).transpose(1, 2)
+        residual = weighted - ups @ weighted_rows
+        rows.grad = -2 * (ups.transpose(1, 2) @ residual).sum(dim=0) / total
+        return 1 - (ups * (2 * cross - ups @ gram)).sum() / total
 
-    before = lost_and_gradient()
-    optimizer.step(lost_and_gradient)
-    return rows.detach() if lost_and_gradient() < before else start
+    before = error_and_gradient()
+    optimizer.step(error_and_gradient)
+    return rows.detach() if error_and_gradient() < before else start
 
 
 def best_ups(maps: Tensor, roots: Tensor, rows: Tensor) -> Tensor:
-    """(N, n, r) U for which E |(maps_n - U_n rows) x|^2 is least, x of moment roots_n^2."""
+    """(N, n, r) U that minimises E |(maps_n - U_n rows) x|^2, x of second moment roots_n^2."""
     return maps @ roots @ torch.linalg.pinv(rows @ roots)
 
 
-def lost_by_rank(maps: Tensor, moments: Tensor) -> Tensor:
+def error_by_rank(maps: Tensor, moments: Tensor) -> Tensor:
     """(D + 1,): sum_n min_U E |(maps_n - U P_r) x|^2 with P_r the first r of `common_rows`."""
     roots = symmetric_root(moments)
     weighted = maps @ roots
     basis = torch.linalg.qr((common_rows(maps, moments) @ roots).transpose(1, 2)).Q
-    gained = (weighted @ basis).square().sum(dim=(0, 1))  # (D,)
-    return torch.cat([gained.flip(0).cumsum(0).flip(0), gained.new_zeros(1)])
+    explained = (weighted @ basis).square().sum(dim=(0, 1))  # (D,)
+    return torch.cat([explained.flip(0).cumsum(0).flip(0), explained.new_zeros(1)])

@@ -1,4 +1,4 @@
-"""What attention becomes, and what that means for each layer."""
+"""Target of a conversion: attention type and size, and the resulting options of each layer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ from espnet_kv.errors import ArgumentError
 
 @dataclass(frozen=True)
 class Target:
-    """What attention becomes.
+    """Attention type and size after the conversion.
 
     Args:
         attention_type: mla, gqa or linear.
-        kv_rank, num_kv_heads, feature_map: of mla, gqa, linear.
-        target_compression: in place of kv_rank or num_kv_heads, the fraction of the attention
-            cache's bytes that goes, in (0, 1).
-        transfer_steps: of linear: steps of attention transfer.
+        kv_rank, num_kv_heads, feature_map: options of mla, gqa and linear, respectively.
+        target_compression: fraction of the attention cache to remove, in (0, 1); replaces kv_rank
+            or num_kv_heads.
+        transfer_steps: linear: training steps of attention transfer.
 
     Raises:
-        UserError: options that do not go together, or too few.
+        UserError: options are missing or cannot be combined.
     """
 
     attention_type: str
@@ -36,13 +36,12 @@ class Target:
         kind, options = self.attention_type, ATTENTIONS[self.attention_type].options
         for name in ("kv_rank", "num_kv_heads", "feature_map"):
             if getattr(self, name) is not None and name not in options:
-                raise ArgumentError(name, f"attention_type {kind} does not take it")
+                raise ArgumentError(name, f"does not apply to attention_type {kind}")
         fraction = self.target_compression
         if kind == "linear":
             if fraction is not None:
-                raise ArgumentError(
-                    "target_compression", "the state of linear attention is constant; leave it out"
-                )
+                message = f"{fraction} does not apply: linear attention has a fixed state size"
+                raise ArgumentError("target_compression", message)
             return
         size = "kv_rank" if kind == "mla" else "num_kv_heads"
         if (fraction is None) == (getattr(self, size) is None):
@@ -52,13 +51,12 @@ class Target:
         if fraction is not None and not 0 < fraction < 1:
             raise ArgumentError(
                 "target_compression",
-                f"{fraction}: the part of the cache that goes, allowed is "
-                "more than 0 and less than 1",
+                f"{fraction}: the fraction of the cache to remove, more than 0 and less than 1",
             )
 
     @property
     def shares_a_budget(self) -> bool:
-        """Whether layers get ranks of their own."""
+        """Whether each layer gets its own rank, from one budget for all layers."""
         return self.attention_type == "mla" and self.target_compression is not None
 
 
@@ -71,10 +69,11 @@ def layer_options(
     """attention_conf of each layer of a part.
 
     Args:
-        attentions: name -> MultiHeadAttention. statistics, effects: of these, where there are any.
+        attentions: name -> MultiHeadAttention.
+        statistics: of the layers; empty without audio. effects: from `measure_effects`, or None.
 
     Raises:
-        UserError: there is no such compression.
+        UserError: the target compression is not possible.
     """
     if target.attention_type == "linear":
         return {name: {"feature_map": target.feature_map or "hedgehog"} for name in attentions}
@@ -82,7 +81,7 @@ def layer_options(
     if target.attention_type == "gqa":
         heads = target.num_kv_heads
         if heads is None:
-            heads = _heads_left(first.h, target.target_compression or 0.0)
+            heads = _remaining_heads(first.h, target.target_compression or 0.0)
         return {name: {"num_kv_heads": heads} for name in attentions}
     if target.kv_rank is not None:
         return {name: {"kv_rank": target.kv_rank} for name in attentions}
@@ -91,22 +90,21 @@ def layer_options(
     if not statistics:
         rank = budget // len(numbers)
         if rank < 1:
-            raise ArgumentError(
-                "target_compression", f"{target.target_compression}: no rank is left"
-            )
+            message = f"{target.target_compression}: the rank would be below 1; choose less"
+            raise ArgumentError("target_compression", message)
         return {name: {"kv_rank": rank} for name in attentions}
     layers = {name: (attention, statistics[name]) for name, attention in attentions.items()}
     ranks = choose_ranks(layers, budget, effects)
     return {name: {"kv_rank": ranks[name]} for name in attentions}
 
 
-def _heads_left(heads: int, fraction: float) -> int:
+def _remaining_heads(heads: int, fraction: float) -> int:
     allowed = {1 - g / heads: g for g in range(1, heads) if heads % g == 0}
-    for removed, left in allowed.items():
+    for removed, remaining in allowed.items():
         if abs(removed - fraction) < 1e-6:
-            return left
+            return remaining
     listed = ", ".join(f"{removed:g}" for removed in sorted(allowed)) or "none"
     raise ArgumentError(
         "target_compression",
-        f"{fraction}: {heads} heads cannot share like that (allowed: {listed})",
+        f"{fraction}: not possible with {heads} heads (allowed: {listed})",
     )

@@ -1,4 +1,4 @@
-"""Linear attention taught by softmax attention: attention transfer (arXiv 2402.04347)."""
+"""Training linear attention on the outputs of softmax attention (Hedgehog, arXiv 2402.04347)."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,22 +10,22 @@ from espnet_kv.attention.base import Attention
 from espnet_kv.attention.grouped import MultiHeadAttention
 from espnet_kv.attention.linear import LinearAttention
 from espnet_kv.convert.calls import recording
-from espnet_kv.convert.modules import successor
+from espnet_kv.convert.modules import replacement_module
 
 
 def to_linear(
     attention: MultiHeadAttention, feature_map: str = "hedgehog", decay: float | None = None
 ) -> LinearAttention:
-    """Linear attention that begins with the projections of `attention`.
+    """Linear attention initialised with the projections of `attention`, without positions.
 
-    Relative positions are left behind. Queries and keys begin at d_k^-1/4 of their size, so that
-    their product is what softmax attention takes the exponential of.
+    Query and key projections are scaled by d_k^-1/4, so that their product equals the logits of
+    softmax attention.
 
     Raises:
         UserError: keys are normalised (qk_norm).
         ConfigError: unknown feature_map, decay out of range.
     """
-    new = successor(attention, LinearAttention, feature_map=feature_map, decay=decay)
+    new = replacement_module(attention, LinearAttention, feature_map=feature_map, decay=decay)
     with torch.no_grad():
         for name in ("linear_q", "linear_k"):
             for parameter in getattr(new, name).parameters():
@@ -42,20 +42,21 @@ def transfer(
     projections: bool = False,
     progress: Callable[[int, float], Any] = lambda step, error: None,
 ) -> dict[str, float]:
-    """Train feature maps so that each layer's output comes close to its teacher's.
+    """Train the feature maps of students to reproduce the outputs of their teachers.
 
-    Every call of `run` pushes one batch of unlabelled audio through the model that holds the
-    teachers; all layers learn from it at once, each on its teacher's inputs. Nothing else is
-    trained, nothing random is drawn: the same batches give the same students.
+    All layers are trained at the same time, each on the inputs of its teacher; other parameters
+    are not trained. The result is deterministic for given batches.
 
     Args:
-        steps: batches.
-        lr: of Adam, falling to 0 along a cosine.
+        teachers, students: layer name -> module.
+        run: runs the model that contains the teachers on one batch of unlabelled audio.
+        steps: number of batches.
+        lr: initial learning rate of Adam, with cosine decay to 0.
         projections: train linear_q and linear_k too.
-        progress: called with (step, mean relative squared error) after each.
+        progress: called with (step, mean relative squared error) after each step.
 
     Returns:
-        Each layer's relative squared error over the last batch.
+        Each layer's relative squared error for the last batch.
     """
     trained = {name: _trained(student, projections) for name, student in students.items()}
     optimizer = torch.optim.Adam([p for group in trained.values() for p in group], lr=lr)
@@ -85,6 +86,6 @@ def _trained(student: nn.Module, projections: bool) -> list[nn.Parameter]:
 
 def _error(student: nn.Module, teacher: nn.Module, call: Any) -> Tensor:
     with torch.no_grad():
-        wanted = call.run(teacher)[call.queries]
-        spread = (wanted - wanted.mean(dim=0)).square().sum()
-    return (call.run(student)[call.queries] - wanted).square().sum() / spread
+        expected = call.run(teacher)[call.queries]
+        spread = (expected - expected.mean(dim=0)).square().sum()
+    return (call.run(student)[call.queries] - expected).square().sum() / spread

@@ -1,1 +1,1 @@
-"""ESPnet's Transformer decoder with a choice of attention and a true cache."""
+"""ESPnet's Transformer decoder with a choice of attention and a key/value cache."""

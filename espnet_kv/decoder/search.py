@@ -1,8 +1,8 @@
-"""What a decoder keeps while it searches: once per token, and once per utterance.
+"""The cache of a decoder in beam search: vectors of each token and of each encoded utterance.
 
-Tokens of all hypotheses lie side by side in one store per layer. A hypothesis is the list of its
-slots, so choosing, dropping and forking hypotheses copies nothing of what is stored. When the store
-is full, the tokens that no hypothesis lists any more make room.
+Each layer has one store for the tokens of all hypotheses. A hypothesis is a list of slots, so
+selecting, dropping and forking hypotheses copies no cached vectors. When the store is full, tokens
+that belong to no live hypothesis are removed.
 
 Shape letters: B utterances, K hypotheses of each, N = B K, L tokens, M slots, T encoder frames.
 """
@@ -16,22 +16,22 @@ import torch
 from torch import Tensor
 
 from espnet_kv.cache.state import FrameState, StateSpec, SumState
-from espnet_kv.cache.step import Step
+from espnet_kv.cache.step import CacheStep
 
-# slots that a store begins with; they double when what lives takes more than half
+# initial slots of a store; they double when live tokens take more than half
 FIRST_SLOTS = 64
 
 
-class StoreStep(Step):
-    """K hypotheses of each utterance take one token more.
+class StoreStep(CacheStep):
+    """One more token for K hypotheses of each utterance.
 
-    In the terms of `Step`, the utterances are the streams, and the hypotheses the frames of a
-    chunk; each sees the slots that it lists, and not the other hypotheses.
+    In the terms of `CacheStep`, utterances are the streams and hypotheses the frames of a chunk.
+    Each hypothesis attends to its own slots only.
 
     Args:
-        states: of the self-attention modules.
-        memory: what cross-attention attends to.
-        first: the first of the K slots where the tokens go.
+        states: states of the self-attention modules.
+        memory: encoded utterances for cross-attention.
+        first: the first of the K slots for the new tokens.
         count: K.
         visible: (B, 1, K, S), added to the logits.
     """
@@ -55,16 +55,16 @@ class StoreStep(Step):
     def put_rows(self, stored: Tensor, new: Tensor) -> None:
         stored.copy_(new)
 
-    def per_sum(self, x: Tensor) -> Tensor:
-        """(B, K, D) -> (N, 1, D): every hypothesis has sums of its own."""
+    def rows_per_sum(self, x: Tensor) -> Tensor:
+        """(B, K, D) -> (N, 1, D): each hypothesis has its own sums."""
         return x.reshape(-1, 1, x.size(2))
 
 
 class Memory(StoreStep):
-    """Encoded utterances as cross-attention keeps them.
+    """Cached encoded utterances for cross-attention.
 
     Args:
-        states: of the cross-attention modules, by their `state_index`.
+        states: states of the cross-attention modules, by `state_index`.
         frames: T.
         visible: (B, 1, 1, T) bool, the frames that exist; None: all.
     """
@@ -75,14 +75,14 @@ class Memory(StoreStep):
 
 @dataclass(eq=False)
 class Hypothesis:
-    """A hypothesis as its search knows it.
+    """The decoder state of one hypothesis.
 
     Attributes:
-        search: what it shares with the others.
-        row: its utterance.
-        path: (L,) the slots of its tokens, which move when the store makes room.
-        sums: of each layer with linear attention, (H, f, d_v + 1), and None of the others; empty
-            at first.
+        search: the caches shared with other hypotheses.
+        row: number of the utterance.
+        path: (L,), slots of the tokens; updated when the store is compacted.
+        sums: (H, f, d_v + 1) of each layer with linear attention, None for other layers; empty
+            before the first token.
     """
 
     search: "Search"
@@ -92,12 +92,12 @@ class Hypothesis:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its own tokens, which it may share with hypotheses of the same beginning."""
+        """Bytes of its tokens, including tokens shared with other hypotheses."""
         return len(self.path) * self.search.token_nbytes + _nbytes(self.sums)
 
 
 class Search:
-    """The caches of a decoder for the utterances that are searched together.
+    """The caches of a decoder for a batch of utterances.
 
     Args:
         decoder: the KVTransformerDecoder.
@@ -119,7 +119,7 @@ class Search:
         return StateSpec(len(xs), slots, self._decoder.cache_dtype, xs.dtype, xs.device)
 
     def replace_memory(self, xs: Tensor, mask: Tensor | None) -> None:
-        """Attend to another encoder output (B, T, D) from now on: one that went on."""
+        """Replace the encoder output by (B, T, D), e.g. when it has grown."""
         self.frames = xs.size(1)
         spec = self._make_spec(xs, self.frames)
         states = [
@@ -128,14 +128,14 @@ class Search:
         self.memory = Memory(states, self.frames, None if mask is None else mask[:, None].ne(0))
 
     def begin(self, hypotheses: Sequence[Hypothesis]) -> tuple[StoreStep, Tensor]:
-        """The step in which N hypotheses, K of each utterance, take one token more.
+        """Begin the step of one more token for N hypotheses, K of each utterance.
 
         Returns:
-            The step, and the paths (N, L) of the hypotheses after it.
+            The step and the paths (N, L) of the hypotheses after it.
         """
         count = len(hypotheses) // self.batch_size
         if self._used + count > self._slots:
-            self._make_room(count)
+            self._compact(count)
         b, first, device = self.batch_size, self._used, self._device
         states = [
             self._sums(hypotheses, index) if isinstance(state, SumState) else state
@@ -151,14 +151,14 @@ class Search:
         return StoreStep(states, self.memory, first, count, visible), paths
 
     def _sums(self, hypotheses: Sequence[Hypothesis], index: int) -> SumState:
-        """The sums of N hypotheses as one state, which the step may change."""
+        """The sums of N hypotheses as one new state."""
         state = self.states[index]
         size = state.tensors[0].shape[1:]
         old = [h.sums[index] if h.sums else state.tensors[0].new_zeros(size) for h in hypotheses]
         return SumState.holding(torch.stack(old))
 
     def end(self, step: StoreStep, paths: Tensor) -> list[Hypothesis]:
-        """The N hypotheses after a step that `begin` gave."""
+        """Return the N hypotheses after a step from `begin`."""
         sums = [s.tensors[0] if isinstance(s, SumState) else None for s in step.states]
         count = len(paths) // self.batch_size
         hypotheses = [
@@ -168,8 +168,8 @@ class Search:
         self._living.update(hypotheses)
         return hypotheses
 
-    def _make_room(self, count: int) -> None:
-        """Drop the tokens that no hypothesis lists, and see that as many slots again are free."""
+    def _compact(self, count: int) -> None:
+        """Remove tokens of no live hypothesis, and keep at least half of the slots free."""
         living = list(self._living)
         listed = torch.zeros(self.batch_size, self._slots, dtype=torch.bool, device=self._device)
         for hypothesis in living:
@@ -191,16 +191,16 @@ class Search:
 
     @property
     def _stores(self) -> list[FrameState]:
-        """The states of the layers that keep every token."""
+        """States of the layers that cache every token."""
         return [state for state in self.states if isinstance(state, FrameState)]
 
     @property
     def token_nbytes(self) -> int:
-        """Bytes of a token, in all layers that keep it."""
+        """Bytes of one token in all layers that cache it."""
         return sum(state.frame_nbytes for state in self._stores)
 
     def nbytes_by_kind(self) -> dict[str, int]:
-        """Bytes held: {"self": of all tokens and sums, "cross": of all encoded utterances}."""
+        """Bytes in use: {"self": tokens and sums, "cross": encoded utterances}."""
         sums = sum(_nbytes(hypothesis.sums) for hypothesis in self._living)
         own = sum(state.nbytes(self._held) for state in self._stores)
         frames = [self.frames] * self.batch_size
@@ -210,10 +210,10 @@ class Search:
         }
 
     def capacity_by_kind(self) -> dict[str, int]:
-        """Bytes allocated, by the kinds of `nbytes_by_kind`: of all storage that is kept alive.
+        """Bytes allocated, by the kinds of `nbytes_by_kind`.
 
-        The sums of the hypotheses of one step lie in one storage, which stays while any of them
-        lives.
+        The sums of all hypotheses of a step share one storage, which is freed with the last of
+        them.
         """
         own = [tensor for state in self.states for tensor in state.tensors]
         sums = [x for hypothesis in self._living for x in hypothesis.sums if x is not None]
@@ -222,7 +222,7 @@ class Search:
 
     @property
     def living(self) -> int:
-        """Hypotheses that somebody holds."""
+        """Number of live hypotheses."""
         return len(self._living)
 
     @property
@@ -231,10 +231,10 @@ class Search:
         return list(self._held)
 
     def nbytes_analytic(self) -> dict[str, int]:
-        """What `nbytes_by_kind` should be, computed from the configuration of the decoder."""
+        """The expected `nbytes_by_kind`, computed from the configuration of the decoder."""
         layers, stored, dtype = self._decoder.decoders, self._decoder.cache_dtype, self._dtype
         own = sum(layer.self_attn.footprint.nbytes(self._held, stored, dtype) for layer in layers)
-        # the constant part belongs to hypotheses, and not to utterances
+        # the constant part is per hypothesis, not per utterance
         constant = sum(layer.self_attn.footprint.nbytes([0], stored, dtype) for layer in layers)
         frames = [self.frames] * self.batch_size
         cross = sum(layer.src_attn.footprint.nbytes(frames, stored, dtype) for layer in layers)

@@ -1,4 +1,4 @@
-"""kv_transformer."""
+"""The decoder kv_transformer."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from espnet_kv.attention import build_attention, check_attention, layer_confs
 from espnet_kv.attention.base import HeadSizes
 from espnet_kv.attention.positions import at_positions
-from espnet_kv.cache.step import taking
+from espnet_kv.cache.step import active_step
 from espnet_kv.decoder.search import Hypothesis, Search
 from espnet_kv.errors import ConfigError
 from espnet_kv.espnet.loading import refuse_partial_loads
@@ -19,25 +19,25 @@ from espnet_kv.espnet.signatures import complete_arguments, with_arguments_of
 
 @with_arguments_of(TransformerDecoder)
 class KVTransformerDecoder(TransformerDecoder):
-    """ESPnet's TransformerDecoder whose search keeps what it has computed.
+    """ESPnet's TransformerDecoder with a key/value cache in search.
 
-    Parameters and training are ESPnet's; with mha in both places its checkpoints load. In search,
-    keys and values (or latents, or sums) of a token are computed once, those of the encoder output
-    once per utterance, and every hypothesis looks them up; ESPnet's decoder keeps layer outputs
-    and projects the whole prefix and the whole encoder output again at every token.
+    Parameters and training are ESPnet's; with mha for both attentions its checkpoints load. In
+    search, keys and values (or latents, or sums) are computed once per token, and once per
+    utterance for the encoder output. ESPnet's decoder caches layer outputs and projects the whole
+    prefix and the whole encoder output again at every token.
 
     Shape letters: N hypotheses, B utterances, K = N / B, L tokens, V vocabulary, D model size.
 
     Args:
         vocab_size: V.
         encoder_output_size: D.
-        self_attention_type, src_attention_type: mha, gqa, mla or linear, for attention among
-            tokens and to the encoder output.
-        self_attention_conf, src_attention_conf: options of these; a list is a value for each block.
-        espnet_conf: the arguments of ESPnet's class. use_sdpa and use_flash_attn change nothing.
+        self_attention_type, src_attention_type: mha, gqa, mla or linear, for self-attention and
+            for cross-attention to the encoder output.
+        self_attention_conf, src_attention_conf: their options; a list holds one value per block.
+        espnet_conf: the arguments of ESPnet's class. use_sdpa and use_flash_attn have no effect.
 
     Raises:
-        ConfigError (a ValueError): names the key, its value and what is allowed.
+        ConfigError (a ValueError): names the key, its value and the allowed values.
     """
 
     def __init__(
@@ -81,27 +81,27 @@ class KVTransformerDecoder(TransformerDecoder):
                 attention.state_index, attention.cross = index, place == "src"
                 setattr(layer, f"{place}_attn", attention)
         self.cache_dtype: str | None = None
-        # ESPnet loads non-strictly, and would go on with random attention weights
+        # ESPnet loads with strict=False and would keep random attention weights
         self.load_guard = refuse_partial_loads(self)
 
     def prepare_search(self) -> None:
-        """Lay weights out for the few rows that a search multiplies at a time on a CPU.
+        """Transpose the memory layout of weights for products with few rows on a CPU.
 
-        BLAS then takes about half the time. The numbers are the same, but parameters are no longer
-        contiguous: commands that search call this, training never does.
+        BLAS then takes about half the time. Values do not change, but parameters are no longer
+        contiguous, so only decoding commands call this, and not training.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear) and module.weight.device.type == "cpu":
                 module.weight.data = module.weight.data.t().contiguous().t()
 
     def init_state(self, x: Tensor) -> Hypothesis:
-        """The empty hypothesis of x, (T, D) encoder frames."""
+        """Create the empty hypothesis for encoder output x (T, D)."""
         return self.batch_init_state(x)
 
     def batch_init_state(self, x: Tensor, xs_lengths: Tensor | None = None) -> Hypothesis:
-        """The empty hypothesis of one utterance (T, D) or of several (B, T, D).
+        """Create the empty hypothesis for one utterance (T, D) or several (B, T, D).
 
-        xs_lengths: (B,) frames of each; None: all T.
+        xs_lengths: (B,), frames of each utterance; None: T.
         """
         x = x[None] if x.dim() == 2 else x
         mask = None
@@ -111,13 +111,13 @@ class KVTransformerDecoder(TransformerDecoder):
         return Hypothesis(Search(self, x, mask), 0, x.new_zeros(0, dtype=torch.long))
 
     def score(self, ys: Tensor, state: Hypothesis | None, x: Tensor, return_hs: bool = False):
-        """Score the next token of one hypothesis; as ESPnet's ScorerInterface.
+        """Score the next token of one hypothesis (ESPnet's ScorerInterface).
 
         Args:
-            ys: (L,) tokens. state: of all but the last of them. x: (T, D).
+            ys: (L,) tokens. state: state before the last token. x: (T, D).
 
         Returns:
-            (V,) log-probabilities, with return_hs the hidden state (D,), and the new state.
+            (V,) log-probabilities, with return_hs also the hidden state (D,), and the new state.
         """
         scores, (state,) = self.batch_score(ys[None], [state], x[None], return_hs)
         if return_hs:
@@ -133,23 +133,23 @@ class KVTransformerDecoder(TransformerDecoder):
         return_hs: bool = False,
         xs_mask: Tensor | None = None,
     ):
-        """Score the next token of every hypothesis; as ESPnet's BatchScorerInterface.
+        """Score the next token of every hypothesis (ESPnet's BatchScorerInterface).
 
         Args:
-            ys: (N, L) tokens, hypotheses of an utterance side by side.
-            states: of all but the last of them.
+            ys: (N, L) tokens; the hypotheses of an utterance are consecutive.
+            states: states before the last token.
             xs: (N, T, D), the encoder output of each hypothesis.
             xs_mask: (N, 1, T), frames that exist; None: all.
 
         Returns:
-            (N, V) log-probabilities, with return_hs the hidden states (N, D), and N new states.
+            (N, V) log-probabilities, with return_hs also hidden states (N, D), and N new states.
         """
-        states = self._of_this_memory(states, xs, xs_mask)
+        states = self._current_states(states, xs, xs_mask)
         search = states[0].search
-        for position in range(len(states[0].path), ys.size(1)):  # more than one for a primer
+        for position in range(len(states[0].path), ys.size(1)):  # a primer has more than one
             x = self._embed(ys[:, position], position).view(search.batch_size, -1, xs.size(-1))
             step, paths = search.begin(states)
-            with taking(step):
+            with active_step(step):
                 for layer in self.decoders:
                     x = layer(x, None, x, None)[0]  # (B, K, D)
             states = search.end(step, paths)
@@ -161,10 +161,10 @@ class KVTransformerDecoder(TransformerDecoder):
             scores = torch.log_softmax(self.output_layer(hidden), dim=-1)
         return ((scores, hidden) if return_hs else scores), states
 
-    def _of_this_memory(
+    def _current_states(
         self, states: Sequence[Hypothesis | None], xs: Tensor, xs_mask: Tensor | None
     ) -> list[Hypothesis]:
-        """The states, or new ones where there are none or the encoder output went on."""
+        """The states, after creating missing ones and updating a changed encoder output."""
         first = states[0]
         if first is not None and first.search.frames == xs.size(1):
             return list(states)  # type: ignore[arg-type]
@@ -172,14 +172,14 @@ class KVTransformerDecoder(TransformerDecoder):
             each = slice(None, None, len(xs) // first.search.batch_size)
             first.search.replace_memory(xs[each], None if xs_mask is None else xs_mask[each])
             return list(states)  # type: ignore[arg-type]
-        # hypotheses of one utterance come as views of it, those of several one by one
+        # ESPnet expands one utterance to a view per hypothesis, but copies several
         if xs.stride(0) == 0 or len(xs) == 1:
             xs, xs_mask = xs[:1], None if xs_mask is None else xs_mask[:1]
         search = Search(self, xs, xs_mask)
         return [Hypothesis(search, 0, xs.new_zeros(0, dtype=torch.long))] * len(states)
 
     def _embed(self, tokens: Tensor, position: int) -> Tensor:
-        """(N,) tokens at one position, or (N, mels) inputs -> (N, D)."""
+        """Embed (N,) tokens at one position, or (N, mels) inputs -> (N, D)."""
         *layers, encoding = self.embed
         x = tokens
         for layer in layers:

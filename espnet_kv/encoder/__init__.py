@@ -1,1 +1,1 @@
-"""ESPnet's Conformer, Branchformer and E-Branchformer with a choice of attention."""
+"""ESPnet's encoders with a choice of attention."""

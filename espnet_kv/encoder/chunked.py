@@ -1,4 +1,4 @@
-"""What the encoders share: attention by name, chunk masks, causal convolution."""
+"""Mixin of the encoders: choice of attention, chunk masks, causal convolution."""
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -16,42 +16,42 @@ from espnet_kv.errors import ConfigError
 from espnet_kv.espnet.loading import refuse_partial_loads
 from espnet_kv.espnet.signatures import complete_arguments, with_arguments_of
 
-# (chunk_size, left_chunks) of one pass in this thread or task; None: those of the encoder
-one_pass: ContextVar[tuple[int, int] | None] = ContextVar("one_pass", default=None)
+# (chunk_size, left_chunks) of a pass in this thread or task; None: the settings of the encoder
+chunk_override: ContextVar[tuple[int, int] | None] = ContextVar("chunk_override", default=None)
 
 
 class KVEncoder:
-    """Mixin in front of an ESPnet encoder class.
+    """Mixin for an ESPnet encoder class; it must come before that class in the bases.
 
-    ESPnet builds the encoder, then its attention modules (and, when causal, its convolutions over
-    time) are replaced by ours; blocks and forward stay ESPnet's.
+    ESPnet builds the encoder. Then its attention modules (and, if causal, its convolutions over
+    time) are replaced. Blocks and forward stay ESPnet's.
 
     Args:
         input_size: size F of the features.
         attention_type: mha, gqa, mla or linear (`espnet_kv.attention.ATTENTIONS`).
-        attention_conf: options of that attention, e.g. {kv_rank: 64}, or with a value for each
-            block, {kv_rank: [64, 48, ...]}.
-        chunk_size: frames after subsampling in a chunk; 0 = the whole utterance. A stream or a
-            pass may have another (`init_state`, `chunks`).
-        left_chunks: chunks before its own that a frame sees; -1 = all. As chunk_size.
+        attention_conf: options of the attention, e.g. {kv_rank: 64}, or one value per block,
+            {kv_rank: [64, 48, ...]}.
+        chunk_size: frames after subsampling in a chunk; 0 = the whole utterance. `init_state` and
+            `chunks` override it for a stream or a pass.
+        left_chunks: number of chunks of left context; -1 = all. Overridden like chunk_size.
         dynamic_chunk_training: draw chunk_size and left_chunks for every training batch, half of
-            them whole utterances (U2, arXiv 2012.05481), so that one model serves every setting.
-        causal: convolutions over time see the past only.
-        espnet_conf: the arguments of the ESPnet class. use_sdpa and use_flash_attn change
-            nothing: attention always runs through torch's scaled_dot_product_attention.
+            them whole utterances (U2, arXiv 2012.05481), so that one model serves all settings.
+        causal: use causal convolutions over time.
+        espnet_conf: the arguments of the ESPnet class. use_sdpa and use_flash_attn have no
+            effect: attention always uses torch's scaled_dot_product_attention.
 
     Raises:
-        ConfigError (a ValueError): names the key, its value and what is allowed.
+        ConfigError (a ValueError): names the key, its value and the allowed values.
     """
 
-    # of the ESPnet class
+    # attributes of the ESPnet class
     encoders: Any
     embed: Any
     training: bool
 
-    # the argument of the ESPnet class that tells selfattn from rel_selfattn
+    # argument of the ESPnet class with the value selfattn or rel_selfattn
     layer_type_key: ClassVar[str]
-    # where a block keeps its attention module
+    # attribute of a block that holds its attention module
     attention_slot: ClassVar[str]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -72,7 +72,7 @@ class KVEncoder:
         **espnet_conf: Any,
     ):
         if not isinstance(attention_conf, Mapping | None):
-            raise ConfigError(f"attention_conf: {attention_conf!r} is no mapping of options")
+            raise ConfigError(f"attention_conf: {attention_conf!r} is not a mapping of options")
         attention_conf = dict(attention_conf or {})
         check_attention(attention_type, attention_conf)
         check_chunks(chunk_size, left_chunks)
@@ -83,7 +83,7 @@ class KVEncoder:
         HeadSizes(conf["attention_heads"], conf["output_size"])
         layers = layer_confs(attention_conf, conf["num_blocks"])
         chunked = chunk_size > 0 or dynamic_chunk_training
-        ours = self._takes_our_attention(conf, attention_type, chunked)
+        ours = self._replaces_attention(conf, attention_type, chunked)
         if chunked:
             self._check_chunked(conf)
         if causal:
@@ -97,7 +97,7 @@ class KVEncoder:
         self.dynamic_chunk_training = dynamic_chunk_training
         try:
             self._subsampling = subsampling(self.embed)
-        except ConfigError:  # padded over time: cannot stream
+        except ConfigError:  # padding over time: this encoder cannot stream
             self._subsampling = (1, 1)
         for block, layer_conf in zip(self.encoders, layers, strict=True):
             if ours and getattr(block, self.attention_slot) is not None:
@@ -111,56 +111,55 @@ class KVEncoder:
                     setattr(owner, name, CausalConv1d.like(getattr(owner, name)))
         positions = self._positional_encoding()
         if positions is not None:
-            positions.register_forward_hook(self._hand_out_chunks)
+            positions.register_forward_hook(self._pass_chunks)
         elif chunked:
             self._check_positions()
-        # ESPnet loads non-strictly, and would go on with random attention weights
+        # ESPnet loads with strict=False and would keep random attention weights
         self.load_guard = refuse_partial_loads(self)  # type: ignore[arg-type]
 
     @contextmanager
     def chunks(
         self, *, chunk_size: int | None = None, left_chunks: int | None = None
     ) -> Iterator[None]:
-        """Within it, one pass of this thread or task has this chunk mask.
+        """Set the chunk mask of the passes within the block.
 
             with encoder.chunks(chunk_size=16, left_chunks=4):
                 ys, lengths, _ = encoder(xs, lengths)
 
-        The settings hold for every kv_* encoder called within, and for no other thread. A stream
-        has its own (`init_state`).
+        The settings apply to all kv_* encoders called in the block by this thread or task. Streams
+        are not affected (`init_state`).
 
         Args:
             chunk_size: frames after subsampling in a chunk; 0: the whole utterance; None: the
-                encoder's own.
-            left_chunks: chunks before its own that a frame sees; -1: all; None: the encoder's own.
+                encoder's setting.
+            left_chunks: number of chunks of left context; -1: all; None: the encoder's setting.
 
         Raises:
-            ConfigError (a ValueError): a value that is not allowed, or the encoder cannot work in
-                chunks.
+            ConfigError (a ValueError): a value is not allowed, or the encoder cannot use chunks.
         """
         size = self.chunk_size if chunk_size is None else chunk_size
         left = self.left_chunks if left_chunks is None else left_chunks
         check_chunks(size, left)
         if size > 0:
             self._check_chunked(self.espnet_conf)
-            self._takes_our_attention(self.espnet_conf, "mha", True)
+            self._replaces_attention(self.espnet_conf, "mha", True)
             self._check_positions()
-        token = one_pass.set((size, left))
+        token = chunk_override.set((size, left))
         try:
             yield
         finally:
-            one_pass.reset(token)
+            chunk_override.reset(token)
 
     def forward(self, xs_pad: Tensor, ilens: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As ESPnet's; in training with dynamic_chunk_training under a chunk mask that is drawn."""
+        """ESPnet's forward, with a random chunk mask in training with dynamic_chunk_training."""
         if not (self.training and self.dynamic_chunk_training):
             return super().forward(xs_pad, ilens, *args, **kwargs)  # type: ignore[misc]
         stride, window = self._subsampling
-        token = one_pass.set(draw_chunks(max(1, (xs_pad.size(1) - window) // stride + 1)))
+        token = chunk_override.set(draw_chunks(max(1, (xs_pad.size(1) - window) // stride + 1)))
         try:
             return super().forward(xs_pad, ilens, *args, **kwargs)  # type: ignore[misc]
         finally:
-            one_pass.reset(token)
+            chunk_override.reset(token)
 
     @staticmethod
     @abstractmethod
@@ -171,8 +170,8 @@ class KVEncoder:
     def _espnet_class(cls) -> Any:
         return next((c for c in cls.__mro__ if c.__module__.startswith("espnet2.")), None)
 
-    def _takes_our_attention(self, conf: dict, attention_type: str, chunked: bool) -> bool:
-        """Whether attention modules are replaced: not for kinds that ESPnet alone has."""
+    def _replaces_attention(self, conf: dict, attention_type: str, chunked: bool) -> bool:
+        """Whether attention modules are replaced; ESPnet's legacy kinds are not."""
         layer_type = conf[self.layer_type_key]
         if conf["rel_pos_type"] != "legacy" and layer_type in ("selfattn", "rel_selfattn"):
             return True
@@ -181,7 +180,7 @@ class KVEncoder:
         if attention_type != "mha" or chunked:
             raise ConfigError(
                 f"rel_pos_type: {conf['rel_pos_type']!r} with {self.layer_type_key}: "
-                f"{layer_type!r} works only as ESPnet made it (attention_type mha, no chunks); "
+                f"{layer_type!r} supports only ESPnet's attention (attention_type mha, no chunks); "
                 f"use rel_pos_type: latest with rel_selfattn or selfattn"
             )
         return False
@@ -198,36 +197,39 @@ class KVEncoder:
             conf["output_size"],
             conf["attention_dropout_rate"],
             rel_pos,
-            # ESPnet's relative attention ignores qk_norm, its other one zero_triu
+            # ESPnet's relative attention ignores qk_norm, its absolute attention zero_triu
             zero_triu=rel_pos and conf["zero_triu"],
             qk_norm=not rel_pos and conf["qk_norm"],
         )
 
     def _check_chunked(self, conf: dict) -> None:
-        """Refuse what looks at the whole utterance and so cannot be chunked."""
+        """Refuse options that need the whole utterance and cannot be used with chunks."""
         if conf.get("ctc_trim"):
-            raise ConfigError("ctc_trim: true drops frames, which chunks do not survive; set false")
+            raise ConfigError(
+                "ctc_trim: true drops frames and cannot be used with chunks; set false"
+            )
         if conf.get("merge_method") == "learned_ave":
             raise ConfigError(
-                "merge_method: learned_ave pools over the whole utterance, which chunks do not "
-                "see; use concat or fixed_ave"
+                "merge_method: learned_ave pools over the whole utterance and cannot be used with "
+                "chunks; use concat or fixed_ave"
             )
 
     def _check_causal(self, conf: dict) -> None:
-        """Refuse what would still see the future."""
+        """Refuse options that use future frames."""
         for key in ("cnn_module_kernel", "cgmlp_conv_kernel", "merge_conv_kernel"):
             if key in conf and conf[key] % 2 == 0:
                 raise ConfigError(f"{key}: {conf[key]} is even; causal: true needs an odd kernel")
         if conf["pos_enc_layer_type"] == "conv":
-            raise ConfigError("pos_enc_layer_type: conv sees the future; set causal: false")
+            raise ConfigError("pos_enc_layer_type: conv uses future frames; set causal: false")
         if conf.get("positionwise_layer_type") in ("conv1d", "conv1d-linear"):
             raise ConfigError(
-                f"positionwise_layer_type: {conf['positionwise_layer_type']} sees the future; "
+                f"positionwise_layer_type: {conf['positionwise_layer_type']} uses future frames; "
                 "causal: true needs linear"
             )
         if conf.get("merge_method") == "learned_ave":
             raise ConfigError(
-                "merge_method: learned_ave sees the future; causal: true needs concat or fixed_ave"
+                "merge_method: learned_ave uses future frames; causal: true needs concat or "
+                "fixed_ave"
             )
 
     def _positional_encoding(self) -> nn.Module | None:
@@ -239,15 +241,15 @@ class KVEncoder:
             raise ConfigError("input_layer: null adds no positions; chunks need an input layer")
 
     def _chunks(self, pos_emb: Tensor | None) -> Chunks | None:
-        """The chunk mask of the pass that is being made; None: no chunks."""
-        size, left = one_pass.get() or (self.chunk_size, self.left_chunks)
+        """The chunk mask of the current pass; None: no chunks."""
+        size, left = chunk_override.get() or (self.chunk_size, self.left_chunks)
         return Chunks(pos_emb, size, left) if size > 0 else None
 
-    def _hand_out_chunks(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        """Forward hook on the positional encoding: puts Chunks where blocks expect pos_emb.
+    def _pass_chunks(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """Forward hook on the positional encoding: replace pos_emb by Chunks.
 
-        ESPnet's blocks pass that argument on to their attention unchanged, while the convolutions
-        go on getting the padding mask.
+        ESPnet's blocks pass this argument unchanged to their attention. The convolutions still
+        get the padding mask.
         """
         x, pos_emb = output if isinstance(output, tuple) else (output, None)
         chunks = self._chunks(pos_emb)
@@ -255,10 +257,10 @@ class KVEncoder:
 
 
 def subsampling(embed: nn.Module | None) -> tuple[int, int]:
-    """(stride, window) in input frames: output t reads inputs t*stride to t*stride + window - 1.
+    """(stride, window) in input frames: output t uses inputs t*stride to t*stride + window - 1.
 
     Raises:
-        ConfigError (a ValueError): a convolution pads, so that it does not depend on time alone.
+        ConfigError (a ValueError): a convolution pads over time.
     """
     stride, window = 1, 1
     for module in embed.modules() if embed is not None else ():
@@ -271,10 +273,10 @@ def subsampling(embed: nn.Module | None) -> tuple[int, int]:
 
 
 def check_chunks(chunk_size: Any, left_chunks: Any) -> None:
-    """Check the settings of chunks.
+    """Check the chunk settings.
 
     Raises:
-        ConfigError (a ValueError): not whole numbers, or out of range.
+        ConfigError (a ValueError): a value is not an integer, or out of range.
     """
     _check_whole("chunk_size", chunk_size, 0, "0 (the whole utterance) or more frames")
     _check_whole("left_chunks", left_chunks, -1, "-1 (all) or more chunks")

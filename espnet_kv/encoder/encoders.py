@@ -1,4 +1,4 @@
-"""The encoders: ESPnet's Conformer, Branchformer, E-Branchformer and Transformer with KVEncoder."""
+"""ESPnet's Conformer, Branchformer, E-Branchformer and Transformer encoders with KVEncoder."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,15 +9,14 @@ from espnet2.asr.encoder.e_branchformer_encoder import EBranchformerEncoder
 from espnet2.asr.encoder.transformer_encoder import TransformerEncoder
 from torch import Tensor, nn
 
-from espnet_kv.cache.step import running
+from espnet_kv.cache.step import current_step
 from espnet_kv.encoder.streaming import StreamingEncoder
 
 
 class KVConformerEncoder(StreamingEncoder, ConformerEncoder):
     """ESPnet's ConformerEncoder (arXiv 2005.08100) with the arguments of KVEncoder.
 
-    With attention_type mha, causal false and no chunks it is ESPnet's: same parameters, same
-    output.
+    With attention_type mha, causal false and no chunks, parameters and output are ESPnet's.
     """
 
     layer_type_key = "selfattention_layer_type"
@@ -32,8 +31,7 @@ class KVConformerEncoder(StreamingEncoder, ConformerEncoder):
 class KVBranchformerEncoder(StreamingEncoder, BranchformerEncoder):
     """ESPnet's BranchformerEncoder (Peng et al., ICML 2022) with the arguments of KVEncoder.
 
-    With attention_type mha, causal false and no chunks it is ESPnet's: same parameters, same
-    output.
+    With attention_type mha, causal false and no chunks, parameters and output are ESPnet's.
     """
 
     layer_type_key = "attention_layer_type"
@@ -48,8 +46,7 @@ class KVBranchformerEncoder(StreamingEncoder, BranchformerEncoder):
 class KVEBranchformerEncoder(StreamingEncoder, EBranchformerEncoder):
     """ESPnet's EBranchformerEncoder (arXiv 2210.00077) with the arguments of KVEncoder.
 
-    With attention_type mha, causal false and no chunks it is ESPnet's: same parameters, same
-    output.
+    With attention_type mha, causal false and no chunks, parameters and output are ESPnet's.
     """
 
     layer_type_key = "attention_layer_type"
@@ -64,9 +61,8 @@ class KVEBranchformerEncoder(StreamingEncoder, EBranchformerEncoder):
 class KVTransformerEncoder(StreamingEncoder, TransformerEncoder):
     """ESPnet's TransformerEncoder (arXiv 1706.03762) with the arguments of KVEncoder.
 
-    Its positions are absolute, and only attention relates frames to one another (and, where
-    positionwise_layer_type says so, feed-forward convolutions). With attention_type mha and no
-    chunks it is ESPnet's: same parameters, same output.
+    Positions are absolute, and blocks have no convolution over time unless positionwise_layer_type
+    is a convolution. With attention_type mha and no chunks, parameters and output are ESPnet's.
     """
 
     attention_slot = "self_attn"
@@ -74,13 +70,13 @@ class KVTransformerEncoder(StreamingEncoder, TransformerEncoder):
     def __init__(self, input_size: int, *args: Any, **conf: Any):
         super().__init__(input_size, *args, **conf)
         for block in self.encoders:
-            block.self_attn.register_forward_pre_hook(self._put_position)
+            block.self_attn.register_forward_pre_hook(self._add_chunks)
 
     @staticmethod
     def time_convolutions(block: nn.Module) -> Iterator[tuple[nn.Module, str]]:
         return iter(())
 
-    def _takes_our_attention(self, conf: dict, attention_type: str, chunked: bool) -> bool:
+    def _replaces_attention(self, conf: dict, attention_type: str, chunked: bool) -> bool:
         return True
 
     def _has_relative_positions(self, conf: dict) -> bool:
@@ -91,12 +87,12 @@ class KVTransformerEncoder(StreamingEncoder, TransformerEncoder):
             return self.embed[0]
         return super()._positional_encoding()
 
-    def _hand_out_chunks(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        if running.get() is None:
-            return output  # these blocks have no argument for positions: see `_put_position`
-        return super()._hand_out_chunks(module, args, output)
+    def _pass_chunks(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        if current_step.get() is None:
+            return output  # these blocks have no argument for positions; see `_add_chunks`
+        return super()._pass_chunks(module, args, output)
 
-    def _put_position(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple | None:
-        """Pre-hook on attention: adds the chunk mask to its arguments."""
-        chunks = None if running.get() is not None else self._chunks(None)
+    def _add_chunks(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple | None:
+        """Pre-hook on attention: add the chunk mask to its arguments."""
+        chunks = None if current_step.get() is not None else self._chunks(None)
         return None if chunks is None else (*args[:3], chunks, args[3])

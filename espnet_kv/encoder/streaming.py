@@ -1,4 +1,4 @@
-"""Encoding audio piece by piece, with a state that holds what later chunks attend to."""
+"""Encoding of streams chunk by chunk, with a state that caches the left context."""
 
 import weakref
 from collections.abc import Iterator, Sequence
@@ -12,13 +12,13 @@ from espnet_kv.cache.codec import build_codec
 from espnet_kv.cache.features import Features
 from espnet_kv.cache.position_table import PositionTables
 from espnet_kv.cache.state import StateSpec
-from espnet_kv.cache.step import ChunkStep, running, taking
+from espnet_kv.cache.step import ChunkStep, active_step, current_step
 from espnet_kv.cache.store import Store
 from espnet_kv.cache.stream import FIRST_CHUNKS, EncoderState
 from espnet_kv.encoder.chunked import KVEncoder, check_chunks, subsampling
 from espnet_kv.errors import ConfigError
 
-# position tables in use, of each encoder, by (slots, chunk_size, device)
+# position tables in use, by encoder and by (slots, chunk_size, device)
 _tables: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[tuple, PositionTables]] = (
     weakref.WeakKeyDictionary()
 )
@@ -27,23 +27,23 @@ _tables: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[tuple, Posit
 class StreamingEncoder(KVEncoder):
     """KVEncoder with `init_state` and `forward_chunk`.
 
-    A chunk goes through ESPnet's own forward; attention and convolutions find what came before it
-    in the `Step` of the context. Nothing is written to the encoder while it streams, so that any
-    number of streams, with settings of their own, may use it at once.
+    A chunk passes through ESPnet's forward; attention and convolutions read the left context from
+    the `CacheStep` of the context. Streaming does not write to the encoder, so streams with
+    different settings may use it at the same time.
 
-    Shape letters: B streams, R of them, T frames fed, F feature size, C chunk_size, D model size,
-    N slots.
+    Shape letters: B streams, R streams of a chunk, T input frames, F feature size, C chunk_size,
+    D model size, N slots.
     """
 
     def __init__(self, input_size: int, *args: Any, **conf: Any):
         super().__init__(input_size, *args, **conf)
         self._input_size = input_size
-        self._refusal: str | None = None  # why the encoder cannot stream
+        self._cannot_stream: str | None = None  # why the encoder cannot stream
         try:
             self._check_streamable(self.espnet_conf)
             subsampling(self.embed)
         except ConfigError as refusal:
-            self._refusal = str(refusal)
+            self._cannot_stream = str(refusal)
         for index, module in enumerate(self._stateful_modules()):
             module.state_index = index
         positions = self._positional_encoding()
@@ -59,21 +59,20 @@ class StreamingEncoder(KVEncoder):
         cache_dtype: str | None = None,
         device: torch.device | str | None = None,
     ) -> EncoderState:
-        """The state of streams that begin.
+        """Create the state of new streams.
 
         Args:
             batch_size: B. Streams may leave and join later (EncoderState.select, join).
-            chunk_size: frames after subsampling in a chunk; None: the encoder's own.
-            left_chunks: chunks before its own that a frame attends to; -1: all; None: the
-                encoder's own.
-            cache_dtype: fp32, fp16, bf16, int8 or int4 for what attention and convolutions store;
-                None: the model's own type. The sums of linear attention are never less than fp32.
-            device: None: the model's own.
+            chunk_size: frames after subsampling in a chunk; None: the encoder's setting.
+            left_chunks: number of chunks of left context; -1: all; None: the encoder's setting.
+            cache_dtype: fp32, fp16, bf16, int8 or int4 for the states of attention and
+                convolutions; None: the model's type. Sums of linear attention are at least fp32.
+            device: device of the state; None: the model's device.
 
         Raises:
-            ConfigError (a ValueError): the encoder cannot stream as it is configured: chunk_size
-                is 0, something looks ahead, ...; or a value is not allowed.
-            ValueError: batch_size is no positive whole number.
+            ConfigError (a ValueError): the configuration of the encoder does not allow streaming
+                (e.g. chunk_size is 0 or a module uses future frames), or a value is not allowed.
+            ValueError: batch_size is not a positive integer.
         """
         size = self.chunk_size if chunk_size is None else chunk_size
         left = self.left_chunks if left_chunks is None else left_chunks
@@ -82,7 +81,7 @@ class StreamingEncoder(KVEncoder):
         if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"batch_size: {batch_size!r} is not allowed (allowed: 1 or more)")
         weight = next(self.parameters())  # type: ignore[attr-defined]
-        build_codec(cache_dtype, 1, weight.dtype)  # also where no module would ask for it
+        build_codec(cache_dtype, 1, weight.dtype)  # checks the value even if no module uses it
         spec = StateSpec(
             batch_size,
             (FIRST_CHUNKS if left < 0 else left + 1) * size,
@@ -116,28 +115,28 @@ class StreamingEncoder(KVEncoder):
         is_final: bool | Sequence[bool] = False,
         lengths: Sequence[int] | None = None,
     ) -> tuple[Tensor, EncoderState]:
-        """Encode what became complete with these frames.
+        """Encode the chunks that these frames complete.
 
-        Whole chunks come out, and with is_final the rest. However the audio is cut up, the
-        output is that of one pass under the chunk mask of the state's chunk_size and left_chunks.
+        The output consists of complete chunks and, with is_final, the remaining frames. For any
+        split of the input, it equals one pass with the chunk mask of the state's settings.
 
         Args:
             xs: (B, T, F), T >= 0.
-            state: of this encoder and of B streams; changed in place.
+            state: state of B streams from this encoder; changed in place.
             is_final: whether these are the last frames, for all streams or for each.
-            lengths: frames of xs that each stream really has; None: T.
+            lengths: number of valid frames of each stream in xs; None: T.
 
         Returns:
-            ys (B, T', D), of which the first state.emitted[b] frames are stream b's, and state.
+            ys (B, T', D) and state. The first state.emitted[b] frames of ys[b] are valid.
 
         Raises:
-            ValueError: the state belongs to another encoder or another number of streams, xs has
-                the wrong shape, a stream goes on after its last frames, or the encoder is in
-                training mode.
+            ValueError: the state belongs to another encoder or has another number of streams, xs
+                has the wrong shape, a stream continues after its last frames, or the encoder is
+                in training mode.
         """
         try:
             final = [bool(last) for last in is_final]  # type: ignore[union-attr]
-        except TypeError:  # one for all
+        except TypeError:  # one value for all streams
             final = [bool(is_final)] * state.batch_size
         lengths = [xs.size(1)] * len(xs) if lengths is None else list(lengths)
         self._check_call(xs, state, final, lengths)
@@ -145,7 +144,7 @@ class StreamingEncoder(KVEncoder):
         if max(lengths, default=0) > 0:
             state.features.append(xs, lengths)
         begun = list(state.frames)
-        read = [0] * state.batch_size  # features that are done with
+        read = [0] * state.batch_size  # features that are no longer needed
         pieces = []
         while chunk := self._next_chunk(state, read, final):
             pieces.append((chunk, self._encode_chunk(state, chunk, read)))
@@ -173,9 +172,9 @@ class StreamingEncoder(KVEncoder):
     def _next_chunk(
         self, state: EncoderState, read: list[int], final: list[bool]
     ) -> dict[int, int]:
-        """{stream: frames} of every stream that has a chunk to encode, or its last part of one.
+        """{stream: frames} of all streams with a complete or last chunk to encode.
 
-        In the order of their places, so that a chunk of all streams reads the store as it is.
+        The order is that of their places, so that a chunk of all streams needs no copy.
         """
         stride, window = self._subsampling
         chunk = {}
@@ -212,12 +211,12 @@ class StreamingEncoder(KVEncoder):
         if not self._has_relative_positions(self.espnet_conf):
             numbers = torch.tensor(starts, device=xs.device)[:, None]
             step.positions = numbers + torch.arange(max(lengths), device=xs.device)  # (R, Q)
-        with taking(step):
+        with active_step(step):
             ys = self(xs, torch.full((len(xs),), xs.size(1)))[0]  # type: ignore[operator]
-        return ys[0] if isinstance(ys, tuple) else ys  # apart from intermediate CTC outputs
+        return ys[0] if isinstance(ys, tuple) else ys  # without intermediate CTC outputs
 
     def _position_tables(self, state: EncoderState, xs: Tensor) -> Sequence[Tensor | None]:
-        """Projected relative positions N - 1 down to -(C - 1), of every module."""
+        """Projected relative positions N - 1 down to -(C - 1) of each module."""
         if not self._has_relative_positions(self.espnet_conf):
             return ()
         made = state.tables
@@ -229,8 +228,7 @@ class StreamingEncoder(KVEncoder):
                 for module in self._stateful_modules()
             ]
             made = PositionTables(state.slots, state.chunk_size, tables)
-            # streams with the same settings share the memory; comparing the numbers notices new
-            # weights, whatever changed them
+            # streams with the same settings share a table; the comparison detects changed weights
             shared = _tables.setdefault(self, weakref.WeakValueDictionary())
             key = (state.slots, state.chunk_size, xs.device)
             other = shared.setdefault(key, made)
@@ -252,11 +250,12 @@ class StreamingEncoder(KVEncoder):
         if not self.holds_our_attention:
             raise ConfigError(
                 f"{self.layer_type_key}: {conf[self.layer_type_key]!r} with rel_pos_type: "
-                f"{conf['rel_pos_type']!r} is attention as ESPnet made it, which cannot stream"
+                f"{conf['rel_pos_type']!r} is ESPnet's own attention, which cannot stream; use "
+                "rel_pos_type: latest with rel_selfattn or selfattn"
             )
         if conf["input_layer"] in ("embed", None):
             raise ConfigError(
-                f"input_layer: {conf['input_layer']!r} takes no frames of features; streaming "
+                f"input_layer: {conf['input_layer']!r} does not take frames of features; streaming "
                 "needs conv2d or linear"
             )
         if conf.get("interctc_use_conditioning"):
@@ -265,17 +264,17 @@ class StreamingEncoder(KVEncoder):
         self._check_causal(conf)
 
     def _check_streaming(self, chunk_size: int) -> None:
-        """Refuse what needs the whole utterance."""
+        """Refuse encoders and settings that need the whole utterance."""
         if chunk_size < 1:
             raise ConfigError(
                 "chunk_size: 0 (the whole utterance) cannot stream; set chunk_size to 1 or more "
                 "frames"
             )
-        if self._refusal is not None:
-            raise ConfigError(self._refusal)
+        if self._cannot_stream is not None:
+            raise ConfigError(self._cannot_stream)
         if not all(hasattr(module, "init_state") for module in self._stateful_modules()):
             raise ConfigError(
-                "causal: false lets convolutions see the future; streaming needs causal: true"
+                "causal: false lets convolutions use future frames; streaming needs causal: true"
             )
 
     def _check_call(
@@ -283,7 +282,7 @@ class StreamingEncoder(KVEncoder):
     ) -> None:
         if self.training:
             raise ValueError("forward_chunk: the encoder is in training mode; call eval() first")
-        if state.encoder is None:  # it was pickled, or its encoder is gone
+        if state.encoder is None:  # it was unpickled, or its encoder was deleted
             self._adopt(state)
         if state.encoder is not self:
             raise ValueError("forward_chunk: the state belongs to another encoder")
@@ -297,13 +296,15 @@ class StreamingEncoder(KVEncoder):
                 f"{len(lengths)} do not fit a state of {state.batch_size}"
             )
         if not all(0 <= length <= xs.size(1) for length in lengths):
-            raise ValueError(f"forward_chunk: lengths {lengths} of xs with {xs.size(1)} frames")
+            raise ValueError(
+                f"forward_chunk: lengths {lengths} are not within 0 to {xs.size(1)} frames of xs"
+            )
         for stream, (done, length) in enumerate(zip(state.finished, lengths, strict=True)):
             if done and length:
-                raise ValueError(f"forward_chunk: stream {stream} had its last frames already")
+                raise ValueError(f"forward_chunk: stream {stream} has ended; reset it first")
 
     def _adopt(self, state: EncoderState) -> None:
-        """Become the encoder of a state whose encoder is not known, if the state fits."""
+        """Make this the encoder of a state without encoder, if the layout is equal."""
         self._check_streaming(state.chunk_size)
         spec = StateSpec(1, 1, state.cache_dtype, state.dtype, torch.device("meta"))
         own = Store([m.init_state(spec) for m in self._stateful_modules()], 1, 1)
@@ -311,16 +312,20 @@ class StreamingEncoder(KVEncoder):
             state.owner = weakref.ref(self)
 
     def _keep_positions(self, module: nn.Module, args: tuple) -> tuple | None:
-        """Pre-hook on the positional encoding: its table keeps its type in an autocast region."""
+        """Pre-hook on the positional encoding: keep the type of its table under autocast."""
         table, x = getattr(module, "pe", None), args[0]
-        if running.get() is None or table is None or not torch.is_autocast_enabled(x.device.type):
+        if (
+            current_step.get() is None
+            or table is None
+            or not torch.is_autocast_enabled(x.device.type)
+        ):
             return None
         return (x.to(table.dtype), *args[1:])
 
-    def _hand_out_chunks(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        step = running.get()
+    def _pass_chunks(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        step = current_step.get()
         if step is None:
-            return super()._hand_out_chunks(module, args, output)
-        if step.positions is None:  # relative ones reach the attention in its Step
+            return super()._pass_chunks(module, args, output)
+        if step.positions is None:  # relative positions are in `CacheStep.tables`
             return args[0] * module.xscale
         return at_positions(module, args[0], step.positions)

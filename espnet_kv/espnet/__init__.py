@@ -1,1 +1,1 @@
-"""Everything that knows the inside of ESPnet; each replacement is undone when its caller leaves."""
+"""All code that depends on ESPnet's internals; replacements are undone at the end of a block."""

@@ -1,7 +1,7 @@
 """CTC prefix scores without a loop over frames.
 
 Shape letters: B utterances, N hypotheses, S scored tokens of each, T frames, V vocabulary, M
-hypotheses that are chosen.
+selected hypotheses.
 """
 
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from torch import Tensor
 
 
 class WideCTCPrefixScorer(CTCPrefixScorer):
-    """ESPnet's CTCPrefixScorer with scores in float32 where the model has 16 bits.
+    """ESPnet's CTCPrefixScorer with scores in float32 or wider, also for models of 16 bits.
 
-    The number that stands for log 0 there is out of the range of float16.
+    ESPnet's value for log 0 is outside the range of float16.
     """
 
     def __init__(self, ctc: Any, eos: int, window_margin: int = 0):
@@ -24,7 +24,7 @@ class WideCTCPrefixScorer(CTCPrefixScorer):
 
 
 class _Wide:
-    """A CTC module whose log-probabilities are float32 or better."""
+    """A CTC module with log-probabilities in float32 or wider."""
 
     def __init__(self, ctc: Any):
         self._ctc = ctc
@@ -39,7 +39,7 @@ class FastCTCPrefixScorer(WideCTCPrefixScorer):
     """ESPnet's CTCPrefixScorer with the scores computed by `FastCTCPrefixScore`."""
 
     def batch_init_state(self, x: Tensor, xs_lengths: Tensor | None = None) -> None:
-        """Begin the search of (T, D) or (B, T, D) encoder frames; ESPnet's first state is None."""
+        """Begin the search in (T, D) or (B, T, D) encoder output; ESPnet's first state is None."""
         xs = x if x.dim() == 3 else x[None]
         if xs_lengths is None:
             xs_lengths = torch.full((xs.size(0),), xs.size(1), device=xs.device)
@@ -60,11 +60,14 @@ class FastCTCPrefixScorer(WideCTCPrefixScorer):
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """Hypotheses whose next tokens are scored.
+    """Scores of the next tokens of hypotheses.
 
-    total: (T, N), log-probability of being at frame t with all of the hypothesis emitted. in_blank:
-    (T, N), the part of it that ends in blank. last: (N,) its last token. length: tokens without
-    <sos>. log_psi: (N, V), log-probability of all that begins with the hypothesis and a token.
+    Attributes:
+        total: (T, N), log-probability that frames up to t emit the whole hypothesis.
+        in_blank: (T, N), the part of `total` with blank at frame t.
+        last: (N,), last token.
+        length: number of tokens without <sos>.
+        log_psi: (N, V), log-probability of all sequences that begin with hypothesis and token.
     """
 
     total: Tensor
@@ -74,34 +77,33 @@ class Scored:
     log_psi: Tensor
 
     def arrives(self, hyps: Tensor, tokens: Tensor) -> Tensor:
-        """(..., T) log-probability of being where the token (...,) may follow hypothesis (...,)."""
+        """(..., T) log-probability that token (...,) may follow hypothesis (...,) after frame t."""
         repeats = tokens == self.last[hyps]  # a repeated token needs a blank between
         return torch.where(repeats[..., None], self.in_blank.t()[hyps], self.total.t()[hyps])
 
 
 class FastCTCPrefixScore(CTCPrefixScoreTH):
-    """ESPnet's CTCPrefixScoreTH (Watanabe et al. 2017, algorithm 2), all frames at once.
+    """ESPnet's CTCPrefixScoreTH (Watanabe et al. 2017, algorithm 2) for all frames at once.
 
-    The score of a token is a sum over frames of the hypothesis so far, without recursion. The
-    recursions are left to the hypotheses that are chosen. Both have the form
-    r_t = log(exp(r_{t-1}) + exp(a_{t-1})) + x_t. With the running sum X_t of x they are
-    r_t = X_t + log sum_{s <= t} exp(a_{s-1} - X_{s-1}), which is torch.logcumsumexp. X grows with
-    the utterance, hence float64.
+    The score of a token is a sum over frames, without recursion. Only selected hypotheses need the
+    two recursions. Both have the form r_t = log(exp(r_{t-1}) + exp(a_{t-1})) + x_t. With the
+    cumulative sum X_t of x this is r_t = X_t + log sum_{s <= t} exp(a_{s-1} - X_{s-1}), computed
+    by torch.logcumsumexp. X grows with the utterance, hence float64.
 
-    A search without pre-beam (every token scored) and a windowed one stay ESPnet's.
+    A search without pre-beam (all tokens scored) and a windowed search use ESPnet's code.
     """
 
     _by_token: Tensor | None = None
 
     def __call__(self, y, state, scoring_ids=None, att_w=None):
-        """Scores of the next tokens.
+        """Score the next tokens.
 
         Args:
-            y: (N, L) tokens with <sos>. state: of all but the last of them, None at first.
+            y: (N, L) tokens with <sos>. state: state before the last token; None at first.
             scoring_ids: (N, S) tokens to score.
 
         Returns:
-            (N, V) scores, which for tokens not asked for are very small, and what is `Scored`.
+            (N, V) scores, very small for tokens outside `scoring_ids`, and a `Scored`.
         """
         if scoring_ids is None or att_w is not None or self.margin > 0:
             return super().__call__(y, state, scoring_ids, att_w)
@@ -129,11 +131,11 @@ class FastCTCPrefixScore(CTCPrefixScoreTH):
         return log_psi - before, scored
 
     def extend(self, scored: Scored, parents: Tensor, tokens: Tensor) -> tuple:
-        """ESPnet's state of M hypotheses: parents (M,), each with a token (M,) more.
+        """ESPnet's state of M hypotheses: parents (M,) extended by tokens (M,).
 
         Returns:
-            (T, 2, M) log-probability of being at a frame with all emitted and ending in the token,
-            in blank; (M, 1) log_psi; and a window, which is none.
+            (T, 2, M) log-probability that frames up to t emit the hypothesis and end in its last
+            token or in blank; (M, 1) log_psi; and an empty window.
         """
         utterance = parents // (len(scored.last) // self.batch)
         first, start = self._first(scored.length)
@@ -149,9 +151,9 @@ class FastCTCPrefixScore(CTCPrefixScoreTH):
         return r, scored.log_psi[parents, tokens][:, None], 0, 0
 
     def index_select_state(self, state, best_ids):
-        """The state of hypotheses chosen by beam pruning.
+        """The state of the hypotheses selected by beam pruning.
 
-        best_ids: (B, K), hypothesis of the utterance * V + token.
+        best_ids: (B, K), number of the hypothesis in its utterance * V + token.
         """
         if not isinstance(state, Scored):
             return super().index_select_state(state, best_ids)
@@ -160,7 +162,7 @@ class FastCTCPrefixScore(CTCPrefixScoreTH):
         return self.extend(state, parents, (best_ids % self.odim).flatten())
 
     def _first(self, length: int) -> tuple[bool, int]:
-        """May the token be the first of all, at frame 0? And the frame from which it may follow."""
+        """Whether the token may be the first token, at frame 0, and the first frame after that."""
         return length == 0, min(max(length, 1), self.input_length)
 
     def _never(self, like: Tensor) -> Tensor:

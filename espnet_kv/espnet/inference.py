@@ -1,17 +1,23 @@
-"""ESPnet's offline inference with our classes in the place of its own, within a context.
+"""ESPnet's offline inference with our classes, replaced within a context.
 
-Its Speech2Text ends with a traceback on audio that is too short, on models of 16 bits and on beams
-larger than the vocabulary; the subclass here does not.
+ESPnet's Speech2Text fails with a traceback for audio that is too short, models of 16 bits and beams
+larger than the vocabulary. The subclass here handles these cases.
 """
 
-from collections.abc import Iterator
+import argparse
+import inspect
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from espnet2.asr.frontend.default import DefaultFrontend
+from espnet2.bin import asr_inference as espnet
 from espnet2.bin.asr_inference import Hypothesis, TooShortUttError
+from espnet2.tasks.lm import LMTask
 from torch import Tensor, nn
+from typeguard import TypeCheckError
 
 from espnet_kv.errors import ArgumentError, UserError, one_line
 from espnet_kv.espnet.ctc_prefix import FastCTCPrefixScorer, WideCTCPrefixScorer
@@ -22,99 +28,128 @@ from espnet_kv.espnet.loading import (
     read_config,
     refuse_partial_loads,
 )
+from espnet_kv.espnet.packs import unpacked
+from espnet_kv.espnet.parser import check_search
+from espnet_kv.espnet.task import ASRTask, CachedDecodingTask
+
+_SIGNATURE = inspect.signature(espnet.Speech2Text)
+_REPLACING = threading.RLock()
 
 
-@contextmanager
-def replaced(module: Any, **ours: Any) -> Iterator[None]:
-    """Within the block, names of a module of ESPnet stand for other objects."""
-    own = {name: getattr(module, name) for name in ours}
-    vars(module).update(ours)
-    try:
-        yield
-    finally:
-        vars(module).update(own)
+class Speech2Text(espnet.Speech2Text):
+    """espnet2.bin.asr_inference.Speech2Text with strict loading and a search with true caches.
 
-
-@contextmanager
-def our_inference(task: Any, fast_ctc: bool) -> Iterator[Any]:
-    """ESPnet's module `espnet2.bin.asr_inference`, which within the block works with our classes.
+    Arguments, results and scores are ESPnet's: nbest tuples of text, tokens, token ids and
+    hypothesis. A stock `transformer` decoder becomes kv_transformer. Feature statistics and the
+    tokenizer may also be beside the model. Short audio and a dtype of 16 bits work. ESPnet's
+    inference module is restored when the object is complete.
 
     Args:
-        task: builds the ASR model.
+        *args: as ESPnet's.
+        kv_decoder: search with a cached decoder in place of a stock transformer decoder.
         fast_ctc: compute CTC prefix scores of all frames at once.
+        **options: as ESPnet's.
+
+    Raises:
+        UserError: names the argument or the file that cannot be used.
     """
-    from espnet2.bin import asr_inference as espnet
 
-    lm_task = language_model_task(espnet.LMTask)
-    with replaced(
-        espnet,
-        ASRTask=task,
-        LMTask=lm_task,
-        CTCPrefixScorer=FastCTCPrefixScorer if fast_ctc else WideCTCPrefixScorer,
-        Speech2Text=speech2text(espnet.Speech2Text, lm_task),
-        _too_short_result=too_short_result,
-    ):
-        yield espnet
+    def __init__(
+        self, *args: Any, kv_decoder: bool = True, fast_ctc: bool = True, **options: Any
+    ) -> None:
+        bound = _SIGNATURE.bind(*args, **options)
+        bound.apply_defaults()
+        given = bound.arguments
+        _check(given)
+        lm_task = language_model_task(LMTask)
+        ours = {
+            "ASRTask": search_task(kv_decoder, given["partial_ar"]),
+            "LMTask": lm_task,
+            "CTCPrefixScorer": FastCTCPrefixScorer if fast_ctc else WideCTCPrefixScorer,
+        }
+        try:
+            with replaced(espnet, **ours):
+                super().__init__(**given)
+        except TypeCheckError as error:
+            raise UserError(one_line(error)) from error
+        lm_tokens = getattr(lm_task, "tokens", None)  # None: there is no language model
+        if lm_tokens is not None and list(lm_tokens) != list(self.asr_model.token_list):
+            raise ArgumentError(
+                "lm_train_config",
+                f"{given['lm_train_config']}: its token_list is not that of the ASR model; give a "
+                "language model of the same tokens",
+            )
+        # ESPnet would fail at the first text
+        load_tokenizer(self.asr_train_args, given["token_type"], given["bpemodel"])
+        tokens, beam = len(self.asr_model.token_list), given["beam_size"]
+        if beam > tokens:
+            raise ArgumentError(
+                "beam_size",
+                f"{beam} is more than the {tokens} tokens of the model; give a smaller one",
+            )
+        if given["dtype"] in ("float16", "bfloat16"):
+            _features_in_32_bits(self.asr_model, getattr(torch, given["dtype"]))
+            self.dtype = "float32"  # type of the audio
+        if hasattr(self.asr_model.decoder, "prepare_search"):
+            self.asr_model.decoder.prepare_search()
+
+    @classmethod
+    def from_pretrained(cls, model_tag: str | None = None, **options: Any) -> "Speech2Text":
+        """Build it from a zip or a tag of espnet_model_zoo, or from files as the constructor does.
+
+        Raises:
+            UserError: see `espnet_kv.espnet.packs.unpacked` and the class.
+        """
+        if model_tag is not None:
+            options |= unpacked(model_tag)
+        return cls(**options)
+
+    def __call__(self, speech: Any) -> Any:
+        """N-best results of (N,) samples, or a list of them for a list of samples.
+
+        Raises:
+            TooShortUttError: there are fewer samples than the first frame needs.
+        """
+        if not isinstance(speech, list | tuple):
+            _check_length(self.asr_model, [len(speech)])
+        return super().__call__(speech)
+
+    def batch_decode(self, speech: Any, speech_lengths: Any = None) -> Any:
+        """N-best results of each of (B, N) samples.
+
+        Raises:
+            TooShortUttError: as `__call__`.
+        """
+        lengths = list(map(len, speech)) if speech_lengths is None else speech_lengths
+        _check_length(self.asr_model, [int(length) for length in lengths])
+        return super().batch_decode(speech, speech_lengths)
 
 
-def speech2text(espnet_class: Any, lm_task: Any) -> Any:
-    """ESPnet's Speech2Text with what its command lacks.
+def search_task(kv_decoder: bool, partial_ar: bool = False) -> type[ASRTask]:
+    """The task that loads a model for a search.
 
     Args:
-        lm_task: of `language_model_task`, which loads its language model.
+        partial_ar: a search of another kind, which keeps the stock decoder.
     """
+    return CachedDecodingTask if kv_decoder and not partial_ar else ASRTask
 
-    class Speech2Text(espnet_class):
-        def __init__(self, *args: Any, **options: Any):
-            super().__init__(*args, **options)
-            lm_tokens = getattr(lm_task, "tokens", None)  # None: there is no language model
-            if lm_tokens is not None and list(lm_tokens) != list(self.asr_model.token_list):
-                raise ArgumentError(
-                    "lm_train_config",
-                    f"{options['lm_train_config']}: its token_list is not that "
-                    "of the ASR model; give a language model of the same tokens",
-                )
-            names = (options.get(name) for name in ("token_type", "bpemodel"))
-            load_tokenizer(self.asr_train_args, *names)  # ESPnet's would fail at the first text
-            tokens, beam = len(self.asr_model.token_list), options.get("beam_size", 1)
-            if beam > tokens:
-                raise ArgumentError(
-                    "beam_size",
-                    f"{beam} is more than the {tokens} tokens of the model; give a smaller one",
-                )
-            if (dtype := options.get("dtype")) in ("float16", "bfloat16"):
-                _features_in_32_bits(self.asr_model, getattr(torch, dtype))
-                self.dtype = "float32"  # of the audio that it is given
-            if hasattr(self.asr_model.decoder, "prepare_search"):
-                self.asr_model.decoder.prepare_search()
 
-        def __call__(self, speech: Any) -> Any:
-            """N-best results of (N,) samples.
-
-            Raises:
-                TooShortUttError: there are fewer samples than the first frame needs.
-            """
-            if not isinstance(speech, list | tuple):
-                _check_length(self.asr_model, [len(speech)])
-            return super().__call__(speech)
-
-        def batch_decode(self, speech: Any, speech_lengths: Any = None) -> Any:
-            """N-best results of each of (B, N) samples.
-
-            Raises:
-                TooShortUttError: as `__call__`.
-            """
-            lengths = list(map(len, speech)) if speech_lengths is None else speech_lengths
-            _check_length(self.asr_model, [int(length) for length in lengths])
-            return super().batch_decode(speech, speech_lengths)
-
-    return Speech2Text
+@contextmanager
+def replaced(module: Any, **ours: Any) -> Iterator[Any]:
+    """Yield a module of ESPnet in which names stand for other objects; one thread at a time."""
+    with _REPLACING:
+        own = {name: getattr(module, name) for name in ours}
+        vars(module).update(ours)
+        try:
+            yield module
+        finally:
+            vars(module).update(own)
 
 
 def language_model_task(espnet_task: Any) -> Any:
-    """ESPnet's LMTask, which loads as strictly as ours does an ASR model.
+    """Subclass ESPnet's LMTask with strict loading, as in our ASRTask.
 
-    ESPnet leaves what a checkpoint lacks at its random start, and says nothing.
+    ESPnet silently leaves missing parameters at their random initialisation.
     """
 
     class LanguageModelTask(espnet_task):
@@ -129,7 +164,7 @@ def language_model_task(espnet_task: Any) -> Any:
             """Build a trained language model.
 
             Raises:
-                UserError: a file is missing, damaged or of another kind, or the two do not fit.
+                UserError: a file is missing, damaged or of another kind, or they do not match.
             """
             read_config(config_file, keys=("lm", "token_list"))
             read_checkpoint(model_file)
@@ -149,13 +184,21 @@ def language_model_task(espnet_task: Any) -> Any:
 
 
 def too_short_result(nbest: int, enh_s2t_task: bool, speech2text: Any) -> list:
-    """The n-best list of an utterance that is too short: empty, as streaming's; as ESPnet's."""
+    """The n-best list of an utterance that is too short: empty texts, as in streaming."""
     hypothesis = Hypothesis(score=0.0, scores={}, states={}, yseq=[])
     text = None if speech2text.tokenizer is None else ""
     results: list = [(text, [], [], hypothesis)] * nbest
     if enh_s2t_task:
         return [results] * getattr(speech2text.asr_model.enh_model, "num_spk", 1)
     return results
+
+
+def _check(given: Mapping[str, Any]) -> None:
+    """Refuse arguments that ESPnet would ignore, or reject long after the start."""
+    check_search(argparse.Namespace(**given))
+    for name, other in (("lm_file", "lm_train_config"), ("lm_train_config", "lm_file")):
+        if given[name] is not None and given[other] is None:
+            raise ArgumentError(name, f"needs {other}")
 
 
 def _check_length(model: nn.Module, lengths: list[int]) -> None:
@@ -173,7 +216,7 @@ def _check_length(model: nn.Module, lengths: list[int]) -> None:
 
 
 def _features_in_32_bits(model: Any, dtype: torch.dtype) -> None:
-    """Compute features in float32: powers of a spectrum leave the range of 16 bits."""
+    """Compute features in float32, because a power spectrum exceeds the range of 16 bits."""
     for module in (model.frontend, model.normalize):
         if module is not None:
             module.float()

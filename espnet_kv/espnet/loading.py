@@ -1,4 +1,4 @@
-"""Reading trained models: config.yaml, checkpoints and tokenizers, strictly."""
+"""Strict loading of trained models: config.yaml, checkpoints and tokenizers."""
 
 import argparse
 import tempfile
@@ -19,61 +19,61 @@ if TYPE_CHECKING:
     from espnet2.text.abs_tokenizer import AbsTokenizer
     from espnet2.train.abs_espnet_model import AbsESPnetModel
 
-# keys of a checkpoint that hold the statistics of the features
+# keys of the feature statistics in a checkpoint
 STATISTICS = ("normalize.mean", "normalize.std")
 
 
 def read_checkpoint(file: Path | str) -> dict[str, Tensor]:
-    """The parameters and buffers in a model file, on the CPU; code in it is never run.
+    """Load the parameters and buffers of a model file on the CPU, without running code in it.
 
-    Files of torch before 1.6, which are no zip files, are read too.
+    Files of torch before 1.6, which are not zip files, can be read too.
 
     Raises:
-        UserError: the file is missing, damaged or holds something else.
+        UserError: the file is missing, damaged or not a model file.
     """
     path = Path(file)
     if not path.exists():
         raise UserError(f"{file} does not exist")
     if path.is_dir():
-        raise UserError(f"{file} is no model file but a directory: name a file in it")
+        raise UserError(f"{file} is a directory, not a model file: name a file in it")
     if not path.stat().st_size:
-        raise UserError(f"{file} is no model file: it is empty; copy or train it again")
-    with path.open("rb"):  # what the system says is said here; below, anything means damage
+        raise UserError(f"{file} is not a model file: it is empty; copy or train it again")
+    with path.open("rb"):  # raises errors of the system; below, any exception means damage
         pass
     try:
-        # a zip file need not be read where only the shapes are of interest
+        # with mmap, tensors of a zip file are read only when they are used
         state = torch.load(
             file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
         )
-    except Exception as error:  # damaged bytes lead an unpickler anywhere
+    except Exception as error:  # damaged bytes can cause any exception
         if is_out_of_memory(error):
             raise
         raise _damaged(file, error) from error
-    for wrapper in ("module", "state_dict"):  # of DeepSpeed and Lightning
+    for wrapper in ("module", "state_dict"):  # DeepSpeed, Lightning
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     if not isinstance(state, Mapping):
-        raise UserError(f"{file} is no model file: it holds a {type(state).__name__}")
+        raise UserError(f"{file} is not a model file: it holds a {type(state).__name__}")
     if isinstance(state.get("model"), Mapping) and "optimizers" in state:
         raise UserError(
-            f"{file} is the state of a training, no model file: name a model beside it, e.g. "
+            f"{file} is the state of a training, not a model file: name a model beside it, e.g. "
             "valid.acc.ave.pth"
         )
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{file} is no model file: it holds other things than named parameters")
+        raise UserError(f"{file} is not a model file: it holds other things than named parameters")
     return dict(state)
 
 
 def _damaged(file: Path | str, error: Exception) -> UserError:
     first = next(iter(str(error).splitlines()), "").split(". ")[0].strip()
     return UserError(
-        f"{file} is no model file, or it is damaged ({type(error).__name__}: {one_line(first)}): "
-        "copy or train it again"
+        f"{file} is not a model file, or it is damaged ({type(error).__name__}: "
+        f"{one_line(first)}): copy or train it again"
     )
 
 
 def check_finite(model: nn.Module, file: Path | str) -> None:
-    """Refuse a model that holds what is no number.
+    """Check that a model has no NaN, and no infinite parameters.
 
     Raises:
         UserError: names the file and the first such parameter or buffer.
@@ -90,12 +90,12 @@ def check_finite(model: nn.Module, file: Path | str) -> None:
 
 
 class LoadGuard:
-    """Makes every `load_state_dict` of a module strict, also where the caller asks for less.
+    """Makes every `load_state_dict` of a module strict, even with strict=False.
 
-    It judges the keys of that module alone: what else a load lacks is the business of others.
+    Only keys of this module are checked, not other keys of the same load.
 
     Args:
-        module: guarded from now on.
+        module: the module to guard.
     """
 
     def __init__(self, module: nn.Module):
@@ -106,12 +106,12 @@ class LoadGuard:
         ]
 
     def remove(self) -> None:
-        """Take the guard off."""
+        """Remove the guard."""
         for hook in self._hooks:
             hook.remove()
 
     def _before(self, module: nn.Module, state_dict: Any, prefix: str, *rest: Any) -> None:
-        self._prefix = prefix  # of the module's keys in what is loaded
+        self._prefix = prefix  # prefix of the module's keys in the loaded state dict
 
     def _after(self, module: nn.Module, keys: Any) -> None:
         missing, unexpected = (
@@ -127,16 +127,16 @@ class LoadGuard:
 
 
 def refuse_partial_loads(module: nn.Module) -> LoadGuard:
-    """Guard a module's loads.
+    """Make loading into a module strict.
 
-    ESPnet loads trained models with strict=False: a checkpoint of another attention would leave
-    random weights behind without a word.
+    ESPnet loads trained models with strict=False; a checkpoint of another attention would silently
+    leave random weights.
 
     Returns:
-        The guard, whose remove() takes the refusal back.
+        The guard; its remove() allows partial loads again.
 
     Raises:
-        UserError: (when loading) one message that lists missing and unexpected keys.
+        UserError: (when loading) lists missing and unexpected keys.
     """
     return LoadGuard(module)
 
@@ -144,37 +144,36 @@ def refuse_partial_loads(module: nn.Module) -> LoadGuard:
 def read_config(
     file: Path | str, keys: Sequence[str] = ("encoder", "token_list")
 ) -> dict[str, Any]:
-    """The mapping in a config.yaml.
+    """Read a config.yaml.
 
     Args:
-        keys: that it has to have, as those of a model of that kind.
+        keys: required keys.
 
     Raises:
-        UserError: it is missing or none.
+        UserError: the file is missing, not a YAML mapping, or lacks a required key.
     """
     if not Path(file).exists():
         raise UserError(f"{file} does not exist")
     try:
         config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except IsADirectoryError as error:
-        raise UserError(f"{file} is no config.yaml but a directory: name the file") from error
+        raise UserError(f"{file} is a directory, not a config.yaml: name the file") from error
     except (UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError(
-            f"{file} is no config.yaml of a trained model: {one_line(error)}"
+            f"{file} is not a config.yaml of a trained model: {one_line(error)}"
         ) from error
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
-        raise UserError(f"{file} is no config.yaml of a trained model: it holds no keys")
+        raise UserError(f"{file} is not a config.yaml of a trained model: it holds no keys")
     for key in keys:
         if not config.get(key):
-            raise UserError(f"{file} is no config.yaml of a trained model: it names no {key}")
+            raise UserError(f"{file} is not a config.yaml of a trained model: it names no {key}")
     return plain_names(config)
 
 
 def find_files(config_file: Path | str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a config.yaml that name files, with paths that exist from here.
+    """Keys of a config.yaml that name files, with existing paths; missing files are left out.
 
-    ESPnet writes paths relative to the directory of the recipe. A path that is found nowhere is
-    left out.
+    ESPnet writes paths relative to the directory of the recipe.
     """
     found: dict[str, Any] = {}
     for key in ("token_list", "bpemodel", "non_linguistic_symbols"):
@@ -190,11 +189,11 @@ def find_files(config_file: Path | str, config: Mapping[str, Any]) -> dict[str, 
 
 
 def find_file(config_file: Path | str, name: str) -> Path | None:
-    """A file that a config.yaml names: beside it, below a directory that holds it, or here."""
+    """Find a file of a config.yaml: beside it, relative to a parent directory, or from here."""
     beside = Path(config_file).parent
     tries = [beside / Path(name).name]
     if Path(name).suffix == ".model":
-        tries.append(beside / "bpe.model")  # as a conversion and the recipe call it
+        tries.append(beside / "bpe.model")  # name in conversions and in the recipe
     tries += [root / name for root in Path(config_file).resolve().parents]
     return next((path for path in [*tries, Path(name)] if path.is_file()), None)
 
@@ -202,13 +201,13 @@ def find_file(config_file: Path | str, name: str) -> Path | None:
 def build_filled(
     build: Any, args: argparse.Namespace, checkpoint: Mapping[str, Tensor], config_file: Path | str
 ) -> "AbsESPnetModel":
-    """build(args) for a checkpoint, from which GlobalMVN gets its statistics, not from its file.
+    """Call build(args) with the feature statistics of the checkpoint for GlobalMVN.
 
-    The file may be gone, or of a model with another front end.
+    The original statistics file may be missing, or belong to another front end.
 
     Args:
-        build: of a task, e.g. ASRTask.build_model.
-        config_file: where args come from, for messages.
+        build: build_model of a task, e.g. ASRTask.build_model.
+        config_file: source of args, for messages.
 
     Raises:
         UserError: the arguments build no model, or name a file that does not exist.
@@ -231,7 +230,7 @@ def build_filled(
         raise ConfigError(f"{config_file}: {error}") from error
     except (UserError, OSError):
         raise
-    except Exception as error:  # what ESPnet's classes say of arguments that they cannot use
+    except Exception as error:  # ESPnet's classes raise any type for bad arguments
         if is_out_of_memory(error):
             raise
         raise UserError(
@@ -243,9 +242,9 @@ def build_filled(
 
 
 def write_statistics(file: Path | BinaryIO, checkpoint: Mapping[str, Tensor]) -> None:
-    """Write the statistics of features that a checkpoint holds as a feats_stats.npz."""
+    """Write the feature statistics of a checkpoint as a feats_stats.npz."""
     mean, std = (checkpoint[key].double().numpy() for key in STATISTICS)
-    # of the type that it has there, which is the one that the model's buffers get
+    # keep the type, because the model's buffers get it
     dtype = np.float64 if checkpoint[STATISTICS[0]].dtype == torch.float64 else np.float32
     np.savez(file, count=1, sum=mean.astype(dtype), sum_square=(std**2 + mean**2).astype(dtype))
 
@@ -253,10 +252,11 @@ def write_statistics(file: Path | BinaryIO, checkpoint: Mapping[str, Tensor]) ->
 def load_tokenizer(
     args: argparse.Namespace, token_type: str | None = None, bpemodel: str | None = None
 ) -> "AbsTokenizer | None":
-    """What turns tokens into text, as ESPnet's inference chooses it; None: nothing does.
+    """Build the tokenizer of a model as ESPnet's inference does; None: the model has none.
 
     Args:
-        args: the training configuration, for what is None.
+        args: the training configuration.
+        token_type, bpemodel: None: as in the training configuration.
 
     Raises:
         UserError: the sentencepiece model is missing or damaged.
@@ -276,7 +276,9 @@ def load_tokenizer(
         )
     tokenizer = build_tokenizer(token_type="bpe", bpemodel=bpemodel)
     try:
-        tokenizer.tokens2text([])  # it reads its model at the first use
+        tokenizer.tokens2text([])  # the model is read at the first use
     except (RuntimeError, OSError) as error:
-        raise UserError(f"bpemodel {bpemodel} is no sentencepiece model, or is damaged") from error
+        raise UserError(
+            f"bpemodel {bpemodel} is not a sentencepiece model, or is damaged"
+        ) from error
     return tokenizer

@@ -1,6 +1,7 @@
 """ESPnet's parsers of options, with errors of one line."""
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -9,18 +10,37 @@ import yaml
 from espnet2.utils import config_argparse
 
 from espnet_kv.cli import HelpFormatter
-from espnet_kv.errors import UserError, one_line
+from espnet_kv.errors import ArgumentError, UserError, one_line
+
+COUNTS = {
+    "beam_size": (1, 10_000),
+    "nbest": (1, 10_000),
+    "batch_size": (1, 100_000),
+    "num_workers": (0, 1024),
+    "seed": (0, 2**32 - 1),
+    "ctc_window_margin": (0, 10**9),
+}
+"""Options that are integers -> their range."""
+NUMBERS = {
+    "ctc_weight": (0.0, 1.0),
+    "lm_weight": (-math.inf, math.inf),
+    "ngram_weight": (-math.inf, math.inf),
+    "penalty": (-math.inf, math.inf),
+    "maxlenratio": (-math.inf, math.inf),
+    "minlenratio": (-math.inf, math.inf),
+}
+"""Options that are numbers -> their range."""
 
 
 class Parser(config_argparse.ArgumentParser):
-    """ESPnet's parser with --config; what is wrong is told in one line."""
+    """ESPnet's parser with --config; it raises UserError with a message of one line."""
 
     def error(self, message: str) -> NoReturn:
         """Raise a UserError."""
         raise UserError(f"{message} (see --help)")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parse, also where --config names a broken file."""
+        """Parse options; an unreadable file in --config is a UserError."""
         try:
             return super().parse_args(args, namespace)
         except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
@@ -28,9 +48,9 @@ class Parser(config_argparse.ArgumentParser):
 
 
 def extended(parser: argparse.ArgumentParser, description: str) -> Parser:
-    """ESPnet's parser of a command that reads data, with our errors and paths that hold commas."""
+    """Extend ESPnet's parser of a decoding command by our errors and by paths with commas."""
     for action in parser._actions:
-        # some of ESPnet's help texts hold a bare %, on which --help would end
+        # some of ESPnet's help texts have a bare %, at which --help would fail
         action.help = re.sub(r"%(?![(%])", "%%", action.help or "")
     ours = Parser(
         description=description,
@@ -45,9 +65,9 @@ def extended(parser: argparse.ArgumentParser, description: str) -> Parser:
 
 
 def path_name_type(text: str) -> tuple[str, str, str]:
-    """Type of --data_path_and_name_and_type, ESPnet's: PATH,NAME,TYPE, where PATH may hold commas.
+    """Type of ESPnet's --data_path_and_name_and_type: PATH,NAME,TYPE; PATH may contain commas.
 
-    Lists in a YAML come as their text, with brackets and quotes.
+    A list in a YAML is passed as its text, with brackets and quotes.
     """
     words = text.strip()
     if words[:1] in tuple("([") and words[-1:] in tuple(")]"):
@@ -60,3 +80,27 @@ def path_name_type(text: str) -> tuple[str, str, str]:
         )
     path, name, kind = parts
     return path, name, kind
+
+
+def check_search(args: argparse.Namespace) -> None:
+    """Check the numbers in the options of a decoding command, including those from a YAML.
+
+    Raises:
+        ArgumentError: names the argument and the allowed values.
+    """
+    for name, (least, most) in COUNTS.items():
+        value = getattr(args, name, least)
+        if type(value) is not int or not least <= value <= most:
+            raise ArgumentError(name, f"{value}: allowed: whole numbers from {least} to {most}")
+    for name, (low, high) in NUMBERS.items():
+        number = getattr(args, name, low if math.isfinite(low) else 0)
+        if type(number) not in (int, float) or not math.isfinite(number):
+            raise ArgumentError(name, f"{number}: a finite number is needed")
+        if not low <= number <= high:
+            raise ArgumentError(name, f"{number}: allowed: {low:g} to {high:g}")
+    if args.nbest > args.beam_size:
+        raise ArgumentError(
+            "nbest",
+            f"{args.nbest} is more than beam_size {args.beam_size}: a search keeps no more "
+            "hypotheses than that",
+        )

@@ -1,8 +1,8 @@
-"""Making our classes known to ESPnet, whatever is imported first.
+"""Registration of our classes with ESPnet, in any order of imports.
 
 ESPnet keeps its `--encoder` choices in module-level tables, one in `espnet2.tasks.asr` and a
-copy in ESPnet3. Loading ESPnet takes many seconds, so the tables are filled when their module
-is imported rather than when `espnet_kv` is.
+copy in ESPnet3. Loading ESPnet takes many seconds, so the tables are extended when ESPnet is
+imported and not when `espnet_kv` is imported.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from multiprocessing.reduction import ForkingPickler
 
 from espnet_kv.config import REMARK
 
-# module that owns a table of choices -> its table -> choice -> where our class is
+# table of choices -> choice -> module:class
 CHOICES = {
     "encoder_choices": {
         "kv_conformer": "espnet_kv.encoder.encoders:KVConformerEncoder",
@@ -35,14 +35,14 @@ ATTENTION_MODULE = "espnet2.legacy.nets.pytorch_backend.transformer.attention"
 def register() -> None:
     """Add our classes to ESPnet's choices, now or as soon as ESPnet is imported.
 
-    Safe to call any number of times. Processes that ESPnet spawns (it sends them its
-    argparse.Namespace) import `espnet_kv`, and so register, before their work begins.
+    It can be called several times. Processes spawned by ESPnet also register, because unpickling
+    the argparse.Namespace that ESPnet sends them imports `espnet_kv`.
     """
     if not any(isinstance(finder, _ModuleFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _ModuleFinder())
         ForkingPickler.register(argparse.Namespace, _reduce_namespace)
     for name in TASK_MODULES:
-        # a module that is still being imported has no tables yet: its loader will call us
+        # if the import of the module is still running, its loader calls _fill_choices
         if hasattr(sys.modules.get(name), "ASRTask"):
             _fill_choices(sys.modules[name])
 
@@ -67,16 +67,16 @@ class _Choices(dict):
 
 
 def _run_quietly(run_module, module) -> None:
-    """Without the line that says that flash_attn, which nothing here needs, is not installed."""
-    with contextlib.redirect_stderr(io.StringIO()) as said:
+    """Run a module without its message that flash_attn, which is not needed, is not installed."""
+    with contextlib.redirect_stderr(io.StringIO()) as messages:
         run_module(module)
-    for line in said.getvalue().splitlines(keepends=True):
+    for line in messages.getvalue().splitlines(keepends=True):
         if "No module named 'flash_attn'" not in line:
             sys.stderr.write(line)
 
 
 class _ModuleFinder(importlib.abc.MetaPathFinder):
-    """Finds a few modules of ESPnet as usual; fills the tables of its tasks once they have run."""
+    """Finds modules of ESPnet as usual, and extends the tables of its tasks after they have run."""
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname not in (*TASK_MODULES, ATTENTION_MODULE):
@@ -101,5 +101,5 @@ def _restore_namespace(values: dict) -> argparse.Namespace:
 
 
 def _reduce_namespace(namespace: argparse.Namespace):
-    # unpickling looks up a function of ours, which imports espnet_kv in the new process
+    # unpickling imports the module of this function, and so espnet_kv, in the new process
     return _restore_namespace, (vars(namespace),)

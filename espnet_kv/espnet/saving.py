@@ -1,4 +1,4 @@
-"""Model files that are whole or not there, whatever ends a training while it saves."""
+"""Atomic saving of model files, safe against a training that is killed while saving."""
 
 import contextlib
 import os
@@ -18,15 +18,15 @@ TOO_LARGE_STEPS = "lower lr in optim_conf or set use_amp: false"
 
 
 class DamagedError(Exception):
-    """A model file cannot be read: it was cut off or changed."""
+    """A model file cannot be read: it is truncated or damaged."""
 
 
 @contextlib.contextmanager
 def safe_saves() -> Iterator[None]:
-    """Let `torch.save` write a file under another name and put it in its place when it is whole.
+    """Make `torch.save` atomic: it writes to another name and renames the complete file.
 
-    ESPnet has one checkpoint.pth, which it overwrites: the one before is kept beside it. A
-    checkpoint of a training that diverged is refused, so that none of its epochs is lost.
+    ESPnet overwrites its only checkpoint.pth; here the previous one is kept beside it. The
+    checkpoint of a training that diverged is refused, to keep the last good one.
 
     Raises:
         UserError: (in torch.save) the disk is full or not writable, or the training diverged.
@@ -65,7 +65,7 @@ def _keep_previous(checkpoint: Path) -> None:
     if not checkpoint.exists():
         return
     previous = checkpoint.with_name(PREVIOUS)
-    try:  # a second name: there is a checkpoint at every moment
+    try:  # a hard link: checkpoint.pth exists at every moment
         with new_file(previous) as partial:
             partial.unlink(missing_ok=True)
             os.link(checkpoint, partial)
@@ -74,17 +74,17 @@ def _keep_previous(checkpoint: Path) -> None:
 
 
 def _cause(error: BaseException | None) -> str:
-    """Of an error of torch's writer, the one of the file below it."""
-    said = str(error).split("\n")[0]
+    """The message of the system error behind an error of torch's writer."""
+    message = str(error).split("\n")[0]
     while error is not None:
         if isinstance(error, OSError) and error.strerror:
             return error.strerror
         error = error.__cause__ or error.__context__
-    return said
+    return message
 
 
 def refuse_diverged(states: Mapping[str, Any], path: Path) -> None:
-    """Raise a UserError where the last epoch of a checkpoint's `states` gave no numbers."""
+    """Raise a UserError if a loss of the last epoch or a weight in `states` is not finite."""
     epoch = states["reporter"]["epoch"]
     results = states["reporter"]["stats"].get(epoch, {})
     wrong = [
@@ -105,16 +105,16 @@ def _is_finite(value: Any) -> bool:
 
 
 def not_finite(state: Mapping[str, Any]) -> list[str]:
-    """Keys of a state dict whose tensors hold nan or inf."""
+    """Keys of a state dict with nan or inf in their tensors."""
     tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
     return [key for key, value in tensors.items() if not torch.isfinite(value).all()]
 
 
 def read(path: Path) -> Any:
-    """What `torch.save` wrote to `path`, on the CPU; tensors stay on the disk until used.
+    """Load a file of `torch.save` on the CPU, memory-mapped if possible.
 
     Raises:
-        DamagedError: the file is missing, was cut off or changed.
+        DamagedError: the file is missing, truncated or damaged.
     """
     try:
         is_zip = zipfile.is_zipfile(path)  # torch < 1.6 wrote another format
@@ -126,10 +126,10 @@ def read(path: Path) -> Any:
 
 
 def check_finite(path: Path) -> None:
-    """Refuse a model file that cannot be read, or whose weights are not all numbers.
+    """Check that a model file can be read and its weights are finite.
 
     Raises:
-        UserError: then; names the file.
+        UserError: the file is missing or damaged, or has nan or inf in its weights.
     """
     try:
         state = read(path)

@@ -1,4 +1,4 @@
-"""Classes that take arguments of their own and those of the ESPnet class that they extend."""
+"""Signatures of classes that add arguments to those of an ESPnet class."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -10,13 +10,13 @@ Class = TypeVar("Class", bound=type)
 
 
 def with_arguments_of(espnet_class: type, own: type | None = None) -> Callable[[Class], Class]:
-    """Class decorator: tools that look at signatures see ESPnet's arguments too.
+    """Class decorator: add ESPnet's arguments to the signature.
 
-    ESPnet's --print_config is one, and so are the config.yaml files that it writes.
+    ESPnet reads signatures for --print_config and for the config.yaml that it writes.
 
     Args:
-        espnet_class: whose arguments the class takes as **espnet_conf.
-        own: the class that defines __init__; None: the decorated one.
+        espnet_class: class whose arguments are accepted as **espnet_conf.
+        own: the class that defines __init__; None: the decorated class.
     """
 
     def decorate(cls: Class) -> Class:
@@ -32,16 +32,16 @@ def with_arguments_of(espnet_class: type, own: type | None = None) -> Callable[[
 def complete_arguments(
     conf_name: str, cls: type, espnet_class: type, given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Every argument of the ESPnet class with the value it will get.
+    """All arguments of the ESPnet class: the given values and the defaults.
 
     Args:
-        conf_name: the part of the configuration that `given` comes from, e.g. encoder_conf.
-        cls: ours, decorated by `with_arguments_of`.
-        espnet_class: the class behind it.
-        given: the arguments for it that are given.
+        conf_name: key of the configuration that holds `given`, e.g. encoder_conf.
+        cls: our class, decorated by `with_arguments_of`.
+        espnet_class: the ESPnet class.
+        given: the given arguments.
 
     Raises:
-        ConfigError (a ValueError): it takes no such argument.
+        ConfigError (a ValueError): the ESPnet class has no such argument.
     """
     defaults = {p.name: p.default for p in _parameters(espnet_class)}
     for key in given:

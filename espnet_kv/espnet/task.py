@@ -24,12 +24,12 @@ from espnet_kv.espnet.loading import (
 class ASRTask(ESPnetASRTask):
     """espnet2.tasks.asr.ASRTask; for ESPnet3, `task: espnet_kv.espnet.task.ASRTask`.
 
-    Naming it (or pickling it for a spawned process) imports `espnet_kv`, which registers.
+    Importing or unpickling it imports `espnet_kv`, which registers our classes.
     """
 
     @classmethod
     def build_model(cls, args: argparse.Namespace) -> AbsESPnetModel:
-        """Build the model of `args`; it refuses checkpoints that do not fill it.
+        """Build the model of `args`; it refuses checkpoints that do not match all of its keys.
 
         Raises:
             ConfigError: a key of encoder_conf is not allowed.
@@ -38,7 +38,7 @@ class ASRTask(ESPnetASRTask):
         model = super().build_model(args)
         for module in model.modules():
             if isinstance(module, KVEncoder | KVTransformerDecoder):
-                module.load_guard.remove()  # the whole model's guard names all keys at once
+                module.load_guard.remove()  # the guard of the whole model names all keys at once
         if not getattr(args, "use_adapter", False):  # adapters are saved without the model
             refuse_partial_loads(model)
         return model
@@ -50,11 +50,11 @@ class ASRTask(ESPnetASRTask):
         model_file: Path | str | None = None,
         device: str = "cpu",
     ) -> tuple[AbsESPnetModel, argparse.Namespace]:
-        """Build a trained model, strictly.
+        """Build a trained model with strict loading.
 
-        It loads from any working directory: statistics of features are read from the checkpoint,
-        and other files that config.yaml names are looked for beside it and below the directories
-        that hold it, too (`find_files`).
+        It works in any working directory: feature statistics are read from the checkpoint, and
+        other files named in config.yaml are also searched beside it and relative to its parent
+        directories (`find_files`).
 
         Args:
             config_file: config.yaml of the training; None: the one beside `model_file`.
@@ -63,14 +63,14 @@ class ASRTask(ESPnetASRTask):
 
         Raises:
             UserError: a file is missing, damaged or of another kind; the configuration builds no
-                model; the checkpoint lacks keys, has others, or has them in other sizes, or holds
-                NaN; or there is no GPU.
+                model; the checkpoint has missing or unexpected keys, other sizes or NaN; or there
+                is no GPU.
         """
         if config_file is None:
             if model_file is None:
                 raise UserError("give a config.yaml, a model file or both")
             config_file = Path(model_file).parent / "config.yaml"
-        named = config_file  # mypy does not carry what was found above into the class below
+        named = config_file  # for mypy: not None in the class below
         config = read_config(named)
         checkpoint = {} if model_file is None else read_checkpoint(model_file)
         if str(device).startswith("cuda") and not torch.cuda.is_available():
@@ -99,7 +99,7 @@ class ASRTask(ESPnetASRTask):
 
 
 class CachedDecodingTask(ASRTask):
-    """ASRTask for inference: a stock `transformer` decoder becomes kv_transformer."""
+    """ASRTask for inference with kv_transformer in place of ESPnet's `transformer` decoder."""
 
     @classmethod
     def build_model(cls, args: argparse.Namespace) -> AbsESPnetModel:
@@ -109,9 +109,9 @@ class CachedDecodingTask(ASRTask):
 
 
 class TrainingTask(ASRTask):
-    """ASRTask for training: a file given whole to init_param must fill the model.
+    """ASRTask for training; an init_param without key prefixes must contain all parameters.
 
-    ESPnet would leave what the file lacks (another attention, say) at its random start.
+    ESPnet would leave parameters that the file lacks at their random initialisation.
     """
 
     @classmethod
@@ -119,11 +119,11 @@ class TrainingTask(ASRTask):
         """Build the model of `args`.
 
         Raises:
-            UserError: files in init_param lack keys, or have them in other sizes.
+            UserError: files in init_param have missing keys or other sizes.
         """
         model = super().build_model(args)
         files = list(getattr(args, "init_param", None) or [])
-        parts = [file for file in files if ":" in file]  # FILE:FROM:TO takes a part on purpose
+        parts = [file for file in files if ":" in file]  # FILE:FROM:TO selects a part on purpose
         if files and not parts and not args.ignore_init_mismatch:
             _check_init(model, files)
         return model

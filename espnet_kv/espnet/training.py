@@ -1,4 +1,4 @@
-"""ESPnet's training commands, made safe against kills, full disks and divergence."""
+"""ESPnet's training tasks, made safe against kills, full disks and divergence."""
 
 import argparse
 import logging
@@ -27,39 +27,36 @@ from espnet_kv.espnet.task import TrainingTask
 
 
 class SafeTraining(AbsTask):
-    """Mixin for tasks of ESPnet: `safe_saves` in every process of a training.
-
-    A resumed training begins with what is whole, and ends at once where it could not end well.
-    """
+    """Mixin for tasks of ESPnet: `safe_saves` in every process, `repair_training` on resuming."""
 
     @classmethod
     def get_parser(cls) -> argparse.ArgumentParser:
-        """ESPnet's, whose help leaves out defaults of None."""
+        """ESPnet's parser, without defaults of None in the help."""
         parser = super().get_parser()
         parser.formatter_class = HelpFormatter
         return parser
 
     @classmethod
     def main(cls, args: argparse.Namespace | None = None, cmd: Sequence[str] | None = None):
-        """Train as the task does.
+        """Train.
 
         Raises:
-            UserError: a file of an earlier run is needed but missing; a loss is not finite; a
-                file cannot be saved.
+            UserError: a needed file of an earlier run is missing, a loss is not finite, or a file
+                cannot be saved.
         """
         if args is None:
             args = cls.get_parser().parse_args(cmd)
         trains = not (args.print_config or args.collect_stats or args.dry_run)
         first = not args.dist_rank  # None or 0
         if trains and first and args.output_dir is not None:
-            mend(Path(args.output_dir), args)
+            repair_training(Path(args.output_dir), args)
         super().main(args=args)
         if trains and first:
             (Path(args.output_dir) / PREVIOUS).unlink(missing_ok=True)
 
     @classmethod
     def main_worker(cls, args: argparse.Namespace) -> None:
-        """One process of the training; ESPnet spawns several where there are several GPUs."""
+        """Run one process of the training; ESPnet spawns one per GPU."""
         with safe_saves():
             super().main_worker(args)
 
@@ -72,16 +69,16 @@ class LMTraining(SafeTraining, LMTask):
     """Training of a language model."""
 
 
-def mend(directory: Path, args: argparse.Namespace) -> None:
-    """Make the files of a training that was cut off those that ESPnet resumes from.
+def repair_training(directory: Path, args: argparse.Namespace) -> None:
+    """Repair the files of an interrupted training, so that ESPnet can resume it.
 
-    What was done is said in lines `warning: ...` on standard error.
+    Repairs are reported as lines `warning: ...` on standard error.
 
     Args:
         args: ESPnet's options of the training.
 
     Raises:
-        UserError: the training diverged, or a model file that its end needs is missing or cut.
+        UserError: the training diverged, or a needed model file is missing or truncated.
     """
     for partial in directory.glob(".partial.*.pth"):
         partial.unlink()
@@ -105,7 +102,7 @@ def mend(directory: Path, args: argparse.Namespace) -> None:
 
 
 def _whole_checkpoint(directory: Path) -> dict[str, Any] | None:
-    """The newest checkpoint that can be read, which is checkpoint.pth then; None: there is none."""
+    """Load the newest readable checkpoint and make it checkpoint.pth; None: there is none."""
     checkpoint, previous = directory / CHECKPOINT, directory / PREVIOUS
     if not checkpoint.exists() and not previous.exists():
         return None
@@ -128,7 +125,7 @@ def _whole_checkpoint(directory: Path) -> dict[str, Any] | None:
 
 
 def _best_epochs(reporter: Reporter, args: argparse.Namespace) -> set[int]:
-    """Epochs whose models are averaged if no better ones come; ESPnet removes the others."""
+    """The best epochs so far, whose models ESPnet keeps for averaging."""
     kept = args.keep_nbest_models
     most = max([1, *kept] if isinstance(kept, list | tuple) else [1, kept])
     return {
@@ -140,7 +137,7 @@ def _best_epochs(reporter: Reporter, args: argparse.Namespace) -> set[int]:
 
 
 def _mend_model(directory: Path, epoch: int, last: int, states: dict[str, Any]) -> None:
-    """Write the model of an epoch anew where it is missing or cut and the checkpoint has it."""
+    """Restore a missing or truncated model of an epoch from a checkpoint of that epoch."""
     file = directory / f"{epoch}epoch.pth"
     try:
         read(file)
@@ -168,12 +165,12 @@ def _mend_model(directory: Path, epoch: int, last: int, states: dict[str, Any]) 
 
 
 def _short(error: Exception) -> str:
-    said = " ".join(str(error.__cause__).split())
-    return said if len(said) <= 100 else said[:96] + " ..."
+    message = " ".join(str(error.__cause__).split())
+    return message if len(message) <= 100 else message[:96] + " ..."
 
 
 def _link(link: Path, target: str) -> None:
-    """Make a symbolic link, which a kill can have removed before ESPnet made it anew."""
+    """Restore a symbolic link; ESPnet may be killed between removing and creating it."""
     if link.is_symlink() and os.readlink(link) == target:
         return
     link.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The utterances that commands decode: read, checked and prepared alike in all of them."""
+"""Reading of utterances for the decoding commands."""
 
 import argparse
 import logging
@@ -22,14 +22,13 @@ AUDIO = ("sound", "kaldi_ark")
 
 
 def decoding_task(task: Any) -> Any:
-    """An ESPnet task whose `build_streaming_iterator` reads audio as all our commands do.
+    """Subclass an ESPnet task with our reading of audio in `build_streaming_iterator`.
 
-    Audio of another rate than the model's is resampled, with a note; several channels are
-    averaged, unless the model takes them. What cannot be read is a UserError that names utterance
-    and file.
+    Audio of another sampling rate is resampled, with a note. Channels are mixed unless the model
+    takes several. Unreadable data is a UserError that names utterance and file.
 
     Args:
-        task: the task that is extended.
+        task: the ESPnet task.
     """
 
     class DecodingTask(task):
@@ -50,28 +49,28 @@ def decoding_task(task: Any) -> Any:
             data = list(data_path_and_name_and_type)
             keys = _check(data, key_file)
             preprocess_fn.kinds = {name: kind for _, name, kind in data if kind in AUDIO}
-            # entries of recordings go to `preprocess_fn` as text, which reads them
+            # recordings are passed as text entries to `preprocess_fn`, which reads them
             texts = [(path, name, "text" if kind in AUDIO else kind) for path, name, kind in data]
             if dtype in ("float16", "bfloat16"):
                 dtype = "float32"  # features are computed in 32 bits
             loader = super().build_streaming_iterator(
                 texts, preprocess_fn=preprocess_fn, dtype=dtype, **options
             )
-            loader.dataset.key_file = keys  # as an argument ESPnet takes a file alone
+            loader.dataset.key_file = keys  # the argument of ESPnet accepts only a file
             return Utterances(loader, data[0][0])
 
     return DecodingTask
 
 
 class ReadAudio:
-    """ESPnet's preprocessing after the recordings of an utterance were read.
+    """Reads the recordings of an utterance, then calls ESPnet's preprocessing.
 
     Args:
         args: the training arguments of the model.
         then: ESPnet's preprocessing, or None.
 
     Attributes:
-        kinds: name of data -> sound or kaldi_ark; what is read here.
+        kinds: name of data -> sound or kaldi_ark, for the recordings to read.
     """
 
     def __init__(self, args: argparse.Namespace, then: Any):
@@ -83,9 +82,9 @@ class ReadAudio:
         self.channels = bool(
             inner.get("use_beamformer") or inner.get("use_wpe") or hasattr(args, "enh_separator")
         )
-        # without a frontend what is read are features
+        # a model without frontend reads features
         self.prepares = getattr(args, "input_size", None) is None
-        self._told: set[str] = set()
+        self._noted: set[str] = set()
 
     def __call__(self, key: str, data: dict[str, Any]) -> dict[str, Any]:
         """Utterance and {name: entry} -> {name: array}."""
@@ -103,17 +102,17 @@ class ReadAudio:
         return read_utterance(entry, kind, self.rate, self.channels, self._note)
 
     def _note(self, text: str) -> None:
-        if text not in self._told:  # not for every utterance of a set
-            self._told.add(text)
+        if text not in self._noted:  # once, not for every utterance
+            self._noted.add(text)
             logging.warning(text)
 
 
 class Utterances:
-    """(keys, batch) of ESPnet's loader; what cannot be read is a UserError.
+    """(keys, batch) of ESPnet's loader; unreadable data is a UserError.
 
     Args:
-        loader: ESPnet's.
-        name: of what is read, for messages.
+        loader: ESPnet's loader.
+        name: path of the data, for messages.
     """
 
     def __init__(self, loader: Iterable, name: str):
@@ -128,21 +127,21 @@ class Utterances:
             except StopIteration:
                 return
             except UserError as error:
-                # a worker process puts its traceback before the message
+                # a worker process prepends its traceback to the message
                 lines = str(error).strip().splitlines()
                 raise UserError(lines[-1].split(f"{UserError.__name__}: ", 1)[-1]) from error
             except (RuntimeError, ValueError, LookupError, TypeError, AssertionError) as error:
                 lines = str(error).strip().splitlines()
-                said = one_line(lines[-1]) if lines else repr(error)
+                reason = one_line(lines[-1]) if lines else repr(error)
                 raise UserError(
-                    f"{self._name}: data after {last} cannot be read: {said}"
+                    f"{self._name}: data after {last} cannot be read: {reason}"
                 ) from error
             last = keys[-1]
             yield keys, batch
 
 
 def _check(data: Sequence[tuple[str, str, str]], key_file: str | None) -> list[str] | None:
-    """Refuse lists that cannot be read before anything is decoded; the keys of `key_file`."""
+    """Check all lists before decoding begins, and return the keys of `key_file`."""
     names = [name for _, name, _ in data]
     for name in names:
         if names.count(name) > 1:
@@ -169,5 +168,5 @@ def _keys(key_file: str, listed: Mapping[str, str]) -> list[str]:
     for key in wanted if listed else ():
         if key not in listed:
             raise ArgumentError("key_file", f"{key_file}: the data has no utterance {key}")
-    # ESPnet goes through its files once, so keys have to come in their order
+    # ESPnet reads its files once, so keys must have the order of the files
     return [key for key in listed if key in wanted] if listed else list(wanted)

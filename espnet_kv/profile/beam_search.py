@@ -19,6 +19,7 @@ from espnet_kv.decoder.transformer import KVTransformerDecoder
 from espnet_kv.errors import ConfigError, one_line
 from espnet_kv.espnet.ctc_prefix import FastCTCPrefixScorer
 from espnet_kv.espnet.inference import replaced
+from espnet_kv.profile import schema
 from espnet_kv.profile.analytic import decoder_bytes
 from espnet_kv.profile.cache_bytes import check
 from espnet_kv.profile.clock import median, milliseconds, spread, undisturbed
@@ -110,8 +111,10 @@ def _espnet_inference(subject: Subject) -> Iterator[Any]:
         yield espnet
 
 
-def time_utterances(recognizer: Recognizer, sound: Sound, repeats: int) -> dict[str, Any]:
-    """{"utterance_ms", "rtf"}: the median of the repeats of each utterance counts."""
+def time_utterances(
+    recognizer: Recognizer, sound: Sound, repeats: int
+) -> tuple[schema.Spread, float]:
+    """Time in ms of an utterance (of its repeats the median counts), and real-time factor."""
     device = recognizer.subject.device
     recognizer(sound.utterances[0])
     times = []
@@ -119,7 +122,7 @@ def time_utterances(recognizer: Recognizer, sound: Sound, repeats: int) -> dict[
         for samples in sound.utterances:
             runs = [milliseconds(device, recognizer, samples) for _ in range(repeats)]
             times.append(median(runs))
-    return {"utterance_ms": spread(times), "rtf": sum(times) / 1000 / sound.seconds}
+    return spread(times), sum(times) / 1000 / sound.seconds
 
 
 @dataclass
@@ -179,7 +182,7 @@ def watch(decoder: KVTransformerDecoder) -> Iterator[Watched]:
         del decoder.batch_score
 
 
-def measure_decoder(recognizer: Recognizer, samples: np.ndarray) -> dict[str, Any] | None:
+def measure_decoder(recognizer: Recognizer, samples: np.ndarray) -> schema.DecoderCache | None:
     """The profile's `decoder_cache`, of one utterance; None without a cached decoder.
 
     Raises:
@@ -198,16 +201,16 @@ def measure_decoder(recognizer: Recognizer, samples: np.ndarray) -> dict[str, An
         decoder_conf(recognizer.subject), size, most.stored, most.living, most.frames
     )
     check(most.held, analytic, f"decoder, {most.stored} tokens, {most.frames} frames")
-    return {
-        "hypotheses": max(step.hypotheses for step in watched.steps),
-        "tokens": len(watched.steps),
-        "frames": most.frames,
-        "bytes": most.held,
-        "analytic": analytic,
-        "allocated": most.allocated,
-        "bytes_per_token": most.held["decoder_self"] / most.stored if most.stored else 0.0,
-        "bytes_per_frame": _per_frame(recognizer.subject, most.frames),
-    }
+    return schema.DecoderCache(
+        hypotheses=max(step.hypotheses for step in watched.steps),
+        tokens=len(watched.steps),
+        frames=most.frames,
+        bytes=schema.DecoderKinds(**most.held),
+        analytic=schema.DecoderKinds(**analytic),
+        allocated=schema.DecoderKinds(**most.allocated),
+        bytes_per_token=most.held["decoder_self"] / most.stored if most.stored else 0.0,
+        bytes_per_frame=_per_frame(recognizer.subject, most.frames),
+    )
 
 
 def decoder_conf(subject: Subject) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from espnet_kv.cache import EncoderState
 from espnet_kv.encoder.streaming import subsampling
 from espnet_kv.errors import UserError
+from espnet_kv.profile import schema
 from espnet_kv.profile.analytic import EncoderArithmetic
 from espnet_kv.profile.subject import Subject, encoder_with
 
@@ -32,13 +33,13 @@ class Held:
     frames: encoded so far.
     bytes: held, by kind.
     allocated: bytes of the storage, by the same kinds.
-    layers: {attention, conv, allocated: {attention, conv}} of each encoder layer.
+    layers: of the encoder.
     """
 
     frames: int
     bytes: dict[str, int]
     allocated: dict[str, int]
-    layers: list[dict[str, Any]]
+    layers: list[schema.Layer]
 
 
 def hold(
@@ -95,7 +96,7 @@ def _held(encoder: Any, state: EncoderState) -> Held:
     return Held(state.frames[0], held, own, _layers(encoder, state))
 
 
-def _layers(encoder: Any, state: EncoderState) -> list[dict[str, Any]]:
+def _layers(encoder: Any, state: EncoderState) -> list[schema.Layer]:
     layers, modules = [], state.modules
     for block in encoder.encoders:
         own = [modules[m.state_index] for m in block.modules() if hasattr(m, "state_index")]
@@ -103,7 +104,7 @@ def _layers(encoder: Any, state: EncoderState) -> list[dict[str, Any]]:
             {kind: sum(getattr(s, what) for s in own if s.kind == kind) for kind in LAYER_KINDS}
             for what in ("nbytes", "capacity_bytes")
         )
-        layers.append({**held, "allocated": allocated})
+        layers.append(schema.Layer(**held, allocated=schema.LayerKinds(**allocated)))
     return layers
 
 
@@ -141,7 +142,7 @@ def encoder_name(subject: Subject) -> str:
 
 def measure(
     subject: Subject, features: Tensor, seconds: Sequence[float], cache_dtype: str
-) -> dict[str, Any]:
+) -> schema.Cache:
     """One cache_dtype of the profile's `cache`.
 
     Args:
@@ -162,24 +163,22 @@ def measure(
             where = f"{cache_dtype}, {bound}, {length['seconds']:g} s"
             check(one.bytes, analytic, where)
             length["frames"] = one.frames
-            length[bound] = {
-                "bytes": one.bytes,
-                "analytic": analytic,
-                "allocated": one.allocated,
-            }
+            length[bound] = schema.Held(
+                bytes=schema.Kinds(**one.bytes),
+                analytic=schema.Kinds(**analytic),
+                allocated=schema.Kinds(**one.allocated),
+            )
     first, last = held["unbounded"][0], held["unbounded"][-1]
     per_frame = _slope(first, last)
-    return {
-        "lengths": lengths,
-        "layers": held["bounded"][-1].layers,
-        "position": position_bytes(
-            subject.encoder, features, subject.chunk_size, subject.left_chunks
-        ),
-        "attention_bytes_per_frame": per_frame,
-        "attention_bytes_per_second": None
-        if per_frame is None
-        else per_frame / subject.frame_seconds,
-    }
+    per_second = None if per_frame is None else per_frame / subject.frame_seconds
+    left, chunk = subject.left_chunks, subject.chunk_size
+    return schema.Cache(
+        lengths=[schema.CacheLength(**length) for length in lengths],
+        layers=held["bounded"][-1].layers,
+        position=position_bytes(subject.encoder, features, chunk, left),
+        attention_bytes_per_frame=per_frame,
+        attention_bytes_per_second=per_second,
+    )
 
 
 def _slope(first: Held, last: Held) -> float | None:
@@ -211,22 +210,24 @@ def check(measured: dict[str, int], analytic: dict[str, int], where: str) -> Non
 
 
 def compare(
-    subject: Subject, features: Tensor, seconds: float, own: dict[str, Any], cache_dtype: str
-) -> dict[str, Any]:
+    subject: Subject, features: Tensor, own: schema.CacheLength, cache_dtype: str
+) -> dict[str, schema.Ratio]:
     """The profile's `compression`: attention bytes of mha and of mha `cache: input` over own.
 
     All of them are allocated bytes, as the figure that stands for a cache is.
 
     Args:
-        features, seconds: of the longest length. own: its entry in `measure`'s lengths.
+        features: of the longest length.
+        own: its entry in `measure`'s lengths.
     """
-    marks = marks_of(subject, [seconds])
-    ratios: dict[str, dict[str, float]] = {}
+    marks = marks_of(subject, [own.seconds])
+    ratios = {}
     for name, conf in (("mha", {}), ("input", {"cache": "input"})):
         encoder = encoder_with(subject, "mha", **conf)
-        ratios[name] = {}
+        sides = {}
         for bound, left in (("bounded", subject.left_chunks), ("unbounded", -1)):
             (reference,) = hold(encoder, features, marks, subject.chunk_size, left, cache_dtype)
-            allocated = own[bound]["allocated"]["attention"]
-            ratios[name][bound] = reference.allocated["attention"] / allocated
+            allocated = getattr(own, bound).allocated.attention
+            sides[bound] = reference.allocated["attention"] / allocated
+        ratios[name] = schema.Ratio(**sides)
     return ratios

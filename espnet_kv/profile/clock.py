@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from espnet_kv.profile.schema import Spread
+
 
 def milliseconds(device: str, run: Callable[..., object], *operands: Any) -> float:
     """How long run(*operands) takes, the GPU's part included."""
@@ -36,10 +38,10 @@ def undisturbed() -> Iterator[None]:
         gc.enable()
 
 
-def spread(times: Sequence[float]) -> dict[str, float]:
-    """{"mean", "p50", "p95", "p99"} of at least one time."""
+def spread(times: Sequence[float]) -> Spread:
+    """Mean and percentiles of at least one time."""
     p50, p95, p99 = np.percentile(times, (50, 95, 99))
-    return {"mean": float(np.mean(times)), "p50": float(p50), "p95": float(p95), "p99": float(p99)}
+    return Spread(mean=float(np.mean(times)), p50=float(p50), p95=float(p95), p99=float(p99))
 
 
 def median(times: Sequence[float]) -> float:

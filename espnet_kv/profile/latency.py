@@ -7,6 +7,7 @@ from itertools import cycle
 from typing import Any
 
 from espnet_kv.profile.clock import median, milliseconds, spread, synchronize, undisturbed
+from espnet_kv.profile.schema import Minute, Spread
 from espnet_kv.profile.sound import Sound, features, pieces
 from espnet_kv.profile.subject import Subject
 from espnet_kv.streaming.meter import Meter
@@ -18,7 +19,7 @@ OPTIONS = ("beam_size", "ctc_weight", "penalty")
 """What of a streaming configuration plays a part here."""
 
 
-def time_chunks(subject: Subject, sound: Sound) -> dict[str, float]:
+def time_chunks(subject: Subject, sound: Sound) -> Spread:
     """The profile's `chunk_ms`: forward_chunk once its left context is full."""
     before = max(0, subject.left_chunks) + WARM_UP
     seconds = (before + CHUNKS + 1) * subject.chunk_seconds
@@ -32,7 +33,7 @@ def time_chunks(subject: Subject, sound: Sound) -> dict[str, float]:
     return spread(times[before : before + CHUNKS])
 
 
-def time_hour(subject: Subject, sound: Sound, minutes: int = 60) -> list[dict[str, float]]:
+def time_hour(subject: Subject, sound: Sound, minutes: int = 60) -> list[Minute]:
     """The profile's `hour`: a stream of so many minutes, the median of a chunk in each."""
     xs = features(subject, sound.clip(60))
     size = subject.chunk_size * subject.stride
@@ -47,7 +48,7 @@ def time_hour(subject: Subject, sound: Sound, minutes: int = 60) -> list[dict[st
                 times.append(milliseconds(subject.device, subject.encoder.forward_chunk, x, state))
                 done += 1
                 heard = done * subject.chunk_seconds
-            rows.append({"minute": minute, "chunk_ms": median(times)})
+            rows.append(Minute(minute=minute, chunk_ms=median(times)))
     return rows
 
 
@@ -93,7 +94,7 @@ class Streamer:
             meter.accept(piece, is_final=first + size >= len(samples))
         synchronize(self.subject.device)
 
-    def first_tokens(self, sound: Sound) -> dict[str, float] | None:
+    def first_tokens(self, sound: Sound) -> Spread | None:
         """The profile's `first_token_ms`; None for random weights, or where no token came."""
         if not self.subject.source.trained:
             return None

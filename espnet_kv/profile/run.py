@@ -1,16 +1,18 @@
 """A whole profile: every measurement of one model, as docs/profile.md describes it."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from espnet_kv.attention import Attention
 from espnet_kv.cache.codec import FLOATS
 from espnet_kv.decoder.transformer import KVTransformerDecoder
 from espnet_kv.errors import UserError
 from espnet_kv.files import commit
-from espnet_kv.profile import cache_bytes, growth, machine, macs
+from espnet_kv.profile import cache_bytes, growth, machine, macs, schema
 from espnet_kv.profile.beam_search import (
     TOKENS_PER_SECOND,
     Recognizer,
@@ -43,12 +45,13 @@ class Options:
 
 
 def profile(
-    subject: Subject, sound: Sound, options: Options, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Everything that is measured of a model: the profile without name, paths and error rates.
+    name: str, subject: Subject, sound: Sound, options: Options, say: Callable[[str], None]
+) -> schema.Profile:
+    """Everything that is measured of a model: the profile without paths, command and error rates.
 
     Args:
-        say: told what is being done.
+        name: of the model.
+        say: called with progress messages.
 
     Raises:
         UserError: a measurement cannot be made, or a cache does not hold what it should.
@@ -60,13 +63,12 @@ def profile(
     for cache_dtype in dict.fromkeys([own, *options.cache_dtypes]):
         caches[cache_dtype] = cache_bytes.measure(subject, xs, options.seconds, cache_dtype)
         say(f"cache {cache_dtype}: {_summary(caches[cache_dtype])}")
-    longest = caches[own]["lengths"][-1]
-    compression = cache_bytes.compare(subject, xs, options.seconds[-1], longest, own)
-    say(f"compression: {compression['mha']['bounded']:.3g} against mha")
+    compression = cache_bytes.compare(subject, xs, caches[own].lengths[-1], own)
+    say(f"compression: {compression['mha'].bounded:.3g} against mha")
 
     macs_per_second = macs.macs_per_second(subject, sound)
     chunk_ms = time_chunks(subject, sound)
-    say(f"chunk: {chunk_ms['p50']:.2f} ms")
+    say(f"chunk: {chunk_ms.p50:.2f} ms")
     streamer = Streamer(subject, options.streaming_search)
     streaming_rtf = streamer.real_time_factor(sound)
     first_token_ms = streamer.first_tokens(sound)
@@ -75,32 +77,34 @@ def profile(
         subject.source, sound, options.seconds, subject.chunk_size, subject.left_chunks
     )
     method, rows = growth.measure(task, subject, say)
-    hour = time_hour(subject, sound) if options.hour else None
+    hour = time_hour(subject, sound) if options.hour else []
     # must come last: it changes the output bias of random weights in place
     recognizer = Recognizer(subject, options.search)
-    utterances = time_utterances(recognizer, sound, options.repeats)
-    mean = utterances["utterance_ms"]["mean"]
-    say(f"utterances: {mean:.0f} ms, real-time factor {utterances['rtf']:.3f}")
-    return {
-        "model": _model(subject) | {"macs_per_second": macs_per_second},
-        "settings": _settings(subject, sound, recognizer, streamer),
-        "cache": caches,
-        "decoder_cache": measure_decoder(recognizer, _typical(sound)),
-        "compression": compression,
-        "time": {
-            **utterances,
-            "chunk_ms": chunk_ms,
-            "streaming_rtf": streaming_rtf,
-            "first_token_ms": first_token_ms,
-            "lengths": [_pick(row, "encode_ms", "chunk_ms") for row in rows],
-            "hour": hour,
-        },
-        "memory": {
-            "method": method,
-            "lengths": [_pick(row, *MEMORY) for row in rows],
+    utterance_ms, rtf = time_utterances(recognizer, sound, options.repeats)
+    say(f"utterances: {utterance_ms.mean:.0f} ms, real-time factor {rtf:.3f}")
+    return schema.Profile(
+        schema=schema.SCHEMA,
+        name=name,
+        model=_model(subject, macs_per_second),
+        settings=_settings(subject, sound, recognizer, streamer),
+        cache=caches,
+        decoder_cache=measure_decoder(recognizer, _typical(sound)),
+        compression=compression,
+        time=schema.Time(
+            utterance_ms=utterance_ms,
+            rtf=rtf,
+            chunk_ms=chunk_ms,
+            streaming_rtf=streaming_rtf,
+            first_token_ms=first_token_ms,
+            lengths=[schema.TimeLength(**_pick(row, schema.TimeLength)) for row in rows],
+            hour=hour,
+        ),
+        memory=schema.Memory(
+            method=method,
+            lengths=[schema.MemoryLength(**_pick(row, schema.MemoryLength)) for row in rows],
             **{key: rows[-1].get(key) for key in MEMORY},
-        },
-    }
+        ),
+    )
 
 
 def model_dtype(subject: Subject) -> str:
@@ -115,12 +119,13 @@ def model_dtype(subject: Subject) -> str:
     )
 
 
-def _summary(measured: dict[str, Any]) -> str:
-    longest = measured["lengths"][-1]
-    bounded, unbounded = (longest[b]["allocated"]["attention"] for b in ("bounded", "unbounded"))
+def _summary(measured: schema.Cache) -> str:
+    longest = measured.lengths[-1]
+    assert longest.bounded is not None and longest.unbounded is not None
     return (
-        f"attention {bounded} bytes allocated ({longest['bounded']['bytes']['attention']} held) "
-        f"bounded, {unbounded} unbounded at {longest['seconds']:g} s"
+        f"attention {longest.bounded.allocated.attention} bytes allocated "
+        f"({longest.bounded.bytes.attention} held) bounded, "
+        f"{longest.unbounded.allocated.attention} unbounded at {longest.seconds:g} s"
     )
 
 
@@ -129,49 +134,74 @@ def _typical(sound: Sound) -> Any:
     return sorted(sound.utterances, key=len)[len(sound.utterances) // 2]
 
 
-def _pick(row: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    return {"seconds": row["seconds"]} | {key: row.get(key) for key in keys}
+def _pick(row: Mapping[str, Any], part: type[schema.Part]) -> dict[str, Any]:
+    """What of a measurement belongs to one part of the profile."""
+    return {key: row.get(key) for key in part.model_fields}
 
 
-def _model(subject: Subject) -> dict[str, Any]:
+def _model(subject: Subject, macs_per_second: float) -> schema.Model:
     conf = subject.args.encoder_conf
     decoder = subject.model.decoder
+    counted: dict[str, Any] = {**macs.parameters(subject.model)}
     attention: dict[str, Any] = {}
-    for place in ("self", "src"):
-        for key in (f"{place}_attention_type", f"{place}_attention_conf"):
-            attention[key] = None
-            if isinstance(decoder, KVTransformerDecoder):
+    if isinstance(decoder, KVTransformerDecoder):
+        for place in ("self", "src"):
+            for key in (f"{place}_attention_type", f"{place}_attention_conf"):
                 attention[key] = decoder_conf(subject)[key] or {}
-    return {
-        "encoder": cache_bytes.encoder_name(subject),
-        "attention_type": conf.get("attention_type", "mha"),
-        "attention_conf": conf.get("attention_conf") or {},
-        "decoder": None if decoder is None else str(subject.args.decoder).removeprefix("kv_"),
+            attention[f"{place}_attention_label"] = attention_label(decoder, place == "src")
+    return schema.Model(
+        encoder=cache_bytes.encoder_name(subject),
+        attention_type=conf.get("attention_type", "mha"),
+        attention_conf=conf.get("attention_conf") or {},
+        attention_label=attention_label(subject.encoder),
+        decoder=None if decoder is None else str(subject.args.decoder).removeprefix("kv_"),
         **attention,
-        "weights": "trained" if subject.source.trained else "random",
-        **macs.parameters(subject.model),
-    }
+        weights="trained" if subject.source.trained else "random",
+        **counted,
+        macs_per_second=macs_per_second,
+    )
+
+
+def attention_label(model: torch.nn.Module, cross: bool = False) -> str:
+    """The label of a model's attention modules: one, or several where its layers differ.
+
+    Labels that differ in numbers alone become one with ranges: mla r32-64.
+
+    Args:
+        model: an encoder or decoder.
+        cross: whether the modules that attend to encoded utterances are meant.
+    """
+    modules = [m for m in model.modules() if isinstance(m, Attention) and m.cross is cross]
+    labels = list(dict.fromkeys(module.label for module in modules))
+    parts = [re.split(r"(\d+(?:\.\d+)?)", label) for label in labels]
+    if len({(*words[::2],) for words in parts}) != 1:
+        return ", ".join(labels) or "no attention"
+    merged = list(parts[0])
+    for place in range(1, len(merged), 2):
+        numbers = sorted({words[place] for words in parts}, key=float)
+        merged[place] = "-".join(dict.fromkeys((numbers[0], numbers[-1])))
+    return "".join(merged)
 
 
 def _settings(
     subject: Subject, sound: Sound, recognizer: Recognizer, streamer: Streamer
-) -> dict[str, Any]:
-    return {
-        "device": subject.device,
-        "device_name": machine.device_name(subject.device),
-        "dtype": str(next(subject.encoder.parameters()).dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "seed": subject.source.seed,
-        "chunk_size": subject.chunk_size,
-        "left_chunks": subject.left_chunks,
-        "frame_ms": 1000 * subject.frame_seconds,
-        "audio": sound.name,
-        "utterances": len(sound.utterances),
-        "utterance_seconds": sound.seconds,
-        "search": recognizer.options,
-        "streaming_search": streamer.options,
-        "tokens_per_second": None if subject.source.trained else TOKENS_PER_SECOND,
-        "commit": commit(),
-        "date": machine.now(),
+) -> schema.Settings:
+    return schema.Settings(
+        device=subject.device,
+        device_name=machine.device_name(subject.device),
+        dtype=str(next(subject.encoder.parameters()).dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        seed=subject.source.seed,
+        chunk_size=subject.chunk_size,
+        left_chunks=subject.left_chunks,
+        frame_ms=1000 * subject.frame_seconds,
+        audio=sound.name,
+        utterances=len(sound.utterances),
+        utterance_seconds=sound.seconds,
+        search=recognizer.options,
+        streaming_search=streamer.options,
+        tokens_per_second=None if subject.source.trained else TOKENS_PER_SECOND,
+        commit=commit(),
+        date=machine.now(),
         **machine.versions(),
-    }
+    )

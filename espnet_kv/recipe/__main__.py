@@ -19,13 +19,13 @@ MEMORY = ".content.json"
 
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the stages asked for.
+    """Run the stages given by the options.
 
     Args:
-        arguments: options (`run.sh --help`); sys.argv when None.
+        arguments: options (`run.sh --help`); None: sys.argv.
 
     Raises:
-        UserError: bad options or bad input, in one line.
+        UserError: bad options or bad input.
     """
     args = parse(arguments)
     layout = Layout(args)
@@ -33,8 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     judge = Steps(Content(args.dumpdir / MEMORY, args.nj, keep=not args.dry_run))
     stages = range(args.stage, args.stop_stage + 1)
     if args.dry_run:
-        for step, said in forecast(steps, judge, stages):
-            print(f"stage {step.stage}: {step.name}: {said}")
+        for step, outcome in forecast(steps, judge, stages):
+            print(f"stage {step.stage}: {step.name}: {outcome}")
         return
     parallel = {11: args.train_nj, 12: args.inference_nj, 14: 1}
     start = time.monotonic()

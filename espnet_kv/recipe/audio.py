@@ -1,4 +1,4 @@
-"""Reading audio: any file, ark entry or pipe of a wav.scp becomes mono float32 samples."""
+"""Reading of wav.scp entries (files, ark entries, pipes) as mono float32 samples."""
 
 import hashlib
 import io
@@ -16,20 +16,20 @@ from espnet_kv.channels import to_mono
 from espnet_kv.recipe.containers import CHECKED, is_cut_short
 
 RATES = (1000, 768000)
-"""Sampling rates in Hz that speech may have; a header that says another is damaged."""
+"""Range of sampling rates in Hz; a header with another rate is damaged."""
 CLIPPED_TO = 1.5
-"""Floats may exceed full scale by this factor (lossy codecs do); they are clipped."""
+"""Float samples up to this factor of full scale are clipped; lossy codecs produce them."""
 OVERSHOOT = 0.5
-"""Seconds by which a segment may end behind its recording, as Kaldi allows."""
+"""Seconds by which a segment may end after its recording, as in Kaldi."""
 
 
 class AudioError(Exception):
-    """Why the audio of one utterance cannot be used, in a few words."""
+    """The audio of one utterance cannot be used; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Audio:
-    """Mono samples (T,) in float32 and what had to be changed to get them."""
+    """Mono samples (T,) in float32, and notes on conversions."""
 
     samples: np.ndarray
     notes: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ class Recording:
         """The part from `start` to `end` in seconds (None: to the end of the recording).
 
         Raises:
-            AudioError: the part is empty, or ends more than OVERSHOOT behind the recording.
+            AudioError: the part is empty, or ends more than OVERSHOOT after the recording.
         """
         seconds = len(self.samples) / self.rate
         if start >= seconds or (end is not None and end > seconds + OVERSHOOT):
@@ -70,11 +70,11 @@ class Recording:
 def read_recording(entry: str, *, allow_pipes: bool = False) -> Recording:
     """Read one wav.scp entry: an audio file, `file.ark:offset`, or a command that ends in `|`.
 
-    Channels become one as `to_mono` says. Float audio in the scale of 16-bit integers is divided
-    by 32768. Both are noted.
+    Channels are mixed (`to_mono`). Float audio in the scale of 16-bit integers is divided by 32768.
+    Both add a note.
 
     Args:
-        allow_pipes: run commands; else they are an AudioError.
+        allow_pipes: run commands; otherwise a command is an AudioError.
 
     Raises:
         AudioError: the audio is missing, in an unknown format, corrupt, cut short, empty or
@@ -97,7 +97,7 @@ def read_audio(entry: str, *, allow_pipes: bool = False) -> tuple[np.ndarray, in
 
 
 def read_audio_at(entry: str, fs: int, *, allow_pipes: bool = False) -> Audio:
-    """Read one wav.scp entry as mono audio at `fs` Hz, noting what had to be converted.
+    """Read one wav.scp entry as mono audio at `fs` Hz, with notes on conversions.
 
     Raises:
         AudioError: as `read_recording`.
@@ -109,15 +109,15 @@ def resample(samples: np.ndarray, rate: int, fs: int) -> np.ndarray:
     """Samples (T,) at `rate` Hz -> samples (ceil(T fs / rate),) at `fs` Hz."""
     common = math.gcd(rate, fs)
     if (rate // common) * (fs // common) > 4_000_000:
-        # torchaudio tabulates a filter for every pair of phases: gigabytes for 44101 Hz.
+        # torchaudio stores a filter for every pair of phases: gigabytes for 44101 Hz.
         from scipy.signal import resample_poly
 
         return resample_poly(samples, fs // common, rate // common).astype(np.float32)
     import torch
     from torchaudio.functional import resample as sinc_resample
 
-    # One thread, because the last bit depends on how many share the sum, and the processes
-    # of parallel_map fill the cores already.
+    # One thread: the last bit depends on the number of threads, and the processes of
+    # parallel_map use all cores already.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -127,12 +127,12 @@ def resample(samples: np.ndarray, rate: int, fs: int) -> np.ndarray:
 
 
 def to_int16(samples: np.ndarray) -> np.ndarray:
-    """Float samples within [-1, 1] -> int16; lossless for audio that was 16-bit before."""
+    """Float samples within [-1, 1] -> int16; lossless for audio read from 16 bits."""
     return np.clip(np.rint(samples * 32768.0), -32768, 32767).astype(np.int16)
 
 
 def audio_file(utt: str, suffix: str) -> str:
-    """A file name for an utterance: no id is too long or too strange for a file system."""
+    """A file name for any utterance id, with special characters quoted and limited length."""
     name = quote(utt, safe="")
     if len(name) > 200:
         name = f"{name[:100]}-{hashlib.sha256(utt.encode()).hexdigest()}"
@@ -148,7 +148,7 @@ def file_of(entry: str) -> str | None:
 
 
 def _in_scale(samples: np.ndarray, entry: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Samples (T, channels) within [-1, 1], and a note of what that took."""
+    """Samples (T, channels) within [-1, 1], and a note on the scaling."""
     peak = float(np.abs(samples).max())
     if peak <= 1:
         return samples, ()
@@ -183,7 +183,7 @@ def _decode(entry: str, allow_pipes: bool) -> tuple[np.ndarray, int]:
         raise
     except PermissionError:
         raise AudioError(f"no permission to read {path}") from None
-    except Exception as error:  # decoders raise whatever a damaged header leads them to
+    except Exception as error:  # a damaged header can cause any exception
         why = " ".join(str(error).split())
         raise AudioError(f"corrupt audio: {entry}: {why or type(error).__name__}") from error
     if len(samples) == 0:
@@ -191,7 +191,7 @@ def _decode(entry: str, allow_pipes: bool) -> tuple[np.ndarray, int]:
     if not np.isfinite(samples).all():
         raise AudioError(f"corrupt audio: {entry}: samples are not finite")
     if not RATES[0] <= rate <= RATES[1]:
-        raise AudioError(f"corrupt audio: {entry}: the header says {rate} samples a second")
+        raise AudioError(f"corrupt audio: {entry}: the header states {rate} samples a second")
     return samples, rate
 
 
@@ -208,7 +208,7 @@ def _check_file(path: str) -> None:
 
 
 def _output(command: str) -> bytes:
-    """What a command of wav.scp writes; as in Kaldi a shell runs it, here the recipe's bash."""
+    """The output of a command in wav.scp, run by bash."""
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", command],
         stdin=subprocess.DEVNULL,
@@ -216,10 +216,10 @@ def _output(command: str) -> bytes:
         check=False,
     )
     if done.returncode:
-        said = " ".join(done.stderr.decode(errors="replace").split())[-300:]
+        message = " ".join(done.stderr.decode(errors="replace").split())[-300:]
         raise AudioError(
             f"command failed with status {done.returncode}: {command.strip()}: "
-            f"{said or 'it wrote no message'}"
+            f"{message or 'it wrote no message'}"
         )
     if not done.stdout:
         raise AudioError(f"empty audio: the command wrote nothing: {command.strip()}")
@@ -234,7 +234,7 @@ def _decode_ark(path: str, offset: int) -> tuple[np.ndarray, int]:
             raise AudioError(f"corrupt audio: {path}:{offset}: the file ends before this offset")
         file.seek(offset)
         magic = file.read(5)
-        if magic[:3] == b"PKL":  # kaldiio would run the code in it
+        if magic[:3] == b"PKL":  # kaldiio would run code in it
             raise AudioError(
                 f"corrupt audio: {path}:{offset} is a Python pickle, which is not read"
             )
@@ -243,7 +243,7 @@ def _decode_ark(path: str, offset: int) -> tuple[np.ndarray, int]:
             return _decode_sound(io.BytesIO(file.read(length)))
         if magic[:4] in (b"RIFF", b"fLaC"):
             file.seek(offset)
-            # The size in a wav header; 0 or a huge one: everything up to the end.
+            # The size in a wav header; 0 or very large: everything up to the end.
             size = int.from_bytes((head := file.read(8))[4:], "little") if magic[:1] == b"R" else 0
             return _decode_sound(io.BytesIO(head + file.read(size or -1)))
     rate, samples = kaldiio.load_mat(f"{path}:{offset}")
@@ -256,7 +256,7 @@ def _decode_sound(file: BinaryIO) -> tuple[np.ndarray, int]:
     import soundfile
 
     class Stream(soundfile.SoundFile):
-        """A sound that is read from its start to its end: flac of unknown length has no seek."""
+        """A sound without seeking, which flac of unknown length does not support."""
 
         def seekable(self) -> bool:
             return False
@@ -267,18 +267,18 @@ def _decode_sound(file: BinaryIO) -> tuple[np.ndarray, int]:
     start = file.read(512)
     file.seek(0)
     try:
-        sound = Stream(getattr(file, "name", file))  # a file is read faster by libsndfile itself
+        sound = Stream(getattr(file, "name", file))  # libsndfile reads a named file faster
     except soundfile.LibsndfileError as error:
         unknown = f"{str(error).rpartition(': ')[2].rstrip('.')}; {_CONVERT}"
         raise ValueError(_foreign(start) or unknown) from None
     with sound:
         if sound.format not in CHECKED:
-            raise ValueError(f"whether {sound.format} is complete cannot be told; {_CONVERT}")
+            raise ValueError(f"whether {sound.format} is complete cannot be determined; {_CONVERT}")
         blocks = []
         while len(block := sound.read(1 << 20, dtype="float32", always_2d=True)):
             blocks.append(block)
         samples = np.concatenate(blocks) if blocks else np.zeros((0, 1), np.float32)
-        # The frames that mp3 announces may be wrong by the codec's delay.
+        # The number of frames in an mp3 header may be wrong by the codec's delay.
         slack = 2 * 1152 if sound.format == "MP3" else 0
         if len(samples) + slack < sound.frames < 1 << 62:
             raise ValueError("the file is cut short")
@@ -300,7 +300,7 @@ _FOREIGN = (
 
 
 def _foreign(start: bytes) -> str:
-    """What a file is that libsndfile cannot read, by its first bytes; empty: unknown."""
+    """Name the format of a file that libsndfile cannot read, by its first bytes; empty: unknown."""
     text = start.decode("latin-1")
     for pattern, what in _FOREIGN:
         if re.match(pattern, text, re.DOTALL | re.IGNORECASE):

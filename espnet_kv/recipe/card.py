@@ -1,11 +1,11 @@
 """The card of a packed model: how to load it, and what was measured of it."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from espnet_kv.errors import UserError, one_line
+from espnet_kv.profile.schema import Profile, read_profile
 from espnet_kv.scores import read_scores
 
 USE = """## Use
@@ -52,11 +52,11 @@ def usage(exp: Path, name: str) -> str:
     Args:
         name: what from_pretrained takes.
     """
-    settings = _profile(exp).get("settings", {})
-    chunk_size, left_chunks = settings.get("chunk_size") or 16, settings.get("left_chunks")
-    return USE.format(
-        name=name, chunk_size=chunk_size, left_chunks=4 if left_chunks is None else left_chunks
-    )
+    profile = _profile(exp)
+    chunks = {"chunk_size": 16, "left_chunks": 4}
+    if profile is not None and profile.settings.chunk_size and profile.settings.left_chunks:
+        chunks = {key: getattr(profile.settings, key) for key in chunks}
+    return USE.format(name=name, **chunks)
 
 
 def figures(exp: Path) -> str:
@@ -65,44 +65,37 @@ def figures(exp: Path) -> str:
     Raises:
         UserError: a file of these stages is damaged.
     """
-    profile, run = _profile(exp), _json(exp / "run.json")
-    parts = ["## Figures", *_cache(profile), *_error_rates(exp)]
+    profile = _profile(exp)
+    parts = ["## Figures", *([] if profile is None else _cache(profile)), *_error_rates(exp)]
     if len(parts) == 1:
         parts.append("Nothing of this model was measured.")
-    origin = _json(exp / "conversion.json")
-    for what, record in (
-        ("Trained", run),
-        ("Converted", origin),
-        ("Profiled", profile.get("settings", {})),
-    ):
+    origins: dict[str, dict[str, Any]] = {
+        "Trained": _json(exp / "run.json"),
+        "Converted": _json(exp / "conversion.json"),
+        "Profiled": {} if profile is None else profile.settings.model_dump(),
+    }
+    for what, record in origins.items():
         if record.get("command"):
             commit = f", commit {record['commit']}" if record.get("commit") else ""
             parts.append(f"{what} with `{record['command']}`{commit}.")
     return "\n\n".join(parts)
 
 
-def _cache(profile: Mapping[str, Any]) -> list[str]:
-    rows = []
-    try:
-        for cache_dtype, cache in profile.get("cache", {}).items():
-            longest = max(cache["lengths"], key=lambda length: length["seconds"])
-            held = longest["bounded"]["bytes"]["attention"]
-            allocated = (longest["bounded"].get("allocated") or {}).get("attention")
-            shown = "" if allocated is None else f"{allocated / 1000:.1f}"
-            rows.append(f"| {cache_dtype} | {held / 1000:.1f} | {shown} |")
-        settings = profile.get("settings", {})
-        chunk, left = settings.get("chunk_size"), settings.get("left_chunks")
-        seconds = max((length["seconds"] for length in cache["lengths"]), default=0) if rows else 0
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"the profile of {profile.get('name')} is damaged ({one_line(error)}): profile again "
-            "(stage 14)"
-        ) from error
+def _cache(profile: Profile) -> list[str]:
+    rows, seconds = [], 0.0
+    for cache_dtype, cache in profile.cache.items():
+        longest = cache.longest
+        if longest is not None and longest.bounded is not None:
+            held, allocated = longest.bounded.bytes, longest.bounded.allocated
+            shown = "" if allocated is None else f"{allocated.attention / 1000:.1f}"
+            rows.append(f"| {cache_dtype} | {held.attention / 1000:.1f} | {shown} |")
+            seconds = longest.seconds
     if not rows:
         return []
+    settings = profile.settings
     note = (
         f"Attention cache of one stream after {seconds:g} s of audio, chunks of "
-        f"{chunk} frames, {left} chunks of left context."
+        f"{settings.chunk_size} frames, {settings.left_chunks} chunks of left context."
     )
     head = "| cache_dtype | held, kB | allocated, kB |\n|---|---:|---:|\n"
     return [note, head + "\n".join(rows)]
@@ -121,8 +114,9 @@ def _error_rates(exp: Path) -> list[str]:
     return [head + "\n".join(rows)]
 
 
-def _profile(exp: Path) -> dict[str, Any]:
-    return _json(exp / "profile/profile.json")
+def _profile(exp: Path) -> Profile | None:
+    file = exp / "profile/profile.json"
+    return read_profile(file) if file.exists() else None
 
 
 def _json(file: Path) -> dict[str, Any]:

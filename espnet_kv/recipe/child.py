@@ -1,8 +1,8 @@
-"""What a job's process does: it ends with the run, and calls the command's main.
+"""The process of a job: it ends with the run, and calls the main function of the command.
 
     python -m espnet_kv.recipe.child WATCHED_FD MODULE ARGUMENT ...
 
-The process may be a fresh one, as above, or a fork of a server that has ESPnet loaded.
+The process is a new one, as above, or a fork of a server that has loaded ESPnet.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from espnet_kv.recipe.pool import end_with, end_with_parent
 
 
 def call(module: str, arguments: Sequence[str]) -> int:
-    """Exit status of `module.main(arguments)`; what it raises goes to standard error."""
+    """Call `module.main(arguments)`, print exceptions on stderr, and return the exit status."""
     sys.argv = [module, *arguments]  # ESPnet logs its command line
     try:
         status = importlib.import_module(module).main(list(arguments)) or 0
@@ -42,7 +42,7 @@ def forked(
     environment: Mapping[str, str],
     threads: int,
 ) -> None:
-    """A job in a fork of the server, which may be older than `environment`."""
+    """Run a job in a fork of the server; `environment` replaces that of the server."""
     end_with_parent()
     os.environ.clear()
     os.environ.update(environment)
@@ -50,9 +50,9 @@ def forked(
         os.dup2(nothing.fileno(), 0)
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    # what the server's imports set up would keep ESPnet's own logging from being set up
+    # handlers of the server's imports would prevent ESPnet from configuring its logging
     logging.root.handlers.clear()
-    if "torch" in sys.modules:  # it has read the server's OMP_NUM_THREADS
+    if "torch" in sys.modules:  # torch has read the server's OMP_NUM_THREADS
         sys.modules["torch"].set_num_threads(threads)
     sys.exit(call(module, arguments))
 

@@ -1,5 +1,4 @@
-"""Detection of audio files that end before their header says; libsndfile reads most of them
-without an error."""
+"""Detection of truncated audio files; libsndfile reads most of them without an error."""
 
 import os
 import struct
@@ -7,9 +6,9 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 CHECKED = {"WAV", "WAVEX", "RF64", "AIFF", "AU", "W64", "CAF", "FLAC", "OGG", "MP3", "NIST"}
-"""libsndfile's names of the containers of which `is_cut_short` (or the decoder) can tell."""
+"""libsndfile's names of the containers that `is_cut_short` (or the decoder) can check."""
 
-# A program that writes into a pipe cannot know the size and leaves 0 or about 2 or 4 GiB.
+# A program that writes into a pipe puts 0, or about 2 or 4 GiB, for the unknown size.
 _STREAMED = 0x7F000000
 _W64 = bytes.fromhex("726966662e91cf11a5d628db04c10000")  # `riff`, its GUID
 _KBITS_V1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
@@ -18,12 +17,12 @@ _MP3_RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 120
 
 
 def is_cut_short(stream: BinaryIO) -> bool:
-    """Whether an audio file lacks bytes that its header announces; False where it cannot be told.
+    """Whether an audio file is shorter than stated in its header; False if it cannot be decided.
 
-    flac is not looked at: its decoder fails on a cut file.
+    flac is not checked here, because its decoder fails for truncated files.
 
     Args:
-        stream: the file, seekable, anywhere in it.
+        stream: the seekable file, at any position.
     """
     size = stream.seek(0, os.SEEK_END)
     stream.seek(0)
@@ -109,7 +108,7 @@ def _nist_end(stream: BinaryIO) -> int:
 
 
 def _ends_with_last_ogg_page(stream: BinaryIO, size: int) -> bool:
-    """The last page of a stream carries a flag, and every page its size."""
+    """Whether the last page is complete and has the flag of a last page."""
     start = max(0, size - 2 * 65307)  # two pages of the largest size
     stream.seek(start)
     tail = stream.read()
@@ -124,7 +123,7 @@ def _ends_with_last_ogg_page(stream: BinaryIO, size: int) -> bool:
 
 
 def _mp3_end(stream: BinaryIO, size: int) -> int:
-    """Where the last frame of layer III should end; what follows the frames is not looked at."""
+    """The expected end of the last frame of layer III; data after the frames is ignored."""
     stream.seek(0)
     content = stream.read()
     position = 0

@@ -1,4 +1,4 @@
-"""Content of files as short hashes, remembered between runs while a file stays the same."""
+"""Short hashes of file contents, stored between runs for files that do not change."""
 
 import hashlib
 import json
@@ -21,13 +21,13 @@ TICK_NS = 100_000_000
 class Content:
     """Hashes of files and of the audio behind data directories.
 
-    A hash is computed once and kept in `memory` with the file's size, times and inode, so that
-    judging a large corpus costs one `stat` a file. A file that is gone keeps the hash that it had:
-    audio may be deleted once it has been formatted.
+    A hash is stored in `memory` with the file's size, times and inode, so that checking a large
+    corpus costs one `stat` per file. A deleted file keeps its stored hash, because audio may be
+    deleted after formatting.
 
     Args:
-        memory: JSON file that keeps hashes between runs.
-        threads: files read side by side.
+        memory: JSON file of stored hashes.
+        threads: number of files to read in parallel.
         keep: whether to write `memory`.
     """
 
@@ -41,7 +41,7 @@ class Content:
         self._audio: dict[Path, list] = {}
 
     def of_file(self, path: Path) -> str:
-        """Hash of one file; MISSING where there is none."""
+        """Hash of one file; MISSING if it does not exist."""
         return self._hashes([path], None)[0] if path.exists() else MISSING
 
     def of_audio(self, data_dir: Path) -> str:
@@ -49,7 +49,7 @@ class Content:
         wav_scp = _status(data_dir / "wav.scp")
         if wav_scp is None:
             return MISSING
-        # whoever changes the audio in the course of a run writes wav.scp anew as well
+        # stages that change audio during a run also write a new wav.scp
         if self._audio.get(data_dir, [None])[0] != wav_scp:
             hashes = self._hashes(audio_files(data_dir), f"reading audio of {data_dir.name}")
             found = hashlib.sha256("\n".join(hashes).encode()).hexdigest()[:16]
@@ -68,12 +68,12 @@ class Content:
         counter = progress(label, len(new)) if label and len(new) > 1 else None
         with ThreadPoolExecutor(self._threads) as pool, counter or nullcontext():
             for (path, seen), found in zip(new.items(), pool.map(_hash, new), strict=True):
-                # a file younger than the clock's tick may change once more and look the same
+                # a very new file may change again within the resolution of its times
                 settled = now - max(seen[1:3]) > TICK_NS
                 self._known[names[path]] = [seen if settled else None, found]
                 if counter is not None:
                     counter.update()
-        # small files are hashed again faster than the memory is written
+        # only hashes of audio are stored: hashing small files is faster than writing `memory`
         if new and label and self._keep:
             self._memory.parent.mkdir(parents=True, exist_ok=True)
             write_text(self._memory, json.dumps(self._known))
@@ -81,7 +81,7 @@ class Content:
 
 
 def audio_files(data_dir: Path) -> list[Path]:
-    """The files behind a data directory's wav.scp, sorted, each once; commands have none."""
+    """The sorted audio files in a data directory's wav.scp, without duplicates and commands."""
     data = DataDir.read(data_dir, allow_pipes=True)
     return sorted({Path(file) for entry in data.wav_scp.values() if (file := file_of(entry))})
 

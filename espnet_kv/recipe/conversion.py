@@ -1,4 +1,4 @@
-"""With --convert_from: experiments made of a trained one, in the place of stage 11's training."""
+"""Stage 11 with --convert_from: conversion of a trained experiment instead of training."""
 
 import argparse
 import json
@@ -17,18 +17,19 @@ from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.steps import Step
 from espnet_kv.recipe.train import MODES, training_step
 
-# a converted model has learnt already: it goes on at this part of the rate it began with
+# fine-tuning uses this fraction of the learning rate of the original training
 FINETUNE_LR = 0.1
-# attention_type -> the option of the recipe that gives its size, and its mark in a name
+# attention_type -> the recipe's option for its size, and the prefix of the size in names
 SIZES = {"mla": ("kv_rank", "r"), "gqa": ("num_kv_heads", "g"), "linear": ("feature_map", "")}
 
 
 @dataclass(frozen=True)
 class Converted:
-    """One conversion and what is made of it.
+    """One conversion and its fine-tuning.
 
-    options: of `espnet_kv.bin.convert`, those that differ between conversions. experiment: where
-    it goes. fine_tuned: where its fine-tuning goes; None: there is none.
+    options: options of `espnet_kv.bin.convert` that differ between conversions.
+    experiment: directory of the conversion.
+    fine_tuned: directory of its fine-tuning; None: no fine-tuning.
     """
 
     options: tuple[str, ...]
@@ -37,10 +38,10 @@ class Converted:
 
 
 def plan(args: argparse.Namespace) -> list[Converted]:
-    """The conversions that the options ask for: one for each value of a list.
+    """The conversions given by the options: one for each value of a list.
 
     Raises:
-        UserError: options that do not go together.
+        UserError: options exclude each other.
     """
     if args.attention_type not in SIZES:
         raise UserError(
@@ -79,13 +80,13 @@ def _parts(args: argparse.Namespace) -> list[str]:
 
 
 def source_name(args: argparse.Namespace) -> str:
-    """What names begin with: that of the source, which stage 13 tells by asr_."""
+    """The name of the source, with the prefix asr_ by which stage 13 finds experiments."""
     name = args.convert_from.name
     return name if name.startswith("asr_") else f"asr_{name}"
 
 
 def fine_tuned(args: argparse.Namespace, experiment: Path) -> Path | None:
-    """Where the fine-tuning of an experiment goes; None: there is none."""
+    """Directory of the fine-tuning of an experiment; None: no fine-tuning."""
     if not args.finetune_epochs:
         return None
     tag = f"_ft{args.finetune_epochs}"
@@ -95,14 +96,14 @@ def fine_tuned(args: argparse.Namespace, experiment: Path) -> Path | None:
 
 
 def control(args: argparse.Namespace) -> Path | None:
-    """Where the same fine-tuning of the source goes; None: it is not asked for."""
+    """Directory of the same fine-tuning of the source; None: not requested."""
     if not args.finetune_control:
         return None
     return fine_tuned(args, args.expdir / source_name(args))
 
 
 def experiments(args: argparse.Namespace) -> list[Path]:
-    """Every experiment that stages 12 to 15 go on with, the source first where it is beside."""
+    """All experiments for stages 12 to 15; the source is first if it is in the same directory."""
     beside = args.convert_from.resolve().parent == args.expdir.resolve()
     found = [args.convert_from] if beside else []
     for converted in plan(args):
@@ -114,7 +115,7 @@ def convert_step(layout: Layout, converted: Converted, before: Sequence[Step]) -
     """Stage 11: one conversion.
 
     Args:
-        before: what its calibration audio comes from.
+        before: the steps that make the calibration audio.
     """
     args = layout.args
     out = converted.experiment
@@ -128,12 +129,12 @@ def convert_step(layout: Layout, converted: Converted, before: Sequence[Step]) -
             if not file.is_file():
                 raise UserError(f"{file} does not exist: --convert_from names a trained experiment")
 
-    command = _command(layout, converted, source)
-    get_parser().parse_args(command)  # what is wrong is told before anything is done
+    get_parser().parse_args(_command(layout, converted, source))  # reports errors before any work
 
     def jobs() -> list[Job]:
-        if (out / "conversion.json").exists():  # cut off between the work and its stamp
+        if (out / "conversion.json").exists():  # interrupted between the work and its stamp
             return []
+        command = _command(layout, converted, source)
         log = args.expdir / "convert_logs" / f"{out.name}.log"
         return [Job(out.name, "espnet_kv.bin.convert", command, log)]
 
@@ -163,10 +164,10 @@ def convert_step(layout: Layout, converted: Converted, before: Sequence[Step]) -
 
 
 def fine_tuning_step(layout: Layout, start: Path, directory: Path, before: Sequence[Step]) -> Step:
-    """Stage 11: the model in `start` trained on as it was trained before, shortly, at a low rate.
+    """Stage 11: fine-tuning of the model in `start` with the options of its training.
 
     Args:
-        before: the conversion; nothing for the control.
+        before: the conversion; empty for the control.
     """
     args = layout.args
     names = ("finetune_epochs", "finetune_iters", "finetune_lr", "asr_args")
@@ -174,8 +175,7 @@ def fine_tuning_step(layout: Layout, start: Path, directory: Path, before: Seque
     return training_step(
         layout,
         directory,
-        None,
-        make_config=partial(_fine_tuning_config, layout, start, directory),
+        partial(_fine_tuning_config, layout, start, directory),
         stated={
             "finetune": {
                 "start": str(model),
@@ -193,7 +193,7 @@ def fine_tuning_step(layout: Layout, start: Path, directory: Path, before: Seque
 
 
 def report_step(layout: Layout, converted: Converted, scored: Sequence[Step]) -> Step:
-    """Stage 13: the word error rates of a conversion in its report."""
+    """Stage 13: add the word error rates of a conversion to its report."""
     args = layout.args
 
     def build() -> None:
@@ -233,7 +233,7 @@ def _command(layout: Layout, converted: Converted, source: dict[str, Path]) -> l
     ]
     if args.calibration_minutes:
         options += [f"--calibration_scp={_calibration_scp(layout)}"]
-        options += ["--calibration_type", layout.audio_type]
+        options += ["--calibration_type", layout.audio_type(_calibration_scp(layout).parent)]
         options += ["--calibration_minutes", f"{args.calibration_minutes:g}"]
     return options
 
@@ -248,7 +248,7 @@ def _state_run(layout: Layout, experiment: Path) -> None:
 
 
 def _fine_tuning_config(layout: Layout, start: Path, directory: Path) -> dict[str, Any]:
-    """train.yaml of the fine-tuning; a conversion's record goes beside it."""
+    """train.yaml of the fine-tuning; also writes the record of the conversion beside it."""
     from espnet_kv.convert.experiment import training_config
     from espnet_kv.convert.record import FILE
 
@@ -283,7 +283,7 @@ def _most_kept(kept: int | list[int]) -> int:
 
 
 def _check_training_files(config_file: Path) -> None:
-    """Raise UserError where a file is missing that the model of `config_file` was trained on."""
+    """Raise UserError if a training file of the model of `config_file` is missing."""
     config = load_yaml(config_file)
     files = [Path(file) for mode in MODES for file in config.get(f"{mode}_shape_file") or ()]
     for mode in MODES:

@@ -1,4 +1,4 @@
-"""Where every utterance of the recipe's data sets went."""
+"""Counts of the utterances in the recipe's data sets after each stage."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -14,16 +14,16 @@ HEADINGS = ("set", "in", "dropped", "kept", "hours", "speakers", "trained on", "
 
 @dataclass
 class SetCount:
-    """One data set; None: that stage has not been run.
+    """Counts of one data set; None: the stage has not been run.
 
-    name: of the set.
-    utterances: after stage 2, before any is dropped.
-    dropped: reason -> number of utterances, stages 2 to 4.
-    kept: utterances that training or decoding reads.
-    seconds: their audio.
-    speakers: theirs.
-    trained_on: utterances in the statistics, which training reads.
-    decoded, scored: hypotheses of this run's decoding, and those of them that were scored.
+    name: name of the set.
+    utterances: utterances after stage 2, including those that were dropped.
+    dropped: reason -> number of utterances dropped in stages 2 to 4.
+    kept: utterances for training or decoding.
+    seconds: duration of the kept utterances.
+    speakers: speakers of the kept utterances.
+    trained_on: utterances in the statistics, which training uses.
+    decoded, scored: utterances decoded and scored in this run's decoding.
     """
 
     name: str
@@ -55,7 +55,7 @@ class SetCount:
 
 
 def count_sets(layout: Layout) -> list[SetCount]:
-    """Counts of the training, validation and test sets, as far as their stages have been run."""
+    """Counts of the training, validation and test sets after the stages that have been run."""
     args = layout.args
     names = dict.fromkeys([layout.train_set, args.valid_set, *args.test_sets])
     counts = [_count(layout, name) for name in names if (layout.data(name) / "wav.scp").is_file()]
@@ -71,7 +71,7 @@ def _count(layout: Layout, name: str) -> SetCount:
     if not is_test:
         dropped.append(kept / "dropped")
     reasons = Counter(reason for file in dropped for reason in _reasons(file))
-    # copies that stage 2 could not make are no longer in its output
+    # copies that stage 2 dropped are not in its output
     found = SetCount(name, len(data.wav_scp) + sum(1 for _ in _reasons(dropped[0])), reasons)
     if (kept / "utt2num_samples").is_file():
         left = DataDir.read(kept)
@@ -87,10 +87,7 @@ def _count(layout: Layout, name: str) -> SetCount:
                 if layout.args.convert_from is None
             )
     if is_test:
-        outs = [
-            layout.asr_exp(config) / layout.inference_name / name
-            for config in layout.args.asr_config
-        ]
+        outs = [layout.decoded(config, name) for config in layout.args.asr_config]
         found.decoded = _least(_lines(out / "text") for out in outs)
         found.scored = _least(_lines(out / "score_wer" / "ref.trn") for out in outs)
     return found
@@ -116,7 +113,7 @@ def markdown(counts: Sequence[SetCount]) -> list[str]:
 
 
 def _reasons(file: Path) -> Iterable[str]:
-    """The reasons in a file of `UTTERANCE REASON[: DETAIL]` lines; none where it is missing."""
+    """The reasons in a file of `UTTERANCE REASON[: DETAIL]` lines; empty if it is missing."""
     if not file.is_file():
         return
     for line in file.read_text(encoding="utf-8").splitlines():
@@ -132,7 +129,7 @@ def _lines(file: Path) -> int | None:
 
 
 def _least(numbers: Iterable[int | None]) -> int | None:
-    """The smallest of the numbers: each model has read or scored at least so many."""
+    """The minimum over models; None: no model has a number."""
     known = [number for number in numbers if number is not None]
     return min(known, default=None)
 

@@ -19,11 +19,11 @@ SIZES = {
     name: (f"{name}_train", f"{name}_dev", f"{name}_test", f"{name}_seed")
     for name in ("synth", "digits")
 }
-"""Corpus that is made here -> the options that say how."""
+"""Generated corpus -> options of its sizes."""
 
 
 def prepare_step(layout: Layout) -> Step:
-    """Stage 1: data/SET from a download, an existing copy, a user's own or the synthesizer."""
+    """Stage 1: data/SET from a download, an existing copy, Kaldi directories or a synthesizer."""
     args = layout.args
     options = {name: getattr(args, name) for name in SIZES.get(args.corpus, ())}
     options["corpus_dir"] = _corpus_dir(layout)
@@ -50,7 +50,7 @@ def prepare_step(layout: Layout) -> Step:
 
 
 def _corpus_dir(layout: Layout) -> str | None:
-    """The existing copy of the corpus to read: where none is named now, that of last time."""
+    """The existing copy of the corpus to read; if not given, that of the previous run."""
     if layout.args.corpus in ("synth", "kaldi"):
         return None
     if layout.args.corpus_dir is not None:
@@ -84,7 +84,7 @@ def _prepare(layout: Layout) -> None:
 
 
 def perturb_step(layout: Layout, prepare: Step) -> Step:
-    """Stage 2: data/TRAIN_sp, the training set at several speeds."""
+    """Stage 2: data/TRAIN_sp, the speed-perturbed training set."""
     args = layout.args
     src, dst = layout.data(args.train_set), layout.data(layout.train_set)
     factors = args.speed_perturb_factors
@@ -104,7 +104,7 @@ def perturb_step(layout: Layout, prepare: Step) -> Step:
 
 
 def format_step(layout: Layout, name: str, before: Step) -> Step:
-    """Stage 3: audio of one format and rate; before: the step that made data/NAME."""
+    """Stage 3: audio of one format and rate; before: the step of data/NAME."""
     args = layout.args
     src, dst = layout.data(name), layout.formatted(name)
     is_test = name in args.test_sets
@@ -131,7 +131,7 @@ def format_step(layout: Layout, name: str, before: Step) -> Step:
 
 
 def lengths_step(layout: Layout, name: str, formatted: Step) -> Step:
-    """Stage 4: training and validation sets without what is too short or too long."""
+    """Stage 4: training and validation sets without utterances that are too short or too long."""
     args = layout.args
     low, high = args.min_wav_duration, args.max_wav_duration
     shortest = layout.shortest_seconds
@@ -148,7 +148,7 @@ def lengths_step(layout: Layout, name: str, formatted: Step) -> Step:
 
 
 def tokens_step(layout: Layout, prepare: Step) -> Step:
-    """Stage 5: data/token_list, from the transcripts of the training set as stage 1 left it."""
+    """Stage 5: data/en_token_list, from the transcripts of the training set of stage 1."""
     args = layout.args
     out, text = layout.token_dir, layout.data(args.train_set) / "text"
 
@@ -171,6 +171,7 @@ def tokens_step(layout: Layout, prepare: Step) -> Step:
         options={name: getattr(args, name) for name in names},
         reads={"text": text},
         after=[prepare],
+        version=2 if args.token_type == "char" else 1,
         products=lambda: [layout.token_list, *([layout.bpe_model] if layout.bpe_model else [])],
     )
 
@@ -185,5 +186,5 @@ def _dump_files(directory: Path) -> list[Path]:
 
 
 def _files(data_dir: Path, below: Path) -> Sequence[Path]:
-    """The audio files that a data directory names, of those that lie in the folder `below`."""
+    """The audio files of a data directory that are in the folder `below`."""
     return [path for path in audio_files(data_dir) if path.is_relative_to(below)]

@@ -18,13 +18,13 @@ __all__ = ["DataDir", "Segment", "dropped_lines", "entries", "require_conserved"
 
 @dataclass
 class DataDir:
-    """One Kaldi data directory in memory. Keys of every map are utterance ids.
+    """One Kaldi data directory in memory. The keys of all maps are utterance ids.
 
-    wav_scp: utterance -> path of an audio file, `file.ark:offset`, or a command that ends
-        in `|`; of the whole recording where the utterance is a segment of it.
-    text: utterance -> transcript (words split by single spaces).
+    wav_scp: utterance -> path of an audio file, `file.ark:offset`, or a command that ends in `|`;
+        for a segment, that of the whole recording.
+    text: utterance -> transcript (words separated by single spaces).
     utt2spk: utterance -> speaker.
-    segments: utterance -> its part of a recording; without an entry it is the whole.
+    segments: utterance -> part of a recording; no entry: the whole recording.
     """
 
     wav_scp: dict[str, str] = field(default_factory=dict)
@@ -34,17 +34,17 @@ class DataDir:
 
     @classmethod
     def read(cls, path: Path, *, allow_pipes: bool = False) -> "DataDir":
-        """Read `path`; a data directory without `text` gives an empty one.
+        """Read `path`; if `text` is missing, there are no transcripts.
 
-        Relative audio paths count from the working directory, or where they are not there
-        from the folder that holds `path`; the latter is printed, and makes them absolute.
+        Relative audio paths are relative to the working directory or, if missing there, to the
+        parent of `path`. The second case prints a line and makes the paths absolute.
 
         Args:
-            allow_pipes: take commands in wav.scp, which reading the audio then runs.
+            allow_pipes: accept commands in wav.scp, which are run when the audio is read.
 
         Raises:
             UserError: wav.scp or both utt2spk and spk2utt are missing, or a line is malformed,
-                repeats an utterance, or holds a command; the message says file:line.
+                repeats an utterance, or has a command; the message names file:line.
         """
         path = Path(path)
         if not path.is_dir():
@@ -60,7 +60,7 @@ class DataDir:
             if audio.endswith("|") and not allow_pipes:
                 raise UserError(
                     f"{file}:{line}: {utt} is a pipe, a command that runs only with allow_pipes "
-                    "true; else format the data first, so that wav.scp names audio files"
+                    "true; or format the data first, so that wav.scp names audio files"
                 )
             recordings[utt] = audio
         _find_relative(recordings, path)
@@ -78,12 +78,10 @@ class DataDir:
         return data
 
     def write(self, path: Path) -> None:
-        """Replace the directory `path` by this data, in one step.
-
-        Whatever else lay in the directory described the old data and goes with it.
+        """Replace the directory `path` and all of its files by this data, atomically.
 
         Raises:
-            UserError: an id or a value cannot stand in a Kaldi file.
+            UserError: an id or a value cannot be written to a Kaldi file.
         """
         path = Path(path)
         new, old = (path.with_name(f".{path.name}.{tag}") for tag in ("new", "old"))
@@ -101,10 +99,9 @@ class DataDir:
         shutil.rmtree(old, ignore_errors=True)
 
     def write_files(self, directory: Path) -> None:
-        """Write the Kaldi files, sorted as Kaldi wants it (C locale), into a directory.
+        """Write the Kaldi files, sorted in the C locale, into a directory.
 
-        `text` is left out where there are no transcripts, `segments` where there are none.
-        Raises UserError as `write`.
+        Empty `text` and `segments` are not written. Raises UserError as `write`.
         """
         spk2utt: dict[str, list[str]] = {}
         for utt in sorted(self.utt2spk):
@@ -145,7 +142,7 @@ class DataDir:
         return recordings, segments
 
     def subset(self, keys: Iterable[str]) -> "DataDir":
-        """The utterances `keys` alone. Raises KeyError where one has no audio."""
+        """Only the utterances `keys`. Raises KeyError if one has no audio."""
         keys = list(keys)
         return DataDir(
             wav_scp={utt: self.wav_scp[utt] for utt in keys},
@@ -155,7 +152,7 @@ class DataDir:
         )
 
     def by_recording(self) -> dict[str, list[str]]:
-        """wav.scp entry -> the utterances in it, so that each recording is decoded once."""
+        """wav.scp entry -> its utterances, to decode each recording once."""
         recordings: dict[str, list[str]] = {}
         for utt, entry in self.wav_scp.items():
             recordings.setdefault(entry, []).append(utt)
@@ -163,7 +160,7 @@ class DataDir:
 
     @classmethod
     def combine(cls, dirs: Iterable["DataDir"]) -> "DataDir":
-        """All utterances of `dirs`. Raises UserError where two of them share an id."""
+        """All utterances of `dirs`. Raises UserError if two of them share an id."""
         result = cls()
         for data in dirs:
             shared = result.wav_scp.keys() & data.wav_scp.keys()
@@ -182,15 +179,15 @@ class DataDir:
         """Drop utterances that cannot be trained on, with a warning on stderr.
 
         Args:
-            name: what the data is called in the warnings.
-            keep_all: for test sets, which lose nothing: an empty transcript is kept, and
-                whatever else cannot be scored is an error.
+            name: name of the data in the warnings.
+            keep_all: for test sets: keep empty transcripts, and raise an error for utterances that
+                cannot be scored.
 
         Returns:
-            The clean data, and utterance -> reason for what was dropped.
+            The clean data, and utterance -> reason for the dropped utterances.
 
         Raises:
-            UserError: nothing is left, or with `keep_all` not everything.
+            UserError: no utterance is left, or with `keep_all` one would be dropped.
         """
         dropped: dict[str, str] = {}
         for utt in sorted(self.wav_scp.keys() | self.text.keys()):
@@ -214,17 +211,17 @@ class DataDir:
 
 
 def refuse_dropped(name: str, dropped: Mapping[str, str], total: int) -> None:
-    """Stop where a test set would lose utterances.
+    """Stop if a test set would lose utterances.
 
     Raises:
-        UserError: it names up to three of them and their reasons.
+        UserError: `dropped` is not empty; names up to three utterances and reasons.
     """
     if dropped:
         first = "; ".join(f"{utt}: {dropped[utt]}" for utt in list(dropped)[:3])
         more = f"; and {len(dropped) - 3} more" if len(dropped) > 3 else ""
         raise UserError(
             f"{name}: {len(dropped)} of {total} utterances of a test set cannot be used "
-            f"({first}{more}); mend them, or remove their lines from the data directory"
+            f"({first}{more}); fix them, or remove their lines from the data directory"
         )
 
 
@@ -234,7 +231,7 @@ def require_conserved(
     """Check that each utterance was either kept or dropped.
 
     Raises:
-        RuntimeError: some were lost, invented, or both kept and dropped.
+        RuntimeError: utterances were lost, added, or both kept and dropped.
     """
     before, after = set(before), Counter([*kept, *dropped])
     wrong = sorted(before ^ after.keys()) + sorted(utt for utt, n in after.items() if n > 1)
@@ -246,12 +243,12 @@ def require_conserved(
 
 
 def dropped_lines(dropped: Mapping[str, str]) -> str:
-    """The content of a file `dropped`: utterance and reason, sorted."""
+    """The content of a file `dropped`: sorted lines of utterance and reason."""
     return "".join(f"{utt} {dropped[utt]}\n" for utt in sorted(dropped))
 
 
 def _find_relative(recordings: dict[str, str], directory: Path) -> None:
-    """Make paths absolute that lie below the folder of the data directory."""
+    """Make paths absolute that are relative to the parent of the data directory."""
     parent = directory.absolute().parent
     found = 0
     for key, entry in recordings.items():
@@ -271,7 +268,7 @@ def _say_once(line: str) -> None:
 
 
 def add_data(data: DataDir, directory: Path) -> None:
-    """Write the Kaldi files of `data` beside what `directory` holds already."""
+    """Write the Kaldi files of `data` into `directory`, and keep its other files."""
     data.write(directory / "kaldi")  # DataDir.write replaces a whole directory
     for file in (directory / "kaldi").iterdir():
         file.replace(directory / file.name)

@@ -1,4 +1,4 @@
-"""Stage 12: decoding of every test set with every model."""
+"""Stage 12: decoding of all test sets with all models."""
 
 import json
 import shutil
@@ -23,12 +23,12 @@ def decode_step(layout: Layout, config_file: Path, name: str, before: Sequence[S
     """Stage 12: decode a test set in `inference_nj` parallel jobs.
 
     Args:
-        before: the formatted set, the trained model and the language models it is decoded with.
+        before: steps of the formatted set, the trained model and the language models.
     """
     args = layout.args
     exp = layout.asr_exp(config_file)
     model, dump = exp / args.inference_asr_model, layout.formatted(name)
-    out = exp / layout.inference_name / name
+    out = layout.decoded(config_file, name)
     log_dir = out / "logdir"
     reads = {"model": model, "config": exp / "config.yaml", "wav.scp": dump / "wav.scp"}
     if layout.bpe_model is not None:
@@ -51,7 +51,7 @@ def decode_step(layout: Layout, config_file: Path, name: str, before: Sequence[S
             config_option(log_dir / "decode.yaml", _options(layout)),
             f"--asr_train_config={reads['config']}",
             f"--asr_model_file={model}",
-            f"--data_path_and_name_and_type={dump / 'wav.scp'},speech,{layout.audio_type}",
+            f"--data_path_and_name_and_type={dump / 'wav.scp'},speech,{layout.audio_type(dump)}",
         ]
         module = "asr_inference_streaming" if args.use_streaming else "asr_inference"
         made = []
@@ -105,7 +105,7 @@ def decode_step(layout: Layout, config_file: Path, name: str, before: Sequence[S
 
 
 def require_model(file: Path) -> None:
-    """Raise UserError where a file of a trained model is missing."""
+    """Raise UserError if a file of a trained model is missing."""
     if not file.is_file():
         raise UserError(
             f"{file} does not exist: train first (stage 11), or name another model with "
@@ -129,7 +129,7 @@ def _options(layout: Layout) -> dict[str, Any]:
 
 
 def _check_keys(hypotheses: Path, dump: Path) -> None:
-    """A test set never loses an utterance.
+    """Check that each utterance of a test set has one hypothesis.
 
     Raises:
         UserError: an utterance has no hypothesis, or more than one.

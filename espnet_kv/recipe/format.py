@@ -1,4 +1,4 @@
-"""Stage 3: one clean dump of the audio, as ESPnet's training reads it."""
+"""Stage 3: a clean dump of the audio in ESPnet's format."""
 
 import io
 import itertools
@@ -36,20 +36,19 @@ def format_audio(
 ) -> None:
     """Write data directory `dst`: the audio of `src` as 16-bit mono at `fs` Hz.
 
-    An ark format packs all audio into `dst/data_wav.ark` (ESPnet's type kaldi_ark), the
-    others make one file per utterance in `dst/wav` (type sound). Segments are cut out of
-    their recordings. Beside the Kaldi files stand feats_type, audio_format, utt2num_samples
-    and `dropped`: utterances left out because audio or transcript is missing, corrupt or
-    empty, each with its reason. The bytes do not depend on `nj`.
+    An ark format packs all audio into `dst/data_wav.ark` (ESPnet's type kaldi_ark). The other
+    formats write one file per utterance to `dst/wav` (type sound). Segments are cut out of their
+    recordings. Other files are feats_type, audio_format, utt2num_samples and `dropped`, the list
+    of utterances with missing, corrupt or empty audio or transcript, and the reasons. The output
+    does not depend on `nj`.
 
     Args:
-        keep_all: for test sets: utterances with an empty transcript are kept, and any that
-            cannot be used is an error.
-        allow_pipes: run the commands that wav.scp may hold in the place of files.
+        keep_all: for test sets: keep empty transcripts; any unusable utterance is an error.
+        allow_pipes: run commands in wav.scp.
 
     Raises:
-        UserError: an unknown format, more than half of the utterances are unusable, or with
-            `keep_all` a single one.
+        UserError: the format is unknown, more than half of the utterances are unusable, or with
+            `keep_all` one is unusable.
     """
     if audio_format not in AUDIO_FORMATS:
         raise UserError(
@@ -183,7 +182,7 @@ class _ArkStore:
         self._file.close()
 
     def add(self, utt: str, record: bytes) -> str:
-        # A record is `utt AUDIO...`; an entry points behind the id and its space.
+        # A record is `utt AUDIO...`; the offset is that of the audio.
         offset = self._file.tell() + len(utt.encode()) + 1
         self._file.write(record)
         return f"{self._path}:{offset}"

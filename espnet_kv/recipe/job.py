@@ -1,8 +1,8 @@
-"""One command of the recipe in a process with a log of its own.
+"""One command of the recipe in its own process, with a log.
 
-Loading ESPnet takes longer than many a job: jobs on the CPU are forks of a server process that
-has it loaded and sees no GPU. Jobs on GPUs are fresh processes, because CUDA does not survive a
-fork. The run itself never loads ESPnet.
+Loading ESPnet takes longer than many jobs. Therefore jobs on the CPU are forks of a server process
+that has loaded ESPnet without GPUs. Jobs on GPUs are new processes, because CUDA cannot be used
+after a fork. The run itself does not load ESPnet.
 """
 
 import contextlib
@@ -27,9 +27,9 @@ from espnet_kv.recipe.pool import OUT_OF_MEMORY, end_groups, ending, keyboard_bl
 
 CUDA_DEVICES = "CUDA_VISIBLE_DEVICES"
 PRELOAD = ["espnet2.bin.asr_inference", "espnet_kv.espnet.task", "espnet_kv.bin.asr_inference"]
-"""Modules that every job on the CPU starts with."""
+"""Modules loaded by the server."""
 FULL = 1 << 14
-"""Bytes below which a disk has no room for the rest of a log."""
+"""Free bytes of a disk below which a log may be incomplete."""
 LESS_MEMORY = "use fewer jobs side by side (--nj, --train_nj, --inference_nj) or smaller batch_bins"
 
 
@@ -37,14 +37,14 @@ LESS_MEMORY = "use fewer jobs side by side (--nj, --train_nj, --inference_nj) or
 class Job:
     """One command.
 
-    name: what progress lines call it.
-    module: it has main(arguments), which may return an exit status.
-    arguments: the command's options.
-    log: file that gets its standard output and error, after what an earlier run wrote there.
-    gpus: number of GPUs that it has for itself; 0: it runs on the CPU.
-    epochs: number of training epochs; 0 where there are none to show.
-    after: called in the run when the job has ended well; a UserError is a failure of the job.
-    fresh: it starts with nothing loaded, also on the CPU (its memory is measured).
+    name: name in progress lines.
+    module: module with main(arguments), which may return an exit status.
+    arguments: options of the command.
+    log: file to which standard output and error are appended.
+    gpus: number of exclusive GPUs; 0: the job runs on the CPU.
+    epochs: number of training epochs; 0: no epochs to show.
+    after: called in the run after the job has succeeded; a UserError is a failure of the job.
+    fresh: start a new process, also on the CPU, e.g. to measure its memory.
     """
 
     name: str
@@ -59,10 +59,11 @@ class Job:
 
 @dataclass
 class Running:
-    """A job at work.
+    """A running job.
 
-    devices: names of the GPUs that are its own. watched: our end of the pipe by which a fresh
-    process sees that the run lives. failure: what is wrong already while it still runs.
+    devices: names of its GPUs.
+    watched: our end of the pipe that a new process watches, see `espnet_kv.recipe.pool`.
+    failure: failure found in the log while the job runs; empty: none.
     """
 
     job: Job
@@ -74,20 +75,20 @@ class Running:
 
     @classmethod
     def start(cls, job: Job, devices: Sequence[str], threads: int) -> "Running":
-        """Start a job; it leads a process group of its own.
+        """Start a job as the leader of a new process group.
 
         Args:
-            devices: GPUs, named as in CUDA_VISIBLE_DEVICES. threads: of torch.
+            devices: GPUs, named as in CUDA_VISIBLE_DEVICES. threads: number of torch threads.
 
         Raises:
-            UserError: its log cannot be written, or this machine starts no more processes.
+            UserError: the log cannot be written, or the process cannot be started.
         """
         _begin_log(job)
         log = JobLog(job.log)
         if job.epochs:
             print(f"  {job.name}: training, log in {job.log}", flush=True)
         environment = dict(os.environ)
-        environment[CUDA_DEVICES] = ",".join(devices)  # none: a job on the CPU sees no GPU
+        environment[CUDA_DEVICES] = ",".join(devices)  # empty for a job on the CPU
         environment["OMP_NUM_THREADS"] = str(threads)
         if not job.gpus and not job.fresh:
             with contextlib.suppress(OSError, EOFError, ValueError):
@@ -100,18 +101,18 @@ class Running:
 
     @property
     def pid(self) -> int:
-        """Number of its process, which is that of its process group too."""
+        """Id of its process and of its process group."""
         assert self.process.pid is not None
         return self.process.pid
 
     def poll(self) -> int | None:
-        """Its exit status, minus a signal's number where that killed it; None: it runs."""
+        """Its exit status, or minus the number of the signal that killed it; None: it runs."""
         if isinstance(self.process, subprocess.Popen):
             return self.process.poll()
         return self.process.exitcode
 
     def show_progress(self) -> None:
-        """Print new epochs and warnings; a loss that is no number is a failure."""
+        """Print new epochs and warnings; a loss that is not finite is a failure."""
         for line in self.log.new_lines():
             if line.startswith("warning: "):
                 print(f"  {self.job.name}: {line}", file=sys.stderr, flush=True)
@@ -133,10 +134,10 @@ class Running:
         )
 
     def finish(self, status: int | None) -> str:
-        """End what is left of the job; why it failed, or nothing."""
+        """End the remaining processes of the job; return the reason of its failure, or ""."""
         if status is None:
             end_groups([self.pid], self.poll)
-        signal_group(self.pid, signal.SIGKILL)  # what it left behind
+        signal_group(self.pid, signal.SIGKILL)  # remaining children
         if self.watched is not None:
             os.close(self.watched)
         if self.failure:
@@ -150,7 +151,7 @@ class Running:
         assert status is not None
         reason = ending(status) if status < 0 else self.log.reason()
         if shutil.disk_usage(self.job.log.parent).free < FULL:
-            reason = f"No space left where {self.job.log} is"  # the log is cut as well
+            reason = f"No space left where {self.job.log} is"  # the log is incomplete too
         if OUT_OF_MEMORY in reason or "out of memory" in reason or "SIGKILL" in reason:
             reason += f": {LESS_MEMORY}"
         return f"{self.job.name} failed: {reason} (whole log: {self.job.log})"
@@ -170,10 +171,10 @@ def _begin_log(job: Job) -> None:
 
 
 def _fork(job: Job, environment: dict[str, str], threads: int) -> BaseProcess:
-    """A fork of the server, which is started where it does not run.
+    """Start a fork of the server, and the server if it is not running.
 
     Raises:
-        OSError, EOFError, ValueError: this machine has no such server, or it does not start.
+        OSError, EOFError, ValueError: the server is not supported here, or does not start.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -191,7 +192,7 @@ def _fork(job: Job, environment: dict[str, str], threads: int) -> BaseProcess:
 
 @contextlib.contextmanager
 def _no_gpu() -> Iterator[None]:
-    """What starts here sees no GPU: importing ESPnet wakes CUDA, which no fork survives."""
+    """Hide GPUs from processes started here: importing ESPnet would initialise CUDA."""
     before = os.environ.get(CUDA_DEVICES)
     os.environ[CUDA_DEVICES] = ""
     try:
@@ -204,7 +205,7 @@ def _no_gpu() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """What starts here says nothing on the terminal: what fails there is told by a fresh job."""
+    """Hide stderr of processes started here; a failure is reported by the new process instead."""
     sys.stderr.flush()
     terminal = os.dup(2)
     try:
@@ -217,7 +218,7 @@ def _silent() -> Iterator[None]:
 
 
 def _fresh(job: Job, environment: dict[str, str]) -> tuple[subprocess.Popen, int]:
-    """A new process, and our end of the pipe that it watches."""
+    """Start a new process; return it and our end of the pipe that it watches."""
     read, write = os.pipe()
     try:
         with job.log.open("ab") as log:

@@ -1,4 +1,4 @@
-"""Running commands side by side, and handing the GPUs of this machine out to them."""
+"""Running commands in parallel, and assigning the GPUs of this machine to them."""
 
 import functools
 import glob
@@ -14,21 +14,21 @@ from espnet_kv.recipe.pool import cores, end_groups, most_at_once, terminate_on_
 
 __all__ = ["Job", "check_gpus", "cores", "run_jobs", "terminate_on_signals", "visible_gpus"]
 
-# one of these exists wherever a driver is loaded: NVIDIA, Jetson, AMD, WSL
+# device files of the drivers of NVIDIA, Jetson, AMD and WSL
 _DEVICE_FILES = ("/dev/nvidia*", "/dev/nvhost*", "/dev/nvmap", "/dev/kfd", "/dev/dxg")
 
 
 def run_jobs(jobs: Sequence[Job], parallel: int, threads: int | None = None) -> None:
-    """Run `jobs`, at most `parallel` at a time, showing progress.
+    """Run `jobs`, at most `parallel` at a time, and show progress.
 
-    When one fails the others still finish, so that a rerun has only the failed one to do. Jobs
-    end with the run, whatever ends it. Jobs on GPUs wait until enough GPUs are free.
+    If one fails, the others still finish, so that a rerun has only the failed job to do. All jobs
+    end with the run. Jobs on GPUs wait until enough GPUs are free.
 
     Args:
-        threads: torch threads of each job; None shares the cores out evenly.
+        threads: torch threads of each job; None: cores / parallel jobs.
 
     Raises:
-        UserError: at least one job failed; says why and names its log.
+        UserError: at least one job failed; states the reason and the log.
     """
     if not jobs:
         return
@@ -73,18 +73,19 @@ def _first_that_fits(waiting: Sequence[Job], free: Sequence[str]) -> Job | None:
 
 
 def visible_gpus() -> int:
-    """How many GPUs torch can use here, those that CUDA_VISIBLE_DEVICES names where it is set.
+    """Number of GPUs that torch can use, limited by CUDA_VISIBLE_DEVICES.
 
-    A child process is asked: one that has woken CUDA holds GPU memory and must not fork.
+    A child process counts them, because a process that has initialised CUDA holds GPU memory and
+    must not fork.
     """
     return _count_gpus(os.environ.get(CUDA_DEVICES))
 
 
 def check_gpus(ngpu: int, option: str) -> None:
-    """Refuse a number of GPUs that this machine does not have.
+    """Check that this machine has `ngpu` GPUs.
 
     Args:
-        option: what the caller calls `ngpu`.
+        option: name of the option, for the message.
 
     Raises:
         UserError: there are fewer GPUs, or `ngpu` is negative.
@@ -100,11 +101,11 @@ def check_gpus(ngpu: int, option: str) -> None:
 
 
 def _gpu_names() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES calls each GPU that can be used."""
+    """Names of the available GPUs for CUDA_VISIBLE_DEVICES."""
     count, given = visible_gpus(), os.environ.get(CUDA_DEVICES)
     if given is None:
         return [str(n) for n in range(count)]
-    # CUDA ends the list at the first name that it does not know
+    # CUDA ignores names from the first unknown one on
     return [name.strip() for name in given.split(",")][:count]
 
 
@@ -113,13 +114,13 @@ def _count_gpus(devices: str | None) -> int:
     if devices is not None and devices.strip() in ("", "-1"):
         return 0
     if sys.platform.startswith("linux") and not any(map(glob.glob, _DEVICE_FILES)):
-        return 0  # no need to ask: loading torch takes seconds
+        return 0  # avoids loading torch, which takes seconds
     code = "import torch; print('gpus', torch.cuda.device_count())"
     try:
-        asked = subprocess.run(
+        counted = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
         )
     except (OSError, subprocess.TimeoutExpired):
         return 0
-    last = asked.stdout.split()[-2:]
+    last = counted.stdout.split()[-2:]
     return int(last[1]) if len(last) == 2 and last[0] == "gpus" else 0

@@ -1,4 +1,4 @@
-"""The lines of Kaldi's files: ids, transcripts and segments, read the same way everywhere."""
+"""Reading of Kaldi's files: ids, transcripts and segments."""
 
 import codecs
 import math
@@ -10,18 +10,18 @@ from pathlib import Path
 
 from espnet_kv.errors import UserError
 
-# What sentencepiece reads as a space, beside what str.split() does (NBSP, U+3000, ...).
+# Spaces of sentencepiece in addition to those of str.split() (NBSP, U+3000, ...).
 _SPACES = str.maketrans(dict.fromkeys("\u200b\u200c\u200e\u200f\u2581\ufeff", " "))
-# Characters that sentencepiece removes or that a wrong encoding leaves; tabs etc. are spaces.
+# Characters that sentencepiece removes or that result from a wrong encoding.
 _BROKEN = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufffd]")
 
 
 @dataclass(frozen=True)
 class Segment:
-    """The part of a recording that is one utterance, as a line of `segments` gives it.
+    """The part of a recording that is one utterance: a line of `segments`.
 
     recording: id of the recording in wav.scp.
-    start, end: seconds; end None is the end of the recording.
+    start, end: seconds; end None: the end of the recording.
     where: file:line, for messages.
     """
 
@@ -32,10 +32,10 @@ class Segment:
 
 
 def split_words(text: str) -> str:
-    """The words of `text`, split by single spaces.
+    """Normalise white space: the words of `text`, separated by single spaces.
 
-    White space is what Python, ESPnet and sentencepiece take for it, so that a reference has
-    the words that a model can produce: NBSP, U+3000, tabs, zero-width spaces, `▁`.
+    White space includes all spaces of Python, ESPnet and sentencepiece (NBSP, U+3000, tabs,
+    zero-width spaces, `▁`), so that references have the same words as hypotheses.
     """
     return " ".join(text.translate(_SPACES).split())
 
@@ -45,12 +45,15 @@ def entries(
 ) -> Iterator[tuple[Path, int, str, str]]:
     """Read `KEY VALUE` lines: yields (file, line number, key, value, which may be empty).
 
-    Lines may end in LF or CRLF, the last one in neither; blank lines may stand at the end.
-    Any white space splits key and value. A byte order mark is no part of a key.
+    Lines may end in LF or CRLF, and blank lines at the end are allowed. Any white space separates
+    key and value. A byte order mark is removed.
+
+    Args:
+        into: keys so far; the caller adds the yielded keys to it.
 
     Raises:
-        UserError: the file is missing, empty or not UTF-8, a line is empty or holds a control
-            character, or its key is in `into`, to which the caller adds what it is given.
+        UserError: the file is missing, empty or not UTF-8, a line is empty or has a control
+            character, or its key is in `into`.
     """
     lines = _text(file).rstrip().split("\n")
     for line, entry in enumerate(lines, 1):
@@ -64,7 +67,7 @@ def entries(
         if broken := _BROKEN.search(entry):
             raise UserError(
                 f"{file}:{line}: utterance {_shown(key)} has the character "
-                f"U+{ord(broken[0]):04X}, which is not text; remove it or mend the encoding"
+                f"U+{ord(broken[0]):04X}, which is not text; remove it or fix the encoding"
             )
         if not key.isascii() and any(unicodedata.category(char) == "Cf" for char in key):
             raise UserError(
@@ -79,8 +82,8 @@ def read_segments(file: Path, recordings: Container[str]) -> dict[str, Segment]:
     """Read a file `segments`: utterance -> its part of a recording.
 
     Raises:
-        UserError: as `entries`; a line is no `utterance recording start end`, its recording is
-            not in `recordings`, or its end (-1 is that of the recording) is not after its start.
+        UserError: as `entries`; a line is not `utterance recording start end`, its recording is
+            not in `recordings`, or its end (-1: end of the recording) is not after its start.
     """
     segments: dict[str, Segment] = {}
     for _, line, utt, value in entries(file, into=segments):
@@ -106,10 +109,10 @@ def read_segments(file: Path, recordings: Container[str]) -> dict[str, Segment]:
 
 
 def read_speakers(directory: Path) -> dict[str, str]:
-    """Read utt2spk, or where it is absent spk2utt: utterance -> speaker.
+    """Read utt2spk, or spk2utt if it is missing: utterance -> speaker.
 
     Raises:
-        UserError: as `entries`; neither file is there, or a line is malformed.
+        UserError: as `entries`; both files are missing, or a line is malformed.
     """
     speakers: dict[str, str] = {}
     path, inverse = directory / "utt2spk", directory / "spk2utt"

@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ DEFAULT_CONFIG = Path("conf/train_asr_conformer_mha.yaml")
 @dataclass(frozen=True)
 class Layout:
     """Where the stages put things, named as ESPnet's asr.sh names them.
+
+    `--lang noinfo`, asr.sh's default, leaves the language out of names.
 
     args: the options (`espnet_kv.recipe.options.parse`).
     """
@@ -80,9 +81,11 @@ class Layout:
         lengths = [shortest_seconds(self.model_config(file), self.args.fs) for file in there]
         return max(lengths, default=0.0)
 
-    @property
-    def audio_type(self) -> str:
-        return "kaldi_ark" if self.args.audio_format.endswith("ark") else "sound"
+    def audio_type(self, dump: Path) -> str:
+        """ESPnet's type of the audio of a dump that is there, which asr.sh may have made."""
+        file = dump / "audio_format"
+        there = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+        return "kaldi_ark" if (there or self.args.audio_format).endswith("ark") else "sound"
 
     @property
     def tokens_name(self) -> str:
@@ -90,10 +93,14 @@ class Layout:
         return self.args.token_type + (str(self.args.nbpe) if self.args.token_type == "bpe" else "")
 
     @property
+    def _language(self) -> str:
+        return "" if self.args.lang == "noinfo" else f"{self.args.lang}_"
+
+    @property
     def token_dir(self) -> Path:
         folder = "char" if self.args.token_type == "char" else f"bpe_{self.args.bpemode}"
         suffix = "" if self.args.token_type == "char" else str(self.args.nbpe)
-        return self.args.datadir / "token_list" / (folder + suffix)
+        return self.args.datadir / f"{self._language}token_list" / (folder + suffix)
 
     @property
     def token_list(self) -> Path:
@@ -123,7 +130,7 @@ class Layout:
         for mode in ("train", "valid"):
             dump = self.set_of(mode)
             options[f"{mode}_data_path_and_name_and_type"] = [
-                [str(dump / "wav.scp"), "speech", self.audio_type],
+                [str(dump / "wav.scp"), "speech", self.audio_type(dump)],
                 [str(dump / "text"), "text", "text"],
             ]
         return options
@@ -145,12 +152,12 @@ class Layout:
             write_text(self.text_shape(stats, mode), lines)
 
     @property
-    def _suffix(self) -> str:
-        return f"raw_{self.args.lang}_{self.tokens_name}" + ("_sp" if self.perturbed else "")
+    def _sp(self) -> str:
+        return "_sp" if self.perturbed else ""
 
     def stats(self, config_file: Path) -> Path:
         """asr.sh's name; models of another front end than the recipe's have their own."""
-        name = f"asr_stats_{self._suffix}"
+        name = f"asr_stats_raw_{self._language}{self.tokens_name}{self._sp}"
         wanted = front_end(self.model_config(config_file), self.args.asr_args)
         if wanted != front_end(load_yaml(DEFAULT_CONFIG), ""):
             name += f"_{hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:8]}"
@@ -160,24 +167,21 @@ class Layout:
         """The experiment of one training configuration, which a converted model holds itself."""
         if self.args.convert_from is not None:
             return config.parent
-        tag = self.args.asr_tag or self._asr_tag(config)
-        return self.args.expdir / f"asr_{tag}"
+        return self.args.expdir / f"asr_{self.args.asr_tag or self._asr_tag(config)}"
 
     def _asr_tag(self, config: Path) -> str:
-        parts = [config.stem, self._suffix]
-        if self.args.overlay is not None:
-            parts.append(self.args.overlay.stem)
-        if self.args.asr_args:
-            parts.append("".join(c if c.isalnum() else "_" for c in self.args.asr_args).strip("_"))
-        return "_".join(parts)
+        more = _in_a_name(self.args.asr_args)
+        tag = f"{config.stem}_raw_{self._language}{self.tokens_name}{more}{self._sp}"
+        return f"{tag}_{self.args.overlay.stem}" if self.args.overlay else tag
 
     @property
     def lm_stats(self) -> Path:
-        return self.args.expdir / f"lm_stats_{self.args.lang}_{self.tokens_name}"
+        return self.args.expdir / f"lm_stats_{self._language}{self.tokens_name}"
 
     @property
     def lm_exp(self) -> Path:
-        tag = self.args.lm_tag or f"{self.args.lm_config.stem}_{self.args.lang}_{self.tokens_name}"
+        config, more = self.args.lm_config.stem, _in_a_name(self.args.lm_args)
+        tag = self.args.lm_tag or f"{config}_{self._language}{self.tokens_name}{more}"
         return self.args.expdir / f"lm_{tag}"
 
     @property
@@ -186,19 +190,33 @@ class Layout:
 
     @property
     def inference_name(self) -> str:
-        """decode_asr_..._asr_model_valid.acc.ave, as ESPnet names a decoding."""
-        if self.args.inference_tag:
-            return f"decode_{self.args.inference_tag}"
-        parts = [self.args.inference_config.stem.removeprefix("decode_")]
-        if self.args.use_streaming and "streaming" not in parts[0]:
-            parts.append("streaming")
-        if self.args.inference_args:
-            # --chunk_size 8 --left_chunks 2 -> chunk_size8_left_chunks2
-            words = self.args.inference_args.replace("--", "_").replace("/", "_")
-            parts.append(re.sub(r"[\s|=]", "", words).strip("_"))
-        if self.args.use_lm:
-            parts.append(f"lm_{self.lm_exp.name}_{Path(self.args.inference_lm).stem}")
-        if self.args.use_ngram:
-            parts.append(f"ngram_{self.args.ngram_num}gram")
-        parts.append(f"asr_model_{Path(self.args.inference_asr_model).stem}")
-        return "decode_" + "_".join(parts)
+        """decode_asr_..._asr_model_valid.acc.ave: the directory of a decoding."""
+        args = self.args
+        if args.inference_tag:
+            return args.inference_tag
+        name = args.inference_config.stem
+        if args.use_streaming and "streaming" not in name:
+            name += "_streaming"  # else it would overwrite the decoding of whole utterances
+        name += _in_a_name(args.inference_args, slash="_")
+        if args.use_lm:
+            name += f"_lm_{self.lm_exp.name}_{_model_in_a_name(args.inference_lm)}"
+        if args.use_ngram:
+            name += f"_ngram_{self.ngram.parent.name}_{self.ngram.stem}"
+        return f"{name}_asr_model_{_model_in_a_name(args.inference_asr_model)}"
+
+    def decoded(self, config: Path, name: str) -> Path:
+        """What a model makes of a test set; one that is the validation set is below org/."""
+        place = self.asr_exp(config) / self.inference_name
+        return place / "org" / name if name == self.args.valid_set else place / name
+
+
+def _in_a_name(options: str, slash: str = "") -> str:
+    """Options as part of a name: `--max_epoch 3` is `_max_epoch3`."""
+    for old, new in (("--", "_"), ("/", slash)):
+        options = options.replace(old, new)
+    return "".join(c for c in options if c not in "|=" and not c.isspace())
+
+
+def _model_in_a_name(file: str) -> str:
+    stem, dot, _ = file.replace("/", "_").rpartition(".")
+    return stem if dot else file.replace("/", "_")

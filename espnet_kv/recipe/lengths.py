@@ -1,4 +1,4 @@
-"""Stage 4: leave out utterances that are too short or too long to train on."""
+"""Stage 4: drop utterances that are too short or too long for training."""
 
 import shutil
 from collections import Counter
@@ -13,9 +13,9 @@ from espnet_kv.recipe.audio import AudioError, read_audio
 from espnet_kv.recipe.datadir import DataDir, add_data, dropped_lines, entries, require_conserved
 
 SHORTEST = 0.1
-"""Seconds below which the usual subsampling (conv2d) has too few frames for a single output."""
+"""Fewest seconds for which the usual subsampling (conv2d) has an output."""
 
-# Frames that an input layer needs for one output, as ESPnet's check_short_utt has it.
+# Input frames needed for one output of an input layer, as in ESPnet's check_short_utt.
 FRAMES = {
     "conv1d1": 5,
     "conv1d2": 5,
@@ -30,7 +30,7 @@ FRAMES = {
 
 
 def shortest_seconds(config: Mapping[str, Any], fs: int = 16000) -> float:
-    """Seconds of audio that a model needs for one encoder output.
+    """Fewest seconds of audio for one encoder output of a model.
 
     Args:
         config: a training configuration: frontend, frontend_conf, encoder_conf.
@@ -40,10 +40,10 @@ def shortest_seconds(config: Mapping[str, Any], fs: int = 16000) -> float:
     frames = FRAMES.get(layer, FRAMES["conv2d"])
     conf = config.get("frontend_conf") or {}
     if (config.get("frontend") or "default") != "default":
-        return frames * 0.02  # frames of pretrained front ends are 20 ms or shorter
+        return frames * 0.02  # frames of pretrained front ends have at most 20 ms
     hop, n_fft = int(conf.get("hop_length", 128)), int(conf.get("n_fft", 512))
     if conf.get("center", True):
-        # Frames are centred on multiples of hop; reflection at the ends takes half a window.
+        # Frames are centred on multiples of hop; reflection at the ends needs half a window.
         samples = max((frames - 1) * hop, n_fft // 2 + 1)
     else:
         samples = (frames - 1) * hop + n_fft
@@ -58,15 +58,15 @@ def filter_lengths(
     *,
     shortest_seconds: float = SHORTEST,
 ) -> None:
-    """Write data directory `dst`: the utterances of the dump `src` that last long enough.
+    """Write data directory `dst`: the utterances of the dump `src` with an allowed length.
 
-    Kept are min_seconds <= length <= max_seconds with a transcript, and never shorter than
-    shortest_seconds, the least that the model's subsampling takes (see the function of that
-    name). The audio stays where it is, in `src`. `dst/dropped` holds each utterance left out
-    and its reason, which are also warned of and counted by reason.
+    Utterances with a transcript and min_seconds <= length <= max_seconds are kept, unless they are
+    shorter than shortest_seconds, the minimum of the model (see the function of this name). The
+    audio stays in `src`. Dropped utterances and reasons are printed as warnings and written to
+    `dst/dropped`.
 
     Raises:
-        UserError: `src` is no dump of stage 3, or no utterance is left.
+        UserError: `src` is not a dump of stage 3, or no utterance is left.
     """
     if src.resolve() == dst.resolve():
         raise UserError(f"the length filter cannot write over its own input {src}")
@@ -136,7 +136,7 @@ def _num_samples(src: Path, data: DataDir) -> dict[str, int]:
 
 
 def _rate(src: Path, data: DataDir) -> int:
-    """The sampling rate in Hz, which a dump has in common and states in its audio alone."""
+    """The sampling rate of a dump in Hz, read from the first audio; a dump has one rate."""
     entry = next(iter(data.wav_scp.values()))
     try:
         return read_audio(entry)[1]

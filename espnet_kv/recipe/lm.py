@@ -1,4 +1,4 @@
-"""Stages 6 to 9: language models, off unless asked for."""
+"""Stages 6 to 9: language models; by default they are off."""
 
 import importlib.util
 import json
@@ -27,10 +27,10 @@ from espnet_kv.recipe.train import (
 
 
 def lm_stats_step(layout: Layout, before: Sequence[Step]) -> Step:
-    """Stage 6: shapes of the LM's training text, which is that of the training set.
+    """Stage 6: shapes of the LM's training text, the text of the training set.
 
     Args:
-        before: lengths of both sets, tokens.
+        before: steps of the lengths of both sets and of the tokens.
     """
     out = layout.lm_stats
     new = out.with_name(f".{out.name}.parts")
@@ -68,10 +68,10 @@ def lm_stats_step(layout: Layout, before: Sequence[Step]) -> Step:
 
 
 def train_lm_step(layout: Layout, before: Sequence[Step]) -> Step:
-    """Stage 7: train the language model; goes on with a training that was cut off.
+    """Stage 7: train the language model; an interrupted training is resumed.
 
     Args:
-        before: lengths of both sets, tokens, statistics.
+        before: steps of the lengths of both sets, the tokens and the statistics.
     """
     args = layout.args
     exp = layout.lm_exp
@@ -117,7 +117,7 @@ def perplexity_step(layout: Layout, name: str, trained: Step, formatted: Step) -
 
     def jobs() -> list[Job]:
         shutil.rmtree(new, ignore_errors=True)
-        scored = new / "text"  # ESPnet has no perplexity of an empty line
+        scored = new / "text"  # without empty lines, which ESPnet cannot score
         lines = text.read_text(encoding="utf-8").splitlines()
         write_text(scored, "".join(f"{line}\n" for line in lines if len(line.split()) > 1))
         options = [
@@ -154,7 +154,7 @@ def ngram_step(layout: Layout, before: Sequence[Step]) -> Step:
     """Stage 9: an n-gram over tokens, by KenLM.
 
     Args:
-        before: lengths of the training set, tokens.
+        before: steps of the lengths of the training set and of the tokens.
     """
     args = layout.args
     text = layout.set_of("train") / "text"
@@ -199,8 +199,8 @@ def _check_kenlm() -> None:
 def _run(command: list[str], given: str | None) -> None:
     ended = subprocess.run(command, input=given, text=True, capture_output=True)
     if ended.returncode:
-        said = ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"]
-        raise UserError(f"{command[0]} failed: {said[-1]}")
+        message = ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"]
+        raise UserError(f"{command[0]} failed: {message[-1]}")
 
 
 def _unless(wanted: bool, option: str) -> str:
@@ -212,7 +212,7 @@ def _texts(layout: Layout) -> dict[str, Path]:
 
 
 def _preprocessing(layout: Layout) -> dict[str, object]:
-    """What of the LM's configuration its statistics depend on."""
+    """The part of the LM's configuration that affects its statistics."""
     if not layout.args.use_lm:
         return {}
     config = load_yaml(layout.args.lm_config)

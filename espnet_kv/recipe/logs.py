@@ -1,36 +1,36 @@
-"""Reading the log of a running job: epochs, warnings, and why it failed."""
+"""Reading the log of a running job: epochs, warnings, and the reason of a failure."""
 
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-# what ESPnet's trainer says before it stops early, with status 0
+# message of ESPnet's trainer before it stops early with status 0
 ALL_INVALID = re.compile(r"The gradients at all steps are invalid in this epoch.*?(\d+)epoch")
 _RESULTS = re.compile(r"\b(\d+)epoch results: (.*)")
-_ERROR = re.compile(r"(?:[\w./-]+: )?error: (?P<said>.+)")
-_RAISED = re.compile(r"(?P<name>[A-Za-z_][\w.]*)(?:: (?P<said>.*))?$")
+_ERROR = re.compile(r"(?:[\w./-]+: )?error: (?P<message>.+)")
+_RAISED = re.compile(r"(?P<name>[A-Za-z_][\w.]*)(?:: (?P<message>.*))?$")
 _LONGEST = 400  # characters of a reason
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What ESPnet's trainer reports of an epoch: section (train, valid) -> name -> number."""
+    """Results of an epoch from ESPnet's trainer: section (train, valid) -> name -> number."""
 
     number: int
     results: dict[str, dict[str, str]]
 
     def __str__(self) -> str:
-        said = []
+        message = []
         for section in ("train", "valid"):
             if loss := self.results.get(section, {}).get("loss"):
-                said.append(f"{section} loss {loss}")
+                message.append(f"{section} loss {loss}")
         if accuracy := self.results.get("valid", {}).get("acc"):
-            said.append(f"accuracy {accuracy}")
-        return ", ".join(said)
+            message.append(f"accuracy {accuracy}")
+        return ", ".join(message)
 
     def not_finite(self) -> str:
-        """`train loss is nan`, or nothing where the losses are numbers."""
+        """A message such as `train loss is nan`; empty if the losses are finite."""
         for section in ("train", "valid"):
             loss = self.results.get(section, {}).get("loss", "0")
             if not math.isfinite(float(loss)):
@@ -39,7 +39,7 @@ class Epoch:
 
 
 def parse_epoch(line: str) -> Epoch | None:
-    """The results in a line of a training's log; None: it is another line."""
+    """The results of an epoch in a line of a log; None: the line has none."""
     found = _RESULTS.search(line)
     if found is None:
         return None
@@ -51,14 +51,14 @@ def parse_epoch(line: str) -> Epoch | None:
 
 
 class JobLog:
-    """The part of a log that one job writes, from now on."""
+    """The part of a log written by one job."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._start = self._read = path.stat().st_size if path.exists() else 0
 
     def new_lines(self) -> list[str]:
-        """Whole lines that were written since the last call."""
+        """Complete lines written since the last call."""
         lines, _, _ = self._bytes(self._read).rpartition(b"\n")
         if not lines:
             return []
@@ -66,7 +66,7 @@ class JobLog:
         return lines.decode("utf-8", errors="replace").split("\n")
 
     def reason(self) -> str:
-        """Why the job failed, in one line: the last error or exception that it printed."""
+        """The last error or exception in the log, in one line."""
         return _last_error(self._bytes(self._start))
 
     def _bytes(self, start: int) -> bytes:
@@ -81,19 +81,19 @@ def _last_error(text: bytes) -> str:
     lines = text.decode("utf-8", errors="replace").split("\n")
     for n in reversed(range(len(lines))):
         if found := _ERROR.match(lines[n]):
-            return _shorten(found["said"])
+            return _shorten(found["message"])
         if lines[n].startswith("Traceback (most recent call last)"):
             if n and lines[n - 1].startswith("Exception ignored in"):
                 continue  # printed at shutdown, after the failure
             if raised := _raised(lines[n + 1 :]):
                 return _shorten(raised)
-    said = [line.strip() for line in lines if line.strip()]
-    said = [line for line in said if not re.search(r"\b(INFO|DEBUG): ", line)]
-    return _shorten(said[-1]) if said else "it printed no error"
+    message = [line.strip() for line in lines if line.strip()]
+    message = [line for line in message if not re.search(r"\b(INFO|DEBUG): ", line)]
+    return _shorten(message[-1]) if message else "it printed no error"
 
 
 def _raised(lines: list[str]) -> str:
-    """The exception below `Traceback ...`: `KeyError: 'x'`, and what follows of its message."""
+    """The exception after `Traceback ...`, e.g. `KeyError: 'x'`, with all lines of its message."""
     for n, line in enumerate(lines):
         found = _RAISED.match(line)
         if not line.startswith((" ", "\t")) and found is not None:
@@ -103,8 +103,8 @@ def _raised(lines: list[str]) -> str:
                 if not more.strip() or re.match(r"\[\S+\] \d{4}-|\S+Error\b|#|Exception ", more):
                     break
                 following.append(more.strip())
-            said = " ".join([found["said"] or "", *following]).strip()
-            return said if name == "UserError" else f"{name}: {said}".removesuffix(": ")
+            message = " ".join([found["message"] or "", *following]).strip()
+            return message if name == "UserError" else f"{name}: {message}".removesuffix(": ")
     return ""
 
 

@@ -15,6 +15,7 @@ from espnet_kv.cli import Parser, true_or_false, whole
 from espnet_kv.errors import UserError
 from espnet_kv.recipe import conversion
 from espnet_kv.recipe.corpora import CORPORA, name_sources
+from espnet_kv.recipe.format import AUDIO_FORMATS
 from espnet_kv.recipe.jobs import check_gpus, cores
 from espnet_kv.recipe.publishing import NAMES, check_publishing, repository, stage_number
 
@@ -168,7 +169,7 @@ def parser() -> argparse.ArgumentParser:
             add(g, f"{corpus}_{part}", None, f"{corpus}: {unit} in {sets}", type=whole(1))
         add(g, f"{corpus}_seed", None, f"{corpus}: seed", type=whole(0))
     add(g, "speed_perturb_factors", "0.9 1.0 1.1", "stage 2; empty: none")
-    add(g, "audio_format", "flac.ark", "flac.ark, flac, wav.ark or wav")
+    add(g, "audio_format", "flac.ark", "flac.ark, flac, wav.ark or wav", choices=AUDIO_FORMATS)
     add(g, "fs", 16000, "sampling rate of the dump in Hz, 16000 or 16k", type=_hertz)
     add(g, "min_wav_duration", 0.1, "seconds; shorter training utterances go", type=_seconds)
     add(g, "max_wav_duration", 30.0, "seconds; longer training utterances go", type=_seconds)
@@ -362,11 +363,17 @@ def _name_sets(args: argparse.Namespace) -> None:
     args.corpus_dir = (
         args.corpus_dir
         or (args.librispeech if variable == "LIBRISPEECH" else None)
-        or _path_or_none(os.environ.get(variable, ""))
+        or _path_or_none(_environment(variable))
     )
     args.train_set = given[0] or corpus.train_set
     args.valid_set = given[1] or corpus.valid_set
     args.test_sets = list(dict.fromkeys(given[2:])) or list(corpus.test_sets)
+
+
+def _environment(variable: str) -> str:
+    """Where an existing copy lies; ESPnet's db.sh says `downloads` for what is to be downloaded."""
+    given = os.environ.get(variable, "")
+    return "" if given == "downloads" else given
 
 
 def _check_conversion(args: argparse.Namespace) -> None:

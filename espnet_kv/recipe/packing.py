@@ -3,7 +3,6 @@
 import contextlib
 import shutil
 import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 from espnet_kv.errors import UserError
 from espnet_kv.files import new_file, write_text
 from espnet_kv.recipe.archive import add_card, pack
+from espnet_kv.recipe.asr_sh import asr_sh_call
 from espnet_kv.recipe.card import figures, front_matter, usage
 from espnet_kv.recipe.decode import require_model
 from espnet_kv.recipe.hub import check_token, upload
@@ -35,14 +35,11 @@ def pack_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Step
     args = layout.args
     exp = layout.asr_exp(config_file)
     model, out = exp / args.inference_asr_model, packed_model(layout, config_file)
-    scores = {exp / layout.inference_name / name / FILE for name in args.test_sets} | set(
-        exp.glob(f"*/*/{FILE}")
-    )
     reads = {
         "model": model,
         "config": exp / "config.yaml",
         "profile": exp / "profile/profile.json",
-        **{str(file.relative_to(exp)): file for file in sorted(scores)},
+        **{str(file): file for file in _score_files(layout, config_file)},
     }
     if args.use_lm:
         reads |= {
@@ -61,7 +58,7 @@ def pack_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Step
         write_page(exp / "RESULTS.md", header, [exp])  # which asr.sh packs, and shows on the Hub
         with _scratch(exp) as scratch:
             if in_checkout(args):
-                _asr_sh(layout, config_file, 14, "--skip_packing", "false")
+                _asr_sh(layout, config_file, 14, skip_packing="false")
                 made = out
             else:
                 made = scratch / out.name
@@ -87,6 +84,16 @@ def pack_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Step
     )
 
 
+def _score_files(layout: Layout, config_file: Path) -> list[Path]:
+    """Those that there are, and those of this run's decoding, which may still be made."""
+    exp = layout.asr_exp(config_file)
+    made = {layout.decoded(config_file, name) / FILE for name in layout.args.test_sets}
+    for place in ("*/*", "*/org/*"):
+        for file in (FILE, "score_wer/result.txt"):
+            made |= set(exp.glob(f"{place}/{file}"))
+    return sorted(made)
+
+
 def upload_step(layout: Layout, config_file: Path, packed: Step) -> Step:
     """Stage 17: the files of a pack in the repository --hf_repo of the Hugging Face Hub."""
     args = layout.args
@@ -94,7 +101,7 @@ def upload_step(layout: Layout, config_file: Path, packed: Step) -> Step:
 
     def build() -> None:
         if in_checkout(args):
-            _asr_sh(layout, config_file, 15, "--skip_upload_hf", "false", "--hf_repo", args.hf_repo)
+            _asr_sh(layout, config_file, 15, skip_upload_hf="false", hf_repo=args.hf_repo)
             return
         with _scratch(exp) as scratch:
             with zipfile.ZipFile(zip_file) as archive:
@@ -151,29 +158,17 @@ def _contents(layout: Layout, exp: Path) -> tuple[dict[str, Path], list[Path]]:
     return files, [path for path in more if path.exists()]
 
 
-def _asr_sh(layout: Layout, config_file: Path, stage: int, *options: str) -> None:
-    """Run one stage of ESPnet's asr.sh for one model."""
-    args, exp = layout.args, layout.asr_exp(config_file)
+def _asr_sh(layout: Layout, config_file: Path, stage: int, **more: str) -> None:
+    """Run one stage of ESPnet's asr.sh for one model.
+
+    Raises:
+        UserError: it failed.
+    """
+    exp = layout.asr_exp(config_file)
     (exp / "images").mkdir(exist_ok=True)  # it packs the directory, plots or not
-    given = {
-        "stage": stage,
-        "stop_stage": stage,
-        "python": f"{sys.executable} -m espnet_kv",
-        "asr_exp": exp,
-        "asr_stats_dir": layout.stats(config_file),
-        "lm_exp": layout.lm_exp,
-        "test_sets": " ".join(args.test_sets),
-    }
-    for name in (
-        *("expdir", "lang", "token_type", "nbpe", "bpemode", "feats_normalize"),
-        *("train_set", "valid_set", "inference_asr_model", "use_lm", "inference_lm"),
-    ):
-        value = getattr(args, name)
-        given[name] = str(value).lower() if isinstance(value, bool) else value
-    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     log = exp / f"asr_sh_stage{stage}.log"
     with log.open("w", encoding="utf-8") as file:
-        call = [f"./{ASR_SH}", *words, *options]
+        call = asr_sh_call(layout, config_file, stage, stage, more)
         ended = subprocess.run(call, stdout=file, stderr=subprocess.STDOUT, check=False)
     if ended.returncode:
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]

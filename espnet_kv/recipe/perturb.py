@@ -1,4 +1,4 @@
-"""Stage 2: speed perturbation, which makes slower and faster copies of every utterance."""
+"""Stage 2: speed perturbation, slower and faster copies of every utterance."""
 
 import itertools
 from dataclasses import dataclass
@@ -21,15 +21,15 @@ from espnet_kv.recipe.pool import parallel_map
 def perturb_speed(
     src: Path, dst: Path, factors: list[float], nj: int = 1, *, allow_pipes: bool = False
 ) -> None:
-    """Write data directory `dst`: `src` once for every speed factor.
+    """Write data directory `dst`: a copy of `src` for every speed factor.
 
-    A copy at 0.9 lasts 1/0.9 times as long and sounds lower (as `sox speed` does); its ids
-    are `sp0.9-UTT` and `sp0.9-SPK`, its audio is 16-bit flac in `dst/wav`. Factor 1.0 keeps
-    ids, original files and segments. Audio that cannot be read has no copies, with a
-    warning; `dst/dropped` names them. The bytes do not depend on `nj`.
+    A copy at 0.9 lasts 1/0.9 times as long and has a lower pitch (like `sox speed`). Its ids are
+    `sp0.9-UTT` and `sp0.9-SPK`, and its audio is 16-bit flac in `dst/wav`. Factor 1.0 keeps ids,
+    original files and segments. Copies of unreadable audio are dropped with a warning and listed
+    in `dst/dropped`. The output does not depend on `nj`.
 
     Args:
-        allow_pipes: run the commands that wav.scp may hold in the place of files.
+        allow_pipes: run commands in wav.scp.
 
     Raises:
         UserError: a factor is repeated or outside 0.1..10, or most audio cannot be read.
@@ -121,7 +121,7 @@ def _check(src: Path, dst: Path, factors: list[float]) -> None:
 
 
 def _perturb(job: _Job) -> list[tuple[str, str]]:
-    """Write the copies of one recording; returns for each why it could not be made, and notes."""
+    """Write the copies of one recording; return (reason of failure, notes) of each copy."""
     import soundfile
 
     try:
@@ -136,7 +136,7 @@ def _perturb(job: _Job) -> list[tuple[str, str]]:
         except AudioError as error:
             outcomes.append((f"{part.where if part else copy.utt}: {error}", ""))
             continue
-        # Only the ratio matters: resampling as if the input had been recorded faster.
+        # Resample as if the input had a rate higher by the factor; only the ratio matters.
         samples = resample(recording.samples, round(1000 * copy.factor), 1000)
         soundfile.write(
             copy.path, to_int16(samples), recording.rate, format="FLAC", subtype="PCM_16"

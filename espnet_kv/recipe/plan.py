@@ -1,4 +1,4 @@
-"""All steps of the recipe, in order: which there are, and which come after which."""
+"""All steps of the recipe and their dependencies."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from espnet_kv.recipe.steps import Step
 
 
 def plan(layout: Layout) -> list[Step]:
-    """The steps of stages 1 to 17 that the options ask for, each after those it depends on."""
+    """The steps of stages 1 to 17 for the options; dependencies come first."""
     args = layout.args
     prepare = data.prepare_step(layout)
     perturb = data.perturb_step(layout, prepare)
@@ -86,7 +86,7 @@ def plan(layout: Layout) -> list[Step]:
 
 
 def _models(layout: Layout, lengths: Sequence[Step], tokens: Step) -> dict[int, list[Step]]:
-    """Stage 10 and 11 -> their steps: statistics and trainings, or conversions."""
+    """The steps of stages 10 and 11: statistics and trainings, or conversions."""
     args = layout.args
     if args.convert_from is None:
         text = [*lengths, tokens]

@@ -1,9 +1,9 @@
 """Processes that end with the run that started them, and a map over worker processes.
 
-Every process of the recipe leads a process group of its own and watches a pipe whose other end
-only the run holds. Whatever ends the run, `kill -9` included, closes the pipe, and the watcher
-kills the group: the process, its data loaders and whatever else it started. (Linux could deliver
-a signal at the parent's death to the process alone, before it could take its group with it.)
+Each process of the recipe leads its own process group and watches a pipe whose other end is open
+only in the run. When the run ends, even by `kill -9`, the pipe is closed and the watcher kills the
+group: the process, its data loaders and its other children. (Linux's parent-death signal would end
+only the process itself.)
 """
 
 import multiprocessing
@@ -27,7 +27,7 @@ OUT_OF_MEMORY = "most likely for lack of memory"
 
 
 class Terminated(KeyboardInterrupt):
-    """The run was told to end by signal `number`."""
+    """The run received signal `number`."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -38,8 +38,8 @@ class Terminated(KeyboardInterrupt):
 def terminate_on_signals() -> Iterator[None]:
     """Let SIGINT, SIGTERM and SIGHUP end the block by an exception, so that `finally` blocks run.
 
-    A signal that was ignored before (nohup) stays ignored. Further signals are ignored while the
-    block cleans up, which takes a few seconds at most. For the main thread; a no-op in others.
+    Signals that were ignored before (nohup) stay ignored. Further signals are ignored during the
+    cleanup of a few seconds. It works in the main thread only.
 
     Raises:
         SystemExit: a signal came; its code is 128 + the signal's number. One line was printed.
@@ -78,9 +78,9 @@ def _ends() -> list[signal.Signals]:
 
 @contextmanager
 def keyboard_blocked() -> Iterator[None]:
-    """Processes started in this block do not get what the terminal sends to its whole group.
+    """Block SIGINT and SIGHUP of the terminal for processes started in this block.
 
-    The run itself gets such a signal when the block ends.
+    The run itself receives them when the block ends.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
@@ -93,7 +93,7 @@ def end_with(pipe: Any) -> None:
     """Lead a process group, and kill it as soon as the other end of `pipe` is closed.
 
     Args:
-        pipe: file descriptor or Connection to which nobody writes.
+        pipe: file descriptor or Connection without data.
     """
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)
@@ -106,14 +106,14 @@ def end_with(pipe: Any) -> None:
 
 
 def end_with_parent() -> None:
-    """`end_with` the run, in a process that `multiprocessing` started."""
+    """`end_with` the run, in a process of `multiprocessing`."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     end_with(parent.sentinel)
 
 
 def signal_group(pid: int, number: int) -> bool:
-    """Send a signal (0: none) to the group that `pid` leads; whether there was anybody."""
+    """Send a signal (0: none) to the group led by `pid`; return whether the group exists."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, number)
         return True
@@ -121,10 +121,10 @@ def signal_group(pid: int, number: int) -> bool:
 
 
 def end_groups(pids: Sequence[int], poll: Callable[[], Any], grace: float = 2.0) -> None:
-    """End the groups led by `pids`: ask them to, and kill what is left after `grace` seconds.
+    """End the groups led by `pids`: send SIGTERM, and SIGKILL after `grace` seconds.
 
     Args:
-        poll: collects the exit statuses of children, which would stay in the table otherwise.
+        poll: collects the exit statuses of children, which would stay zombies otherwise.
     """
     left = [pid for pid in pids if signal_group(pid, signal.SIGTERM)]
     for number, seconds in ((signal.SIGKILL, grace), (0, 1.0)):
@@ -138,16 +138,16 @@ def end_groups(pids: Sequence[int], poll: Callable[[], Any], grace: float = 2.0)
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
+    """Number of processor cores available to this process."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def most_at_once() -> int:
-    """Processes of one kind that this machine is asked to run, whatever --nj says.
+    """Upper limit of parallel processes on this machine, for any --nj.
 
-    Each of them loads torch: more than a few for each core would cost memory and gain nothing.
+    Each process loads torch, so more than a few per core would only cost memory.
     """
     return PER_CORE * cores()
 
@@ -157,8 +157,8 @@ def parallel_map[Item, Result](
 ) -> Iterator[Result]:
     """Yield `work(job)` for every job, in order, computed by `nj` processes.
 
-    Workers end when the caller stops early, when an exception comes, and with the run. At most
-    some chunks per worker are computed ahead of what was yielded.
+    Workers end when the caller stops early, at an exception, and with the run. A worker computes
+    at most a few chunks ahead of the yielded results.
 
     Raises:
         UserError: `work` raised an exception (its message), or a worker process was killed.
@@ -201,7 +201,7 @@ def parallel_map[Item, Result](
 class _Worker:
     """One process of `parallel_map`.
 
-    pipe: our end of its connection. chunk: number of the chunk it is at; None: it waits.
+    pipe: our end of its connection. chunk: number of its current chunk; None: it is idle.
     """
 
     process: BaseProcess
@@ -210,7 +210,7 @@ class _Worker:
 
     @classmethod
     def start(cls, work: Callable) -> "_Worker":
-        # A forked child of a process that has used torch can hang in its thread pool.
+        # A fork of a process that has used torch can hang in torch's thread pool.
         context = multiprocessing.get_context("spawn")
         pipe, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, work), daemon=True)
@@ -221,7 +221,7 @@ class _Worker:
 
     def give(self, number: int, chunk: Sequence[Any]) -> None:
         self.chunk = number
-        with suppress(BrokenPipeError):  # `take` says what became of it
+        with suppress(BrokenPipeError):  # `take` reports the error
             self.pipe.send(chunk)
 
     def take(self) -> tuple[int, Any]:
@@ -239,21 +239,21 @@ class _Worker:
         self.pipe.close()
         assert self.process.pid is not None
         if not signal_group(self.process.pid, signal.SIGKILL):
-            self.process.kill()  # it did not lead a group yet, or is gone
+            self.process.kill()  # it does not lead a group yet, or has ended
         self.process.join()
 
 
 def ending(status: int | None) -> str:
-    """`was killed by signal 9 (SIGKILL), most likely for lack of memory`, in the same way others.
+    """Describe an exit, e.g. `was killed by signal 9 (SIGKILL), most likely for lack of memory`.
 
     Args:
-        status: exit status; that of a killed process is minus the signal's number.
+        status: exit status; minus the signal's number for a killed process.
     """
     if status is None or status >= 0:
         return f"was killed or ended by itself (status {status}), {OUT_OF_MEMORY}"
     name = signal.Signals(-status).name if -status in set(signal.Signals) else "unknown"
-    said = f"was killed by signal {-status} ({name})"
-    return f"{said}, {OUT_OF_MEMORY}" if -status == signal.SIGKILL else said
+    text = f"was killed by signal {-status} ({name})"
+    return f"{text}, {OUT_OF_MEMORY}" if -status == signal.SIGKILL else text
 
 
 def _serve(pipe: Connection, work: Callable) -> None:
@@ -264,7 +264,7 @@ def _serve(pipe: Connection, work: Callable) -> None:
 
 
 def _outcome(work: Callable, jobs: Sequence[Any]) -> tuple[list[Any], UserError | None]:
-    """The results of `jobs`, up to the first that failed."""
+    """The results of `jobs` up to the first failure, and that failure."""
     results: list[Any] = []
     try:
         for job in jobs:
@@ -272,6 +272,6 @@ def _outcome(work: Callable, jobs: Sequence[Any]) -> tuple[list[Any], UserError 
     except UserError as error:
         return results, error
     except Exception as error:
-        said = " ".join(str(error).split())
-        return results, UserError(f"{type(error).__name__}: {said}" if said else repr(error))
+        text = " ".join(str(error).split())
+        return results, UserError(f"{type(error).__name__}: {text}" if text else repr(error))
     return results, None

@@ -1,4 +1,4 @@
-"""Stages 14 and 15: profile every model, and compare the profiles."""
+"""Stages 14 and 15: profiles of all models, and their comparison."""
 
 import json
 import shlex
@@ -8,22 +8,21 @@ from pathlib import Path
 from espnet_kv.config import load_yaml
 from espnet_kv.errors import UserError
 from espnet_kv.files import write_text
+from espnet_kv.profile.schema import SCHEMA, read_profiles
 from espnet_kv.recipe.decode import require_model
 from espnet_kv.recipe.jobs import Job
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.options import DECODE, DECODE_STREAMING
 from espnet_kv.recipe.steps import Step
 from espnet_kv.recipe.train import default_gpus
-from espnet_kv.report.profiles import SCHEMA, read_profiles
-from espnet_kv.report.write import TITLE, write_report
 from espnet_kv.scores import read_scores
 
 
 def profile_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Step:
-    """Stage 14: EXPERIMENT/profile/profile.json of one model.
+    """Stage 14: write EXPERIMENT/profile/profile.json of one model.
 
     Args:
-        before: the formatted first test set, the trained model.
+        before: steps of the formatted first test set and of the trained model.
     """
     args = layout.args
     exp = layout.asr_exp(config_file)
@@ -45,7 +44,7 @@ def profile_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> S
         ]
         log = out / "profile.log"
         print(f"  profiling {exp.name}, log in {log}", flush=True)
-        # a process of its own: nothing else is in its memory then
+        # a new process, so that its memory holds nothing else
         return [Job(f"profile {exp.name}", "espnet_kv.bin.profile", options, log, ngpu, fresh=True)]
 
     return Step(
@@ -57,7 +56,7 @@ def profile_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> S
         jobs=jobs,
         options={
             "profile_args": args.profile_args,
-            "schema": SCHEMA,  # one of another version cannot be compared
+            "schema": SCHEMA,  # profiles of different versions cannot be compared
             "inference_config": load_yaml(search),
             "streaming": load_yaml(streaming),
             "inference_asr_model": args.inference_asr_model,
@@ -67,12 +66,12 @@ def profile_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> S
         after=before,
         products=lambda: [out / "profile.json"],
         in_place=True,
-        editable=True,  # the error rates in it are brought up to date
+        editable=True,  # rates_step updates the error rates in it
     )
 
 
 def rates_step(layout: Layout, config_file: Path, profiled: Step) -> Step:
-    """Stage 14: the error rates of one profile, brought up to date."""
+    """Stage 14: update the error rates in one profile."""
     exp = layout.asr_exp(config_file)
     return Step(
         stage=14,
@@ -87,7 +86,7 @@ def rates_step(layout: Layout, config_file: Path, profiled: Step) -> Step:
 
 
 def compare_step(layout: Layout, profiled: Sequence[Step]) -> Step:
-    """Stage 15: EXPDIR/report and the table in RESULTS.md, of every profile there is."""
+    """Stage 15: write EXPDIR/report and the table in RESULTS.md from all profiles."""
     args = layout.args
     out = args.expdir / "report"
 
@@ -97,6 +96,8 @@ def compare_step(layout: Layout, profiled: Sequence[Step]) -> Step:
             raise UserError(
                 f"{args.expdir} holds no */profile/profile.json: profile first (stage 14)"
             )
+        from espnet_kv.report.write import TITLE, write_report  # takes a second: pandas, matplotlib
+
         page = write_report(read_profiles(paths), out, args.results, TITLE, args.command)
         print(f"  page: {page.resolve()}")
         print(f"  scalars: tensorboard --logdir {args.expdir.resolve()}")
@@ -113,7 +114,7 @@ def compare_step(layout: Layout, profiled: Sequence[Step]) -> Step:
 
 
 def _search_configs(layout: Layout) -> tuple[Path, Path]:
-    """The decoding options of whole utterances and of streaming."""
+    """The decoding configurations of whole utterances and of streaming."""
     args = layout.args
     if args.use_streaming:
         return DECODE, args.inference_config
@@ -124,7 +125,7 @@ def _refresh_scores(exp: Path, decoding: str) -> None:
     file = exp / "profile" / "profile.json"
     try:
         profile = json.loads(file.read_text(encoding="utf-8"))
-        # a decoding that was preferred before stays so, for the other kind
+        # keep the decodings in the profile, for the kind that this run does not decode
         named = {row["decoding"] for kind in profile["wer"].values() for row in kind.values()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is damaged: remove it and profile again (stage 14)") from error

@@ -1,4 +1,4 @@
-"""RESULTS.md: every score below exp/ in the tables that ESPnet's recipes publish."""
+"""RESULTS.md: all scores in exp/, as tables in the format of ESPnet's recipes."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from espnet_kv.errors import UserError
 from espnet_kv.files import write_text
-from espnet_kv.scores import KINDS, Scores, scored_sets
+from espnet_kv.scores import KINDS, Scores, decoding_of, scored_sets
 
 BEGIN, END = "<!-- generated -->", "<!-- /generated -->"
 COLUMNS = ("Snt", "Wrd", "Corr", "Sub", "Del", "Ins", "Err", "S.Err")
@@ -19,14 +19,14 @@ COLUMNS = ("Snt", "Wrd", "Corr", "Sub", "Del", "Ins", "Err", "S.Err")
 def write_results(expdir: Path, out: Path, header: Iterable[str] = ()) -> None:
     """Collect the scores of all `expdir/asr_*` into the Markdown file `out`.
 
-    What stands in `out` outside the markers BEGIN and END is kept. Where an experiment has
-    a run.json, its command, config, commit and overlay are stated above its tables.
+    The text of `out` outside the markers BEGIN and END is kept. The command, config, commit and
+    overlay in the run.json of an experiment are stated above its tables.
 
     Args:
-        header: lines to stand below the list of versions.
+        header: lines below the list of versions.
 
     Raises:
-        UserError: nothing is scored yet, or `out`, a result or a run.json is damaged.
+        UserError: there are no scores, or `out`, a result or a run.json is damaged.
     """
     experiments = sorted(expdir.glob("asr_*"))
     if not any(True for exp in experiments for _ in scored_sets(exp)):
@@ -43,7 +43,7 @@ def write_page(out: Path, header: Iterable[str], experiments: Iterable[Path]) ->
 
 
 def _placed(out: Path, block: str) -> str:
-    """The text of `out` with `block` in the place of the earlier one, or at its end."""
+    """The text of `out` with the earlier block replaced by `block`, or with `block` appended."""
     if not out.exists():
         return block + "\n"
     text = out.read_text(encoding="utf-8")
@@ -85,7 +85,7 @@ def _git(checkout: Path, *arguments: str) -> str:
 
 
 def _experiment(exp: Path, title: str) -> str:
-    """One experiment's part of the page; empty where nothing of it is scored."""
+    """The section of one experiment; empty if it has no scores."""
     tables = []
     scored = list(scored_sets(exp))
     for kind in KINDS:
@@ -106,7 +106,8 @@ def _figures(place: Path, scores: Scores, kind: str) -> tuple[str, ...]:
     """The row of one test set."""
     rates = scores.rates[kind]
     percents = (f"{rate:.1f}" for rate in rates.percents)
-    name = f"{place.parent.name}/{place.name}"
+    decoding = decoding_of(place)
+    name = f"{decoding.name}/{place.relative_to(decoding)}"
     return name, str(rates.utterances), str(rates.words), *percents
 
 

@@ -1,4 +1,4 @@
-"""Running the steps of a stage: those that are not done, side by side where they are jobs."""
+"""Running the unfinished steps of a stage; their jobs run in parallel."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -10,20 +10,20 @@ from espnet_kv.recipe.steps import State, Step, Steps
 
 
 def run_steps(steps: Sequence[Step], judge: Steps, parallel: int, command: str) -> None:
-    """Run what is not done of one stage.
+    """Run the unfinished steps of one stage.
 
     Args:
-        steps: in an order in which a step comes after those that it depends on.
-        parallel: jobs at the same time.
+        steps: steps of the stage; dependencies come first.
+        parallel: number of parallel jobs.
         command: the recipe's command line, for messages.
 
     Raises:
-        UserError: a step before this stage is not done, a precious output would be overwritten,
-            another run is at work on an output, or the work failed.
+        UserError: an earlier step is not done, a precious output would be overwritten, another run
+            is writing an output, or the work failed.
     """
     waiting = list(steps)
     while waiting:
-        # steps of one stage that do not depend on each other share the jobs' places
+        # steps of a stage that do not depend on each other run in parallel
         wave = [s for s in waiting if not any(u in waiting for u in s.after)]
         waiting = [s for s in waiting if s not in wave]
         _run_wave([s for s in wave if _has_to_run(s, judge)], judge, parallel, command)
@@ -47,12 +47,12 @@ def _has_to_run(step: Step, judge: Steps) -> bool:
 
 
 def _is_refused(step: Step, state: State) -> bool:
-    """Whether running `step` would write over a precious output."""
+    """Whether running `step` would overwrite a precious output."""
     return state.kind == "refused" or (state.kind == "given" and step.precious)
 
 
 def refusal(step: Step, reason: str) -> str:
-    """The message that a precious output would be overwritten."""
+    """The message that a precious output would be overwritten, and how to avoid it."""
     remedy = f", or {step.remedy}" if step.remedy else ""
     return (
         f"{step.output} was made from other inputs ({reason}): "
@@ -91,7 +91,7 @@ def _run_wave(steps: Sequence[Step], judge: Steps, parallel: int, command: str) 
 
 
 class _Finish:
-    """Builds and stamps a step when all of its jobs have ended well."""
+    """Builds and stamps a step after all of its jobs have succeeded."""
 
     def __init__(self, step: Step, judge: Steps, jobs: int) -> None:
         self._step, self._judge, self._jobs = step, judge, jobs
@@ -107,11 +107,11 @@ class _Finish:
 
 
 def forecast(steps: Sequence[Step], judge: Steps, stages: range) -> Iterator[tuple[Step, str]]:
-    """What a run of `stages` would do with each of its steps, without doing it.
+    """State what a run of `stages` would do, without running it.
 
     Yields:
-        A step and "up to date", "would run: WHY", "would be refused: WHY", "skipped: WHY" or
-        "cannot run: WHY".
+        A step and "up to date", "would run: REASON", "would be refused: REASON", "skipped: REASON"
+        or "cannot run: REASON".
     """
     for step in steps:
         if step.stage not in stages:

@@ -1,4 +1,4 @@
-"""Stage 13: word, character and token error rates, with alignments to look at."""
+"""Stage 13: word, character and token error rates, with alignments."""
 
 import re
 import sys
@@ -16,10 +16,10 @@ from espnet_kv.scores import KINDS, Rates, percent
 
 @dataclass(frozen=True)
 class Score:
-    """The aligned test set, its counts in tokens of `kind` (words, characters or pieces).
+    """The alignment of a test set in tokens of `kind`: words, characters or pieces.
 
-    alignment holds hits, substitutions, deletions and insertions; missing is the number of
-    utterances that had no hypothesis.
+    alignment: hits, substitutions, deletions and insertions.
+    missing: number of utterances without hypothesis.
     """
 
     kind: str
@@ -39,7 +39,7 @@ class Score:
 
     @property
     def error_rate(self) -> float:
-        """Errors in per cent of the reference tokens; infinite for insertions into silence."""
+        """Errors in per cent of the reference tokens; infinite if the reference has no tokens."""
         return percent(self.errors, self.words)
 
     @property
@@ -51,7 +51,7 @@ class Score:
 
     @property
     def counts(self) -> dict[str, int]:
-        """What scores.json says of it, see `espnet_kv.scores`."""
+        """The counts for scores.json, see `espnet_kv.scores`."""
         found = self.alignment
         return {
             "utterances": len(self.utterances),
@@ -66,7 +66,7 @@ class Score:
         }
 
     def summary(self) -> str:
-        """The lines of result.txt: ESPnet's Snt Wrd Corr Sub Del Ins Err S.Err, as sclite."""
+        """The lines of result.txt: Snt Wrd Corr Sub Del Ins Err S.Err, in the format of sclite."""
         rates = Rates.of(self.counts)
         columns = "".join(f"{rate:7.1f}" for rate in rates.percents)
         table = (
@@ -89,11 +89,11 @@ def score(
     Args:
         ref: utterance -> reference transcript; may be empty text.
         hyp: utterance -> recognised text.
-        kind: wer (words), cer (characters, a space being one) or ter (pieces).
+        kind: wer (words), cer (characters including spaces) or ter (pieces).
         tokenizer: text -> tokens; needed for ter, see `tokens.piece_tokenizer`.
 
     Raises:
-        UserError: no reference at all, or a hypothesis without a reference.
+        UserError: there is no reference, or a hypothesis has no reference.
     """
     if kind not in KINDS or (kind == "ter" and tokenizer is None):
         raise ValueError(f"kind must be wer, cer, or ter with a tokenizer, not {kind!r}")
@@ -141,7 +141,7 @@ def write_score(result: Score, out_dir: Path) -> None:
 
 
 class _Split(jiwer.AbstractTransform):
-    """Text -> tokens, in jiwer's terms."""
+    """Text -> tokens, as a transform of jiwer."""
 
     def __init__(self, split: Callable[[str], list[str]]) -> None:
         self._split = split

@@ -1,7 +1,7 @@
 """Stage 13: score every decoded test set and write RESULTS.md."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from espnet_kv.recipe.results import write_results
 from espnet_kv.recipe.score import score, write_score
 from espnet_kv.recipe.steps import Step
 from espnet_kv.recipe.tokens import piece_tokenizer
-from espnet_kv.scores import FILE, KINDS, RECORD, is_streaming, read_scored_set
+from espnet_kv.scores import FILE, KINDS, RECORD, decoding_of, is_streaming, read_scored_set
 
 STAMP = ".scored.done.json"
 
@@ -22,7 +22,7 @@ STAMP = ".scored.done.json"
 def score_step(layout: Layout, config_file: Path, name: str, decoded: Step) -> Step:
     """Write scores.json, score_wer, score_cer and, with BPE, score_ter of a decoded test set."""
     exp = layout.asr_exp(config_file)
-    out, dump = exp / layout.inference_name / name, layout.formatted(name)
+    out, dump = layout.decoded(config_file, name), layout.formatted(name)
     kinds = KINDS if layout.bpe_model is not None else KINDS[:2]
 
     def build() -> None:
@@ -55,33 +55,39 @@ def score_step(layout: Layout, config_file: Path, name: str, decoded: Step) -> S
 
 
 def results_step(layout: Layout, scored: Mapping[tuple[Path, str], Step]) -> Step:
-    """Write RESULTS.md from all scores there are, and print the word error rates of this run.
+    """Write RESULTS.md from all scores, and print the word error rates of this run.
 
     Args:
-        scored: (experiment, test set) -> its scoring.
+        scored: (experiment, test set) -> scoring step.
     """
     args = layout.args
-
-    def build() -> None:
-        write_results(args.expdir, args.results, markdown(count_sets(layout)))
-        rates = {
-            (exp.name, name): read_scored_set(step.output).rates["wer"].err
-            for (exp, name), step in scored.items()
-        }
-        _print_table(rates, args.test_sets)
-        print(f"  tables: {args.results.resolve()}")
-        print(f"  models, logs, decodings: {args.expdir.resolve()}")
-        print(f"  training curves: tensorboard --logdir {args.expdir.resolve()}")
-
     return Step(
         stage=13,
         name=args.results.name,
         output=args.expdir,
-        build=build,
+        build=lambda: publish(layout, [step.output for step in scored.values()]),
         after=list(scored.values()),
         stamp=args.expdir / ".results.done.json",
         always=True,
     )
+
+
+def publish(layout: Layout, scored: Iterable[Path]) -> None:
+    """Write RESULTS.md of all that is scored below --expdir, and print the WERs of this run.
+
+    Args:
+        scored: directories of this run's test sets.
+    """
+    args = layout.args
+    write_results(args.expdir, args.results, markdown(count_sets(layout)))
+    rates = {}
+    for place in scored:
+        exp = decoding_of(place).parent
+        rates[exp.name, place.name] = read_scored_set(place).rates["wer"].err
+    _print_table(rates, args.test_sets)
+    print(f"  tables: {args.results.resolve()}")
+    print(f"  models, logs, decodings: {args.expdir.resolve()}")
+    print(f"  training curves: tensorboard --logdir {args.expdir.resolve()}")
 
 
 def read_text(path: Path) -> dict[str, str]:

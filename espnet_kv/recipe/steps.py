@@ -1,8 +1,8 @@
-"""The one answer to "is this done?": a step declares what it depends on and is stamped with it.
+"""Steps of the recipe, and stamps that decide whether a step must run.
 
-A step's digest covers the options it names, the content of the files it names, the version of its
-code, and the digests of the steps before it. The stamp, written after the work has ended well,
-holds that digest and the sizes of the step's products. Nothing else decides whether a step runs.
+A step's digest covers its options, the content of the files it reads, its version, and the digests
+of the steps it depends on. The stamp, written after the work has succeeded, holds the digest and
+the sizes of the step's products. Only stamps decide whether a step runs.
 """
 
 import hashlib
@@ -26,30 +26,31 @@ def nothing() -> Iterable[Any]:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One unit of work of a stage; equal only to itself.
+    """One unit of work of a stage; compared by identity.
 
-    stage: number of the stage it belongs to.
-    name: what messages call it, unique in a recipe, e.g. "format test_clean".
-    output: directory that it makes.
+    stage: number of its stage.
+    name: unique name for messages, e.g. "format test_clean".
+    output: output directory.
     build: does the work, after the jobs have ended.
-    options: name of an option of the recipe -> what it means for this step (JSON types).
-    reads: role -> file whose content the result depends on; a file may be missing.
-    audio: data directories whose audio the result depends on.
-    after: steps whose results this one reads.
-    ready: raises UserError where the work cannot begin; called before anything is written.
-    version: raised by a developer when the same inputs give another result.
-    jobs: the commands to run first, made when the step begins.
-    products: the files without which the step does not count as done, known when it has ended.
-    sign: file that tells that the output is there; None: any file in it does.
-    stamp: file that holds the stamp; None: STAMP in `output`.
-    in_place: the work goes on in `output` where it was cut off; others make it anew, whole.
-    precious: the output is kept where it was made from something else, and the run refused.
-    remedy: for a precious step, the way out that is told beside "remove it".
-    given: later steps take an output that this recipe did not make; they know it by what they
-        read of it. Where `keep_given`, this step does too.
-    editable: the products may be edited by hand afterwards: their sizes are not compared.
-    always: cheap, and done at every run.
-    skipped: why there is nothing to do, e.g. "--use_lm false"; empty: there is.
+    options: name of an option of the recipe -> its value for this step (JSON types).
+    reads: role -> file whose content affects the result; a file may be missing.
+    audio: data directories whose audio affects the result.
+    after: steps that this step depends on.
+    ready: raises UserError if the work cannot begin; called before anything is written.
+    version: increased by a developer when the same inputs give another result.
+    jobs: returns the commands to run first; called when the step begins.
+    products: returns the required output files; called when the step has ended.
+    sign: file that exists if the output exists; None: any file in `output`.
+    stamp: file of the stamp; None: STAMP in `output`.
+    in_place: interrupted work is continued in `output`; otherwise the output is replaced.
+    precious: an output from other inputs is kept, and the run is refused.
+    remedy: for a precious step, an alternative to "remove it" in the message.
+    given: an output that this recipe did not make is accepted by later steps, whose digests
+        cover the files they read; with `keep_given` also by this step.
+    keep_given: see `given`.
+    editable: products may be edited by hand, so their sizes are not compared.
+    always: the step is cheap and runs every time.
+    skipped: reason to skip the step, e.g. "--use_lm false"; empty: the step is not skipped.
     """
 
     stage: int
@@ -81,7 +82,7 @@ class Step:
 
     @property
     def begun_file(self) -> Path:
-        """Says what work that has not ended began from; outlives an output that is made anew."""
+        """File with the inputs of unfinished work; kept when the output is replaced."""
         name = self.stamp_file.name.replace("done", "begun")
         return self.output / name if self.in_place else self._beside(name)
 
@@ -90,24 +91,24 @@ class Step:
 
     @property
     def is_given(self) -> bool:
-        """Whether the output lies there, but was not made by this recipe."""
+        """Whether the output exists, but was not made by this recipe."""
         if not self.given or self.stamp_file.exists() or self.begun_file.exists():
             return False
         return self.sign.exists() if self.sign else self.holds_something
 
     @property
     def holds_something(self) -> bool:
-        """Whether there is anything in the output directory."""
+        """Whether the output directory is not empty."""
         return self.output.is_dir() and any(self.output.iterdir())
 
 
 @dataclass(frozen=True)
 class State:
-    """What a step's outputs are worth now.
+    """The state of a step's output.
 
-    kind: "done", "todo", "refused" (a precious output was made from something else), "given"
-        (made elsewhere) or "skipped".
-    reason: why, as a message says it.
+    kind: "done", "todo", "refused" (a precious output was made from other inputs), "given" (not
+        made by this recipe) or "skipped".
+    reason: the reason, for messages.
     """
 
     kind: str
@@ -115,10 +116,10 @@ class State:
 
 
 class Steps:
-    """Judges steps by their stamps, and stamps them.
+    """Determines the state of steps from their stamps, and writes stamps.
 
     Args:
-        content: knows the content of files.
+        content: hashes of files.
     """
 
     def __init__(self, content: Content) -> None:
@@ -127,11 +128,11 @@ class Steps:
         self._begun: dict[Step, dict[str, Any]] = {}
 
     def facts(self, step: Step) -> dict[str, Any]:
-        """What the result of `step` depends on, in JSON types; its hash is the step's digest."""
+        """All inputs of `step` in JSON types; their hash is the step's digest."""
         if step not in self._facts:
             self._facts[step] = {
                 "version": step.version,
-                # what is not asked for is left out, so that a new option changes no old digest
+                # unset options are left out, so that a new option does not change old digests
                 "options": {
                     name: json.loads(json.dumps(value, default=str))
                     for name, value in step.options.items()
@@ -149,7 +150,7 @@ class Steps:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def state(self, step: Step) -> State:
-        """Whether `step` has to run, and why."""
+        """Whether `step` must run, and the reason."""
         if step.skipped:
             return State("skipped", step.skipped)
         if step.always:
@@ -181,33 +182,33 @@ class Steps:
         return State("todo", "was cut off")
 
     def why(self, step: Step) -> str:
-        """What changed since `step` ran or began, traced to its root."""
+        """The inputs that changed since `step` ran or began, traced through earlier steps."""
         stamp = read_stamp(step.stamp_file) or read_stamp(step.begun_file)
         if stamp is None:
             return "not made yet"
         then, now = stamp["facts"], self.facts(step)
-        said = [] if then["version"] == now["version"] else [f"{step.name} is done in another way"]
-        said += _changes(then["options"], now["options"])
+        changes = [] if then["version"] == now["version"] else [f"{step.name} has a new version"]
+        changes += _changes(then["options"], now["options"])
         for role in then["reads"].keys() | now["reads"].keys():
             if then["reads"].get(role) != now["reads"].get(role):
-                said.append(f"{step.reads.get(role, role)} changed")
-        said += [
+                changes.append(f"{step.reads.get(role, role)} changed")
+        changes += [
             f"audio of {name} changed"
             for name in now["audio"]
             if then["audio"].get(name) != now["audio"][name]
         ]
-        if not said:
+        if not changes:
             for before in step.after:
                 if then["after"].get(before.name) != now["after"][before.name]:
                     cause = self.why(before)
-                    said.append(cause if cause != "not made yet" else f"{before.name} changed")
-        return "; ".join(dict.fromkeys(said)) or "its inputs were made anew"
+                    changes.append(cause if cause != "not made yet" else f"{before.name} changed")
+        return "; ".join(dict.fromkeys(changes)) or "its inputs were made again"
 
     def begin(self, step: Step) -> None:
-        """Take the stamp away and note what the work begins from."""
+        """Remove the stamp and record the inputs of the work."""
         record = {"step": step.name, "digest": self.digest(step), "facts": self.facts(step)}
         self._begun[step] = record
-        # in this order: an output with neither would count as made by others
+        # in this order: an output with neither file would count as given
         write_text(step.begun_file, _json(record | {"products": {}}))
         step.stamp_file.unlink(missing_ok=True)
 
@@ -215,15 +216,15 @@ class Steps:
         """Stamp `step` as done.
 
         Raises:
-            RuntimeError: a product is missing, which is a mistake in the step's code.
+            RuntimeError: a product is missing, which is a bug in the step.
         """
-        self._facts.clear()  # what the step wrote is read by others
+        self._facts.clear()  # other steps read the files written by this step
         sizes = {}
         for path in step.products():
             if not path.exists():
                 raise RuntimeError(f"step {step.name!r} ended without {path}")
             sizes[str(path.relative_to(step.output))] = path.stat().st_size
-        # of what it began from: inputs may have changed meanwhile
+        # with the recorded inputs, because the current ones may have changed
         write_text(step.stamp_file, _json(self._begun.pop(step) | {"products": sizes}))
         step.begun_file.unlink(missing_ok=True)
 
@@ -233,7 +234,7 @@ def _json(record: Mapping[str, Any]) -> str:
 
 
 def read_stamp(file: Path) -> dict[str, Any] | None:
-    """A stamp; None where there is none, or none that this version can read."""
+    """Read a stamp; None: it is missing or not readable by this version."""
     try:
         stamp = json.loads(file.read_text(encoding="utf-8"))
         stamp["digest"], stamp["products"], stamp["facts"]["after"]

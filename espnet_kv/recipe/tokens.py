@@ -1,4 +1,4 @@
-"""Stage 5: the token list, by sentencepiece or by character, in ESPnet's layout."""
+"""Stage 5: the token list of sentencepiece or of characters, in ESPnet's layout."""
 
 import io
 import re
@@ -14,7 +14,7 @@ from espnet_kv.files import new_directory, write_text
 from espnet_kv.recipe.kaldi import split_words
 
 RESERVED = "\u2585"
-"""Sentencepiece marks unknown text by it and leaves out lines that hold it."""
+"""Sentencepiece uses this character for unknown text and drops lines that contain it."""
 BLANK, UNKNOWN, SPACE, SOS_EOS = "<blank>", "<unk>", "<space>", "<sos/eos>"
 
 
@@ -27,10 +27,9 @@ def train_bpe(
 ) -> None:
     """Train sentencepiece on transcripts; write bpe.model, bpe.vocab, tokens.txt, train.txt.
 
-    tokens.txt is <blank>, <unk>, the pieces and <sos/eos>, `nbpe` tokens in all. The same
-    lines give the same bytes. Every line is trained on, however long it is. Lines that
-    sentencepiece normalises (full-width letters, ligatures, ...) are warned of: a model can
-    produce only their normalised form.
+    tokens.txt holds <blank>, <unk>, the pieces and <sos/eos>, `nbpe` tokens in all. The output is
+    deterministic. Lines of any length are used. Lines that sentencepiece normalises (full-width
+    letters, ligatures, ...) cause a warning, because a model can produce only the normalised form.
 
     Args:
         lines: transcripts, without utterance ids.
@@ -38,9 +37,8 @@ def train_bpe(
         bpemode: unigram or bpe.
 
     Raises:
-        UserError: no text, an unknown mode, or `nbpe` too large or small for the text (the
-            message says what is possible); a line holds RESERVED, or a piece would have the
-            name of one of ESPnet's own tokens.
+        UserError: no text, an unknown mode, or `nbpe` too large or small for the text; a line
+            contains RESERVED, or a piece has the name of one of ESPnet's tokens.
     """
     if bpemode not in ("unigram", "bpe"):
         raise UserError(f"bpemode {bpemode} is unknown: use unigram or bpe")
@@ -53,15 +51,14 @@ def train_bpe(
             )
     model = io.BytesIO()
     try:
-        # A model written by way of a file would hold that file's name, and so differ
-        # from the same model trained elsewhere.
+        # Training from a file would write the file's name into the model.
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(text),
             model_writer=model,
             vocab_size=nbpe,
             model_type=bpemode,
             character_coverage=character_coverage,
-            # In bytes; longer lines would be dropped silently, by default above 4192.
+            # In bytes; sentencepiece drops longer lines silently (default 4192).
             max_sentence_length=max(4192, 1 + max(len(line.encode()) for line in text)),
             minloglevel=2,
         )
@@ -98,9 +95,10 @@ def train_bpe(
 
 
 def list_characters(lines: Iterable[str], out_dir: Path) -> None:
-    """Write tokens.txt for token_type char: <blank> <unk> <space> characters <sos/eos>.
+    """Write tokens.txt for token_type char: <blank> <unk> characters <sos/eos>.
 
-    Characters come by falling frequency, then by code point.
+    Characters, including <space>, are sorted by descending frequency, then by first occurrence:
+    the order of espnet2.bin.tokenize_text, which asr.sh uses.
 
     Args:
         lines: transcripts, without utterance ids.
@@ -110,14 +108,13 @@ def list_characters(lines: Iterable[str], out_dir: Path) -> None:
         UserError: no text.
     """
     counts = Counter(character for line in _clean(lines) for character in line)
-    counts.pop(" ", None)
-    characters = sorted(counts, key=lambda character: (-counts[character], character))
+    characters = [SPACE if one == " " else one for one, _ in counts.most_common()]
     with new_directory(out_dir) as partial:
-        _write_tokens(partial, [BLANK, UNKNOWN, SPACE, *characters, SOS_EOS])
+        _write_tokens(partial, [BLANK, UNKNOWN, *characters, SOS_EOS])
 
 
 def piece_tokenizer(model: Path) -> Callable[[str], list[str]]:
-    """The function text -> pieces of a bpe.model, as scoring the token error rate needs it.
+    """The function text -> pieces of a bpe.model, for the token error rate.
 
     Raises:
         UserError: the model is missing or damaged.
@@ -125,7 +122,7 @@ def piece_tokenizer(model: Path) -> Callable[[str], list[str]]:
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{model} is no sentencepiece model: run stage 5 again") from error
+        raise UserError(f"{model} is not a sentencepiece model: run stage 5 again") from error
     return lambda text: processor.encode(text, out_type=str)
 
 
@@ -146,7 +143,7 @@ def _write_tokens(directory: Path, tokens: list[str]) -> None:
 
 
 def _explained(error: RuntimeError, nbpe: int, lines: int) -> UserError:
-    """Sentencepiece's complaint about the vocabulary size as advice."""
+    """Turn sentencepiece's error about the vocabulary size into advice."""
     if found := re.search(r"value <= (\d+)", str(error)):
         return UserError(
             f"nbpe {nbpe} is too large for this text ({lines} lines): "

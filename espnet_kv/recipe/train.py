@@ -3,7 +3,7 @@
 import json
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from espnet_kv.recipe.steps import Step
 
 MODES = ("train", "valid")
 PART = 500
-"""Utterances in one job of statistics, until there are MOST_PARTS jobs."""
+"""Utterances per job of statistics, with at most MOST_PARTS jobs."""
 MOST_PARTS = 32
 
 
@@ -28,7 +28,7 @@ def stats_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Ste
     """Stage 10: shapes and feature statistics, shared by models of one front end and token list.
 
     Args:
-        before: lengths of both sets, tokens.
+        before: steps of the lengths of both sets and of the tokens.
     """
     args = layout.args
     config = layout.model_config(config_file)
@@ -38,8 +38,8 @@ def stats_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Ste
     def jobs() -> list[Job]:
         shutil.rmtree(new, ignore_errors=True)
         keys = {mode: sorted(DataDir.read(layout.set_of(mode)).wav_scp) for mode in MODES}
-        # no more parts than any set has utterances, and as many for any --nj: features are
-        # computed in padded batches, of which the last frames of an utterance depend
+        # not more parts than utterances of a set, and independent of --nj, because features are
+        # computed in padded batches, which affect the last frames of an utterance
         count = min(len(keys["train"]) // PART + 1, MOST_PARTS, *map(len, keys.values()))
         made = []
         for n in range(1, count + 1):
@@ -82,26 +82,30 @@ def stats_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Ste
 
 
 def train_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Step:
-    """Stage 11: train one configuration; goes on with a training that was cut off.
+    """Stage 11: train one configuration; an interrupted training is resumed.
 
     Args:
-        before: lengths of both sets, tokens, statistics.
+        before: steps of the lengths of both sets, the tokens and the statistics.
     """
     args = layout.args
     exp, stats = layout.asr_exp(config_file), layout.stats(config_file)
-    config = layout.model_config(config_file)
-    config |= layout.data_options | {"fold_length": [80000, 150], "normalize": args.feats_normalize}
-    for mode in MODES:
-        config[f"{mode}_shape_file"] = [str(file) for file in layout.shape_files(stats, mode)]
-    if args.feats_normalize == "global_mvn":
-        config["normalize_conf"] = {"stats_file": str(stats / "train" / "feats_stats.npz")}
-    else:
-        config.pop("normalize_conf", None)
+
+    def make_config() -> dict[str, Any]:
+        config = layout.model_config(config_file) | layout.data_options
+        config |= {"fold_length": [80000, 150], "normalize": args.feats_normalize}
+        for mode in MODES:
+            config[f"{mode}_shape_file"] = [str(file) for file in layout.shape_files(stats, mode)]
+        if args.feats_normalize == "global_mvn":
+            config["normalize_conf"] = {"stats_file": str(stats / "train" / "feats_stats.npz")}
+        else:
+            config.pop("normalize_conf", None)
+        return config
+
     overlay = load_yaml(args.overlay) if args.overlay else None
     return training_step(
         layout,
         exp,
-        config,
+        make_config,
         stated={"config": str(config_file), "overlay": args.overlay and str(args.overlay)},
         options={"asr_config": load_yaml(config_file), "overlay": overlay}
         | {"asr_args": args.asr_args, "feats_normalize": args.feats_normalize},
@@ -113,24 +117,23 @@ def train_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Ste
 def training_step(
     layout: Layout,
     exp: Path,
-    config: Mapping[str, Any] | None,
+    make_config: Callable[[], dict[str, Any]],
     *,
     stated: Mapping[str, Any],
-    make_config: Any = None,
     **fields: Any,
 ) -> Step:
-    """A training in `exp`, resumable.
+    """A resumable training in `exp`.
 
     Args:
-        config: written to exp/train.yaml, all that the training is told; None: `make_config`
-            makes it when the training begins, from files that are not there before.
-        stated: goes into run.json, beside command and commit.
-        fields: more of the Step.
+        make_config: returns the whole configuration when the training begins; it is written to
+            exp/train.yaml.
+        stated: entries of run.json beside command and commit.
+        fields: other fields of the Step.
     """
     args = layout.args
 
     def jobs() -> list[Job]:
-        chosen = dict(config if config is not None else make_config())
+        chosen = make_config()
         ngpu = default_gpus(args.ngpu)
         chosen |= run_options(exp, ngpu)
         run = {"command": args.command, **stated, "commit": commit(Path())}
@@ -154,12 +157,12 @@ def training_step(
 
 
 def default_gpus(given: int | None) -> int:
-    """GPUs of one training: as given, else one where there is one."""
+    """GPUs of one training; by default one if available."""
     return min(1, visible_gpus()) if given is None else given
 
 
 def run_options(exp: Path, ngpu: int) -> dict[str, Any]:
-    """ESPnet's options that say where and on what a training runs."""
+    """ESPnet's options for the output directory and the devices of a training."""
     return {
         "output_dir": str(exp),
         "resume": True,
@@ -169,7 +172,7 @@ def run_options(exp: Path, ngpu: int) -> dict[str, Any]:
 
 
 def _finish_training(layout: Layout, exp: Path) -> None:
-    """Check the model and put beside it what it needs to be used from anywhere."""
+    """Check the models, and copy the token list and BPE model beside them."""
     check_models(exp)
     for file in (layout.token_list, layout.bpe_model):
         if file is not None and file.exists():
@@ -177,7 +180,7 @@ def _finish_training(layout: Layout, exp: Path) -> None:
 
 
 def check_models(exp: Path) -> None:
-    """Raise UserError where an averaged model of an experiment is not finite."""
+    """Raise UserError if an averaged model of an experiment is not finite."""
     from espnet_kv.espnet.saving import check_finite  # loads torch
 
     for model in exp.glob("*.ave.pth"):
@@ -185,7 +188,7 @@ def check_models(exp: Path) -> None:
 
 
 def last_epoch(config: Mapping[str, Any], more: str) -> int:
-    """Epochs of a training: max_epoch of the options `more`, else of the configuration."""
+    """Epochs of a training: max_epoch in the options `more`, else in the configuration."""
     words = shlex.split(more.replace("=", " "))
     if "--max_epoch" in words[:-1]:
         return int(words[words.index("--max_epoch") + 1])
@@ -193,34 +196,34 @@ def last_epoch(config: Mapping[str, Any], more: str) -> int:
 
 
 def write_keys(file: Path, keys: Sequence[str]) -> None:
-    """Write a key file as ESPnet reads it: only the first column counts."""
+    """Write a key file for ESPnet, which reads only the first column."""
     write_text(file, "".join(f"{key} x\n" for key in keys))
 
 
 def part_of(keys: Sequence[str], n: int, count: int) -> Sequence[str]:
-    """Part n (from 1) of `count` even, consecutive parts."""
+    """Part n (from 1) of `count` consecutive parts of equal size."""
     return keys[(n - 1) * len(keys) // count : n * len(keys) // count]
 
 
 def config_option(file: Path, options: Mapping[str, Any]) -> str:
-    """Write the options to a YAML and name it.
+    """Write the options to a YAML and return the option --config.
 
-    Paths go through a file because ESPnet cuts those on its command line at commas and `#`.
+    On the command line ESPnet would split paths at commas and `#`.
     """
     write_text(file, yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True))
     return f"--config={file}"
 
 
 def split_options(options: str) -> list[str]:
-    """The words of an option that holds more options, quoted as in a shell."""
+    """Split an option that contains further options, quoted as in a shell."""
     return shlex.split(options)
 
 
 def check_keys(layout: Layout, files: Sequence[Path], mode: str) -> None:
-    """Batches are made of the shape files: what they lack would never be trained on.
+    """Check that shape files list all utterances, because training batches are made from them.
 
     Raises:
-        UserError: statistics and dump do not hold the same utterances.
+        UserError: statistics and dump have different utterances.
     """
     dump = layout.set_of(mode)
     wanted = DataDir.read(dump).wav_scp.keys()

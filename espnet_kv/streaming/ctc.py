@@ -1,9 +1,9 @@
-"""CTC search over frames as they come: the best path, and prefix beam search.
+"""Incremental CTC search: best path and prefix beam search.
 
-Both take log-probabilities in pieces of any size; the result does not depend on how the frames
-are split, and a frame costs the same however long the stream already is.
+Both take log-probabilities in pieces of any size. The result does not depend on how the frames
+are split, and the time per frame does not grow with the stream.
 
-Shape letters: T frames, V tokens of the vocabulary, K prefixes in the beam.
+Shape letters: T frames, V vocabulary, K prefixes in the beam.
 """
 
 import heapq
@@ -26,21 +26,21 @@ class CTCHypothesis(NamedTuple):
 
 
 class CTCSearch(Protocol):
-    """What a search over the frames of one segment offers."""
+    """Interface of a search over the frames of one segment."""
 
     def advance(self, log_probs: Tensor) -> None:
-        """Take the next frames, (T, V) natural-log probabilities, T >= 0."""
+        """Process the next frames, (T, V) natural-log probabilities, T >= 0."""
 
     def nbest(self, count: int) -> list[CTCHypothesis]:
-        """The `count` best hypotheses so far, best first; at least one, maybe fewer than asked."""
+        """The best hypotheses so far, best first; at least 1 and at most `count`."""
 
 
 def build_search(beam_size: int, blank: int = 0, last: int | None = None) -> CTCSearch:
-    """The best path where beam_size is 1, else a prefix beam search of that many prefixes.
+    """Build a best-path search for beam_size 1, else a prefix beam search.
 
     Args:
-        last: token of the frame before the first, where the segment begins within a token: its
-            repetition is no new token.
+        last: token of the previous frame if the segment begins within a token; its repetition is
+            not a new token.
     """
     if beam_size == 1:
         return GreedySearch(blank, last)
@@ -48,7 +48,7 @@ def build_search(beam_size: int, blank: int = 0, last: int | None = None) -> CTC
 
 
 class GreedySearch:
-    """The most probable alignment: best token of every frame, repetitions and blanks removed."""
+    """Most probable alignment: the best token of each frame, without repetitions and blanks."""
 
     def __init__(self, blank: int = 0, last: int | None = None):
         self._blank = blank
@@ -56,7 +56,7 @@ class GreedySearch:
         self._best = CTCHypothesis([], 0.0)
 
     def advance(self, log_probs: Tensor) -> None:
-        """Take the next frames, (T, V) natural-log probabilities, T >= 0."""
+        """Process the next frames, (T, V) natural-log probabilities, T >= 0."""
         tokens, score = self._best
         for value, token in zip(*(part.tolist() for part in log_probs.max(dim=-1)), strict=True):
             if token not in (self._blank, self._last):
@@ -66,14 +66,14 @@ class GreedySearch:
         self._best = CTCHypothesis(tokens, score)
 
     def nbest(self, count: int = 1) -> list[CTCHypothesis]:
-        """The one hypothesis; its score is the alignment's, not the sum over alignments."""
+        """The only hypothesis, with the score of its best alignment."""
         return [CTCHypothesis(list(self._best.tokens), self._best.score)]
 
 
 class _Prefix:
-    """A token sequence as its last token and a link to the sequence before it.
+    """A token sequence as its last token and a link to the shorter sequence.
 
-    Only longer prefixes and the beam hold it, so a branch that left the beam frees itself.
+    Only longer prefixes and the beam refer to it, so branches that left the beam are freed.
     """
 
     __slots__ = ("__weakref__", "parent", "token")
@@ -90,40 +90,39 @@ class _Prefix:
 
 
 class PrefixBeamSearch:
-    """Keeps the `beam_size` most probable prefixes, each summed over its alignments.
+    """Prefix beam search (arXiv 1408.2873) without a language model.
 
-    Prefix beam search of arXiv 1408.2873, without a language model. The only pruning is the beam:
-    with room for all prefixes the scores are the exact CTC log-probabilities, else they lack
-    the alignments whose prefixes fell out.
+    The score of a prefix is the sum over its alignments. With a beam of all prefixes, scores are
+    the exact CTC log-probabilities; otherwise alignments of pruned prefixes are missing.
 
     Args:
         beam_size: K.
-        blank: token that separates repetitions.
-        last: token of the frame before the first, see `build_search`.
+        blank: CTC blank.
+        last: token of the previous frame, see `build_search`.
     """
 
     def __init__(self, beam_size: int, blank: int = 0, last: int | None = None):
         self._beam_size, self._blank = beam_size, blank
-        # (prefix, token) -> the prefix one token longer, while somebody holds it: a sequence
-        # that leaves the beam and comes back is the same object to those that grew out of it
+        # (prefix, token) -> the live prefix one token longer; a sequence that returns to the beam
+        # is the same object, so that its longer prefixes still refer to it
         self._children: WeakValueDictionary[tuple[_Prefix, int], _Prefix] = WeakValueDictionary()
         root = _Prefix(None, blank if last is None else last)
         # prefix -> log-probability of its alignments that end in blank, and of the others
         self._beam = {root: (0.0, NEVER) if last is None else (NEVER, 0.0)}
 
     def advance(self, log_probs: Tensor) -> None:
-        """Take the next frames, (T, V) natural-log probabilities, T >= 0."""
-        # Of the continuations of one prefix, K + 1 tokens hold the K best: all but its own last
-        # token, which only alignments that end in blank may repeat, are ordered by the frame.
+        """Process the next frames, (T, V) natural-log probabilities, T >= 0."""
+        # The K best continuations of a prefix are among the K + 1 best tokens of the frame: only
+        # its last token has another order, because only alignments that end in blank repeat it.
         count = min(self._beam_size + 1, log_probs.size(1) - 1)
         others = log_probs.index_fill(1, torch.tensor(self._blank, device=log_probs.device), NEVER)
         candidates = others.topk(count, dim=1).indices.tolist()
         for frame, tokens in zip(log_probs.cpu().numpy(), candidates, strict=True):
-            # blank is among them where all other tokens are impossible
+            # blank is a candidate if all other tokens are impossible
             self._step(frame, [token for token in tokens if token != self._blank])
 
     def nbest(self, count: int = 1) -> list[CTCHypothesis]:
-        """The `count` best prefixes so far, best first; at least one, maybe fewer than asked."""
+        """The best prefixes so far, best first; at least 1 and at most `count`."""
         scored = sorted(((_add(*ends), prefix) for prefix, ends in self._beam.items()), key=_score)
         return [CTCHypothesis(prefix.tokens(), score) for score, prefix in scored[:count]]
 
@@ -132,8 +131,8 @@ class PrefixBeamSearch:
         blank = float(frame[self._blank])
         grown: list[tuple[float, _Prefix, int | None, tuple[float, float]]] = []
         for prefix, (_, in_token) in self._beam.items():
-            before = in_token  # the token goes on
-            if prefix.parent in self._beam:  # or begins here, after the prefix before it
+            before = in_token  # the token continues
+            if prefix.parent in self._beam:  # or begins in this frame
                 before = _add(before, self._before(prefix.parent, prefix.token, totals))
             ends = totals[prefix] + blank, before + float(frame[prefix.token])
             grown.append((_add(*ends), prefix, None, ends))
@@ -148,7 +147,7 @@ class PrefixBeamSearch:
         self._beam = {self._child(prefix, token): ends for _, prefix, token, ends in best}
 
     def _before(self, prefix: _Prefix, token: int, totals: dict[_Prefix, float]) -> float:
-        """Log-probability of the alignments of `prefix` after which `token` is a new token."""
+        """Log-probability of the alignments of `prefix` that allow `token` as a new token."""
         return self._beam[prefix][0] if token == prefix.token else totals[prefix]
 
     def _child(self, prefix: _Prefix, token: int | None) -> _Prefix:

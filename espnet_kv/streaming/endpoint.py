@@ -1,18 +1,18 @@
-"""Where a stream is cut into segments."""
+"""Segmentation of a stream at pauses and at a maximum length."""
 
 from collections.abc import Iterator, Sequence
 
 
 class Endpointer:
-    """Ends a segment after a pause, and in any case after a longest duration.
+    """Ends a segment after a pause, or at the maximum length.
 
-    A segment that grows long ends in the last quarter of that duration at the first frame whose
-    best token is blank, so that tokens stay whole where they can.
+    In the last quarter of the maximum length, a segment ends at the first frame whose best token
+    is blank, to avoid a cut within a token.
 
     Args:
         blank: the CTC blank.
-        silence_frames: blank frames in a row that make a pause; 0 = pauses end nothing.
-        max_frames: longest duration of a segment in frames; 0 = any.
+        silence_frames: consecutive blank frames that are a pause; 0 = pauses do not end segments.
+        max_frames: maximum length of a segment in frames; 0 = no limit.
     """
 
     def __init__(self, blank: int, silence_frames: int = 0, max_frames: int = 0):
@@ -22,7 +22,7 @@ class Endpointer:
 
     @property
     def active(self) -> bool:
-        """Whether segments end before the stream does."""
+        """Whether segments can end before the stream ends."""
         return self._silence_frames > 0 or self._max_frames > 0
 
     def reset(self) -> None:
@@ -30,13 +30,13 @@ class Endpointer:
         self._frames = self._silent = 0
 
     def pieces(self, best: Sequence[int]) -> Iterator[tuple[slice, bool]]:
-        """Divide the next frames among segments.
+        """Split the next frames at the ends of segments.
 
         Args:
             best: the most probable token of each frame.
 
         Yields:
-            (frames of one segment, whether it ends with them), together all of `best`.
+            (slice of `best` in one segment, whether the segment ends there).
         """
         start = 0
         for frame, token in enumerate(best, start=1):

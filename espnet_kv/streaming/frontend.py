@@ -1,4 +1,4 @@
-"""ESPnet's features of a waveform that comes in pieces."""
+"""Incremental computation of ESPnet's features."""
 
 import copy
 
@@ -12,15 +12,15 @@ from espnet_kv.errors import ConfigError, UserError
 
 
 class TooShortError(UserError):
-    """A recording ended before its first features."""
+    """A recording is too short for one frame of features."""
 
 
 class StreamingFrontend:
-    """Pieces of a waveform in, the features that ESPnet's frontend gives for the whole file out.
+    """Computes the features of a waveform in pieces; they equal ESPnet's for the whole file.
 
-    Frames, mel bands and normalisation are computed by the model's own modules; what is done here
-    is the bookkeeping around them: which samples the next frame needs, and the reflected samples
-    that `center=True` puts before the first and after the last one (as torch.stft does).
+    The model's own modules compute frames, mel bands and normalisation. This class keeps the
+    samples for the next frame and adds the reflected samples at both ends for `center=True` (as
+    torch.stft does).
 
     Between two pieces it holds fewer than n_fft + hop_length samples.
 
@@ -46,43 +46,43 @@ class StreamingFrontend:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the stream; the next piece begins another."""
-        self._samples: Tensor | None = None  # None until the left border can be made
-        self._begun = torch.zeros(0)  # the samples before that
-        self._skip = 0  # samples of `_samples` before the next frame's first
+        """Discard the stream; the next piece begins a new one."""
+        self._samples: Tensor | None = None  # None: too few samples for the left border
+        self._first_samples = torch.zeros(0)  # samples so far while `_samples` is None
+        self._skip = 0  # samples of `_samples` before the first sample of the next frame
 
     @property
     def nbytes(self) -> int:
         """Bytes of the samples held for the next piece."""
-        held = self._begun if self._samples is None else self._samples
+        held = self._first_samples if self._samples is None else self._samples
         return held.untyped_storage().nbytes()
 
     def __call__(self, speech: Tensor, is_final: bool = False) -> Tensor:
-        """Take the next samples and give the features that are complete now.
+        """Process the next samples and return the complete features.
 
         Args:
             speech: (N,) float samples, any N >= 0; (N, channels) are averaged.
-            is_final: the stream ends with this piece; the next one begins another.
+            is_final: the stream ends with this piece; the next piece begins a new stream.
 
         Returns:
             (T, F) features, T >= 0.
 
         Raises:
-            UserError: the samples are no finite floating-point numbers.
-            TooShortError: the stream ended before its first frame; it is forgotten.
+            UserError: the samples are not finite floating-point numbers.
+            TooShortError: the stream ended before its first frame; it is discarded.
         """
-        samples = self._extended(_checked(speech).to(self._dtype))
+        samples = self._with_left_border(_checked(speech).to(self._dtype))
         if samples is None:
             if is_final:
-                count = len(self._begun)
+                count = len(self._first_samples)
                 self.reset()
                 raise TooShortError(
                     f"{count} samples of audio are too few: features need at least "
-                    f"{self._least()} ({1000 * self._least() / self.sample_rate:.0f} ms)"
+                    f"{self._fewest()} ({1000 * self._fewest() / self.sample_rate:.0f} ms)"
                 )
             return speech.new_zeros(0, self._frontend.output_size())
         if is_final and self.border:
-            # without the last sample, which is not repeated
+            # reflection does not repeat the last sample
             samples = torch.cat([samples, samples[-1 - self.border : -1].flip(0)])
         frames = max(0, (len(samples) - self._skip - self.n_fft) // self.hop_length + 1)
         features = self._features(samples[self._skip :], frames)
@@ -90,24 +90,24 @@ class StreamingFrontend:
             self.reset()
         else:
             self._skip += frames * self.hop_length
-            # the right border will be made of the last samples
+            # keep the samples that the right border may need
             drop = max(0, min(self._skip, len(samples) - self.border - 1))
             self._samples = samples[drop:].clone()
             self._skip -= drop
         return features
 
-    def _least(self) -> int:
-        """Samples that the first frame needs."""
+    def _fewest(self) -> int:
+        """Samples needed for the first frame."""
         return self.border + 1 if self.border else self.n_fft
 
-    def _extended(self, speech: Tensor) -> Tensor | None:
-        """The samples held, with their left border, and `speech` after them; None: too few."""
+    def _with_left_border(self, speech: Tensor) -> Tensor | None:
+        """The samples held and `speech`, with the left border; None: too few samples."""
         if self._samples is not None:
             return torch.cat([self._samples, speech])
-        self._begun = torch.cat([self._begun.to(speech), speech])
-        if len(self._begun) < self._least():
+        self._first_samples = torch.cat([self._first_samples.to(speech), speech])
+        if len(self._first_samples) < self._fewest():
             return None
-        samples, self._begun = self._begun, torch.zeros(0)
+        samples, self._first_samples = self._first_samples, torch.zeros(0)
         return torch.cat([samples[1 : 1 + self.border].flip(0), samples])
 
     def _features(self, samples: Tensor, frames: int) -> Tensor:
@@ -125,13 +125,11 @@ class StreamingFrontend:
 
 def _checked(speech: Tensor) -> Tensor:
     if not speech.is_floating_point():
-        raise UserError(
-            f"audio of type {speech.dtype} was given: scale it to floats between -1 and 1"
-        )
+        raise UserError(f"audio has the type {speech.dtype}: scale it to floats between -1 and 1")
     if speech.dim() not in (1, 2):
-        raise UserError(f"audio of shape {tuple(speech.shape)} was given: expected (samples,)")
+        raise UserError(f"audio has the shape {tuple(speech.shape)}: expected (samples,)")
     if not torch.isfinite(speech).all():
-        raise UserError("the audio holds samples that are infinite or no number")
+        raise UserError("the audio holds samples that are infinite or NaN")
     return speech.mean(dim=1) if speech.dim() == 2 else speech
 
 

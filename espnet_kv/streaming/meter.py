@@ -1,4 +1,4 @@
-"""What streaming costs: time against the duration of the audio, and bytes held."""
+"""Measurement of streaming: real-time factor and bytes held."""
 
 import time
 
@@ -10,9 +10,11 @@ from espnet_kv.streaming.recognizer import Result, StreamingRecognizer
 
 
 class Meter:
-    """Feeds a recognizer and takes the time of it.
+    """Measures the time of a recognizer.
 
-    audio_seconds: duration of the audio so far; busy_seconds: time it took to recognize.
+    Attributes:
+        audio_seconds: duration of the audio so far.
+        busy_seconds: time of recognition so far.
     """
 
     def __init__(self, recognizer: StreamingRecognizer):
@@ -20,7 +22,7 @@ class Meter:
         self.audio_seconds = self.busy_seconds = 0.0
 
     def accept(self, speech: Tensor | np.ndarray, is_final: bool = False) -> list[list[Result]]:
-        """The recognizer's `accept`, timed."""
+        """Call the recognizer's `accept` and measure its time."""
         start = time.perf_counter()
         try:
             return self.recognizer.accept(speech, is_final)
@@ -30,17 +32,17 @@ class Meter:
 
     @property
     def real_time_factor(self) -> float:
-        """Seconds of work per second of audio."""
+        """Seconds of recognition per second of audio."""
         return self.busy_seconds / max(self.audio_seconds, 1e-9)
 
     @property
     def cache_nbytes(self) -> int:
-        """Bytes that the encoder's cache holds now."""
+        """Bytes in use in the encoder's cache."""
         held = self.recognizer.nbytes_by_kind()
         return sum(held[kind] for kind in KINDS)
 
     def summary(self) -> str:
-        """One line: real-time factor, and the most bytes held between two pieces, by kind."""
+        """One line: real-time factor and peak bytes between two pieces, by kind."""
         peak = self.recognizer.peak_nbytes
         kinds = ", ".join(f"{kind} {count}" for kind, count in peak.items())
         return (

@@ -1,4 +1,4 @@
-"""Speech in pieces to text: features, encoder with its cache, CTC search, attention rescoring."""
+"""Streaming recognition: features, encoder with cache, CTC search, attention rescoring."""
 
 import argparse
 import logging
@@ -23,17 +23,17 @@ from espnet_kv.streaming.frontend import StreamingFrontend, TooShortError
 from espnet_kv.streaming.requirements import check_streams
 
 type Result = tuple[str | None, list[str], list[int], Hypothesis]
-"""(text, token, token_int, hypothesis), as ESPnet's Speech2Text gives them."""
+"""(text, token, token_int, hypothesis), as returned by ESPnet's Speech2Text."""
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-# a longer piece is cut up, so that what is computed at once does not grow with it
+# longer pieces are split, to bound the memory of one step
 LONGEST_PIECE_SECONDS = 10
-# of a cache whose storage is taken at the start: some hours of audio
+# limit for a cache that is allocated at the start: some hours of audio
 MOST_FRAMES = 1_000_000
 
 
 class StreamingRecognizer:
-    """Speech recognition of audio as it arrives, in the manner of ESPnet's Speech2TextStreaming.
+    """Streaming speech recognition with the interface of ESPnet's Speech2TextStreaming.
 
         recognizer = StreamingRecognizer("exp/asr_x/config.yaml", "exp/asr_x/valid.acc.ave.pth",
                                          chunk_size=16, left_chunks=4)
@@ -41,35 +41,35 @@ class StreamingRecognizer:
             (text, *_), = recognizer(piece, is_final=False)   # so far
         results = recognizer(last_piece, is_final=True)       # n-best; ready for the next stream
 
-    Tokens come from CTC prefix beam search. Where a segment ends, the attention decoder rescores
-    its hypotheses: score = ctc_weight * ctc + (1 - ctc_weight) * attention + penalty * tokens
+    Tokens come from CTC prefix beam search. At the end of a segment, the attention decoder rescores
+    the hypotheses: score = ctc_weight * ctc + (1 - ctc_weight) * attention + penalty * tokens
     (hybrid CTC/attention rescoring, U2, arXiv 2012.05481). The result does not depend on how the
-    audio is cut up.
+    audio is split.
 
-    Without endpoints a segment is the whole stream. With them, the words up to a pause are
-    final, what was held for them is dropped, and the encoder goes on: then memory does not grow
-    with the stream, besides the text.
+    Without endpoints a segment is the whole stream. With endpoints, the words before a pause are
+    final and the encoder output held for rescoring is freed, so only the text grows with the
+    stream. The encoder state continues across segments.
 
     Args:
         asr_train_config: config.yaml of the experiment.
         asr_model_file: the checkpoint; loaded strictly.
-        asr_model: a loaded model, together with `asr_train_args` in place of the two files. It
-            is moved to `device` and `dtype` and put into eval mode in place; otherwise it is not
-            written to, and any number of recognizers may share it.
-        chunk_size: encoder frames in a chunk; None: the model's own.
-        left_chunks: chunks before its own that a frame sees, -1 = all; None: the model's own.
+        asr_model: a loaded model, together with `asr_train_args` instead of the two files. It is
+            moved to `device` and `dtype` and put into eval mode in place. Several recognizers may
+            share it.
+        chunk_size: encoder frames in a chunk; None: the model's setting.
+        left_chunks: number of chunks of left context, -1 = all; None: the model's setting.
         cache_dtype: fp32, fp16, bf16, int8, int4 for the encoder's cache; None: the model's type.
         beam_size: prefixes in the CTC beam; 1 = the best path (greedy).
-        ctc_weight: weight of CTC against the attention decoder; 1.0 (or a model without
-            decoder): CTC alone, and no encoder output is held.
+        ctc_weight: weight of CTC, the decoder having 1 - ctc_weight; 1.0, or a model without
+            decoder: CTC alone, and no encoder output is held.
         penalty: added to the score for every token.
         nbest: hypotheses in the result.
-        endpoint_silence_ms: a pause of so much CTC blank ends a segment; 0 = none does.
-        max_segment_seconds: longest segment; 0 = any.
-        token_type, bpemodel: None: the model's own.
+        endpoint_silence_ms: duration of CTC blank that ends a segment; 0 = pauses do not.
+        max_segment_seconds: maximum length of a segment; 0 = no limit.
+        token_type, bpemodel: None: the model's setting.
 
     Raises:
-        UserError: the files or the values cannot be used; one line says why.
+        UserError: a file or a value cannot be used.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class StreamingRecognizer:
         asr_model.to(device=device, dtype=getattr(torch, dtype)).eval()
         for module in (asr_model.frontend, asr_model.normalize):
             if module is not None and dtype in ("float16", "bfloat16"):
-                module.float()  # powers of a spectrum leave the range of 16 bits
+                module.float()  # a power spectrum exceeds the range of 16 bits
         self.asr_model, self.asr_train_args = asr_model, asr_train_args
         self.frontend = StreamingFrontend(asr_model.frontend, asr_model.normalize)
         self.chunk_size, self.left_chunks = self._chunks(chunk_size, left_chunks)
@@ -129,7 +129,7 @@ class StreamingRecognizer:
             math.ceil(endpoint_silence_ms / 1000 / self.frame_seconds),
             math.ceil(max_segment_seconds / self.frame_seconds),
         )
-        self.peak_nbytes: dict[str, int] = {}  # the most of `nbytes_by_kind` in any stream so far
+        self.peak_nbytes: dict[str, int] = {}  # maximum of `nbytes_by_kind` over all streams
         self.reset()
 
     @classmethod
@@ -148,7 +148,7 @@ class StreamingRecognizer:
 
     @property
     def sample_rate(self) -> int:
-        """Samples per second that the model takes."""
+        """Samples per second of the model."""
         return self.frontend.sample_rate
 
     @property
@@ -158,7 +158,7 @@ class StreamingRecognizer:
         return stride * self.frontend.hop_length / self.sample_rate
 
     def reset(self) -> None:
-        """Forget the stream; the next piece begins another."""
+        """Discard the stream; the next piece begins a new one."""
         self._state = self.asr_model.encoder.init_state(
             chunk_size=self.chunk_size,
             left_chunks=self.left_chunks,
@@ -171,18 +171,18 @@ class StreamingRecognizer:
 
     @torch.no_grad()
     def __call__(self, speech: Tensor | np.ndarray, is_final: bool = True) -> list[Result]:
-        """Take a piece of the stream and give the text of the stream so far.
+        """Process a piece of the stream and return the text of the stream so far.
 
         Args:
             speech: (N,) samples between -1 and 1 at `sample_rate`, N >= 0.
-            is_final: the stream ends with this piece; the next one begins another.
+            is_final: the stream ends with this piece; the next piece begins a new stream.
 
         Returns:
-            Until the last piece, the best result so far, not yet rescored; then up to `nbest`
-            results, best first. With endpoints they differ in the last segment only.
+            Before the last piece, the best result so far, without rescoring. After it, up to
+            `nbest` results, best first; with endpoints they differ only in the last segment.
 
         Raises:
-            UserError: the samples are no finite floating-point numbers.
+            UserError: the samples are not finite floating-point numbers.
             TooShortError: the stream ended before its first features.
         """
         segments = [*self._segments, *self.accept(speech, is_final)]
@@ -193,20 +193,20 @@ class StreamingRecognizer:
 
     @torch.no_grad()
     def accept(self, speech: Tensor | np.ndarray, is_final: bool = False) -> list[list[Result]]:
-        """Take a piece of an endless stream and give the segments that ended within it.
+        """Process a piece of an endless stream and return the segments that ended in it.
 
-        Nothing of a segment is kept once it was returned; `partial` is the text of the open one.
+        Returned segments are not kept; `partial` is the result of the open segment.
 
         Args:
             speech, is_final: as in `__call__`.
 
         Returns:
-            The n-best results of each segment that ended and has words; for `join`.
+            The n-best results of each ended segment with words; an argument for `join`.
 
         Raises:
             UserError, TooShortError: as `__call__`.
         """
-        is_final = bool(is_final)  # of NumPy, too
+        is_final = bool(is_final)  # it may be a NumPy bool
         speech = torch.as_tensor(speech).to(self.device)
         pieces = speech.split(LONGEST_PIECE_SECONDS * self.sample_rate)
         ended = []
@@ -218,7 +218,7 @@ class StreamingRecognizer:
         return [results for results in ended if results[0][2]]
 
     def join(self, segments: list[list[Result]]) -> list[Result]:
-        """The n-best results of consecutive segments: those of the last, after the best before."""
+        """N-best results of consecutive segments: the best of each, and the n-best of the last."""
         if not segments:
             return [self._result([], 0.0, {})]
         earlier = [results[0] for results in segments[:-1]]
@@ -226,22 +226,22 @@ class StreamingRecognizer:
 
     @property
     def partial(self) -> Result:
-        """The best result of the open segment, not yet rescored."""
+        """The best result of the open segment, without rescoring."""
         (best,) = self._search.nbest(1)
         return self._result(best.tokens, best.score, {"ctc": best.score})
 
     def nbytes_by_kind(self) -> dict[str, int]:
         """Bytes held between two pieces.
 
-        attention, conv, input: the encoder's cache; waveform: samples of the frames to come;
-        encoder_out: what the attention decoder will rescore the open segment with.
+        attention, conv, input: the encoder's cache; waveform: samples for the next frames;
+        encoder_out: encoder output of the open segment, for rescoring.
         """
         held = sum(frames.untyped_storage().nbytes() for frames in self._encoder_out)
         own = {"waveform": self.frontend.nbytes, "encoder_out": held}
         return self._state.nbytes_by_kind() | own
 
     def _chunks(self, chunk_size: int | None, left_chunks: int | None) -> tuple[int, int]:
-        """The settings of this recognizer's streams, checked."""
+        """Check and return chunk_size and left_chunks of the streams."""
         encoder = self.asr_model.encoder
         if chunk_size is None and encoder.chunk_size == 0:
             raise UserError(
@@ -249,11 +249,9 @@ class StreamingRecognizer:
                 "e.g. chunk_size 16"
             )
         if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
-            raise ArgumentError("chunk_size", f"{chunk_size}: allowed are 1 or more encoder frames")
+            raise ArgumentError("chunk_size", f"{chunk_size}: allowed: 1 or more encoder frames")
         if left_chunks is not None and (type(left_chunks) is not int or left_chunks < -1):
-            raise ArgumentError(
-                "left_chunks", f"{left_chunks}: allowed are -1 (all) or more chunks"
-            )
+            raise ArgumentError("left_chunks", f"{left_chunks}: allowed: -1 (all) or more chunks")
         size, left = chunk_size or encoder.chunk_size, left_chunks
         left = encoder.left_chunks if left is None else left
         if size * (max(left, 0) + 1) > MOST_FRAMES:
@@ -264,17 +262,17 @@ class StreamingRecognizer:
                 "left_chunks -1 for all",
             )
         if encoder.chunk_size == 0 and not encoder.dynamic_chunk_training:
-            logging.warning("the model was trained on whole utterances only; chunks are new to it")
+            logging.warning("the model was trained on whole utterances only, without chunks")
         return size, left
 
     def _begin_segment(self, last: int | None = None) -> None:
-        """last: token of the frame before, where the segment begins within a token."""
+        """last: token of the previous frame if the segment begins within a token."""
         self._search = build_search(self.beam_size, self.asr_model.blank_id, last)
         self._encoder_out: list[Tensor] = []  # (T, D) each
         self._endpointer.reset()
 
     def _accept(self, speech: Tensor, is_final: bool) -> list[list[Result]]:
-        """Take a short piece; the results of segments that ended within it."""
+        """Process a short piece; return the results of segments that ended in it."""
         try:
             features = self.frontend(speech, is_final).to(self.dtype)  # (T, F)
         except TooShortError:
@@ -292,7 +290,7 @@ class StreamingRecognizer:
         return ended
 
     def _search_frames(self, encoded: Tensor) -> list[list[Result]]:
-        """Take (T', D) encoder frames; the results of segments that ended within them."""
+        """Process (T', D) encoder frames; return the results of segments that ended in them."""
         ended = []
         log_probs = self.asr_model.ctc.log_softmax(encoded[None])[0].float().cpu()  # (T', V)
         best = log_probs.argmax(dim=-1).tolist()
@@ -307,7 +305,7 @@ class StreamingRecognizer:
         return ended
 
     def _end_segment(self) -> list[list[Result]]:
-        """The n-best results of the segment, in a list; no entry for a pause."""
+        """The n-best results of the segment in a list; the list is empty for a pause."""
         hypotheses = self._search.nbest(self.beam_size)
         if not hypotheses[0].tokens and self._endpointer.active:
             return []
@@ -324,7 +322,7 @@ class StreamingRecognizer:
         return [[self._result(t, score, s) for score, t, s in results[: self.nbest]]]
 
     def _attention_scores(self, hypotheses: list[CTCHypothesis]) -> list[float]:
-        """Log-probability of each hypothesis with <eos> by the attention decoder."""
+        """Log-probability of each hypothesis and <eos> in the attention decoder."""
         if not self._encoder_out:
             return [0.0] * len(hypotheses)
         count = len(hypotheses)
@@ -345,7 +343,7 @@ class StreamingRecognizer:
         return text, token, token_int, Hypothesis(yseq=yseq, score=score, scores=scores)
 
     def _joined(self, results: list[Result]) -> Result:
-        """One result of consecutive segments."""
+        """Join the results of consecutive segments into one."""
         if len(results) == 1:
             return results[0]
         scores: dict[str, float] = {}
@@ -357,11 +355,11 @@ class StreamingRecognizer:
 
 
 def _check_numbers(**values: float) -> None:
-    """Refuse options that are no numbers or out of their range."""
+    """Refuse values that are not numbers or out of range."""
     for name, value in values.items():
         count = name in ("beam_size", "nbest")
         least, most = (1 if count else 0), (1 if name == "ctc_weight" else math.inf)
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not (whole or (isinstance(value, float) and not count)) or not least <= value <= most:
             bounds = f"{least} to {most}" if most == 1 else f"{least} or more"
-            raise UserError(f"--{name} {value}: allowed are {bounds}")
+            raise UserError(f"--{name} {value}: allowed: {bounds}")

@@ -1,4 +1,4 @@
-"""Whole recordings, as the lists of a data directory name them."""
+"""Reading of the recordings that a wav.scp names."""
 
 import re
 from collections.abc import Callable
@@ -11,14 +11,14 @@ import soxr
 
 from espnet_kv.channels import to_mono
 from espnet_kv.errors import UserError
-from espnet_kv.streaming.sources import cut_short, open_audio, reason
+from espnet_kv.streaming.sources import open_audio, reason, truncated
 
 
 def read_scp(file: Path | str) -> dict[str, str]:
-    """Utterance -> the rest of its line, of a wav.scp or another list by utterance.
+    """Read a wav.scp or another list: utterance -> the rest of its line.
 
     Raises:
-        UserError: the file is missing, no text, empty, or a line is malformed or repeats an
+        UserError: the file is missing, not text, or empty, or a line is malformed or repeats an
             utterance; names file and line.
     """
     entries: dict[str, str] = {}
@@ -37,18 +37,18 @@ def read_scp(file: Path | str) -> dict[str, str]:
 
 
 def read_recording(entry: str, kind: str) -> tuple[np.ndarray, int | None]:
-    """The whole audio of an entry of a wav.scp, as ESPnet reads it.
+    """Read the audio of an entry of a wav.scp, as ESPnet does.
 
     Args:
         entry: a file, or archive.ark:offset.
         kind: sound or kaldi_ark, as in --data_path_and_name_and_type.
 
     Returns:
-        Samples (N,) or (N, channels), whole numbers scaled to -1 to 1, and samples per second; None
-        where an archive names no rate.
+        Samples (N,) or (N, channels), integers scaled to -1 to 1, and samples per second; None if
+        an archive states no rate.
 
     Raises:
-        UserError: the file is missing, no audio, cut short, or holds samples that are no numbers.
+        UserError: the file is missing, not audio, truncated, or has samples that are not finite.
     """
     if entry.endswith("|"):
         raise UserError(f"{entry}: a command is not run here; write its audio to a file")
@@ -59,11 +59,11 @@ def read_recording(entry: str, kind: str) -> tuple[np.ndarray, int | None]:
             except soundfile.LibsndfileError as error:
                 raise UserError(f"{entry} cannot be read to its end: {reason(error)}") from error
             if len(samples) < file.frames:
-                raise cut_short(entry)
+                raise truncated(entry)
     else:
         samples, rate = _read_archive(entry)
     if not np.isfinite(samples).all():
-        raise UserError(f"{entry} holds samples that are infinite or no number")
+        raise UserError(f"{entry} holds samples that are infinite or NaN")
     if np.issubdtype(samples.dtype, np.integer):
         samples = samples / -float(np.iinfo(samples.dtype).min)
     return samples, rate
@@ -76,16 +76,16 @@ def read_utterance(
     channels: bool = False,
     note: Callable[[str], object] = lambda text: None,
 ) -> np.ndarray:
-    """The audio of an entry of a wav.scp as a model takes it.
+    """Read the audio of an entry of a wav.scp in the format of a model.
 
     Args:
         entry, kind: as in `read_recording`.
         rate: samples per second of the model; other audio is resampled.
-        channels: whether the model takes several channels; else they become one (`to_mono`).
-        note: is given a sentence about what was changed.
+        channels: whether the model takes several channels; if not, they are mixed (`to_mono`).
+        note: called with a sentence on each change of the audio.
 
     Returns:
-        (N,) samples, or (N, channels) if `channels` and the audio has several.
+        (N,) samples, or (N, channels) if `channels` is set and the audio has several.
 
     Raises:
         UserError: as `read_recording`.
@@ -97,12 +97,12 @@ def read_utterance(
             note(changed)
     if found in (None, rate):
         return samples
-    note(f"audio of {found} samples per second is resampled to the {rate} of the model")
+    note(f"audio is resampled from {found} to {rate} samples per second, the rate of the model")
     return soxr.resample(samples, found, rate) if len(samples) else samples
 
 
 def model_rate(frontend_conf: Any) -> int:
-    """Samples per second that a model takes, by the frontend_conf of its config.yaml."""
+    """Samples per second of a model, from the frontend_conf of its config.yaml."""
     import humanfriendly
 
     rate = (frontend_conf or {}).get("fs") or 16000
@@ -113,7 +113,7 @@ def read_lines(file: Path | str) -> list[str]:
     """The lines of a text file in UTF-8.
 
     Raises:
-        UserError: the file is missing or another kind of text.
+        UserError: the file is missing or not in UTF-8.
     """
     try:
         text = Path(file).read_text(encoding="utf-8")
@@ -122,7 +122,7 @@ def read_lines(file: Path | str) -> list[str]:
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 at byte {error.start}; convert it first") from None
     if text.startswith("\ufeff"):
-        raise UserError(f"{file}:1: a byte order mark stands before the first key; save it without")
+        raise UserError(f"{file}:1: remove the byte order mark before the first key")
     lines = text.split("\n")
     return lines[:-1] if lines[-1] == "" else lines
 
@@ -135,7 +135,7 @@ def _read_archive(entry: str) -> tuple[np.ndarray, int | None]:
         raise UserError(f"{file} does not exist")
     try:
         found = kaldi.load_mat(entry)
-    except Exception as error:  # a damaged archive leads readers anywhere
+    except Exception as error:  # a damaged archive can cause any exception
         raise UserError(f"{entry} cannot be read as a Kaldi archive: {reason(error)}") from error
     if not isinstance(found, tuple):
         return found, None

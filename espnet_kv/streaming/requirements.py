@@ -1,4 +1,4 @@
-"""Which trained models can be streamed."""
+"""Check that a trained model can be streamed."""
 
 import argparse
 
@@ -9,7 +9,7 @@ from espnet_kv.errors import ConfigError
 
 
 def check_streams(model: AbsESPnetModel, args: argparse.Namespace, ctc_weight: float) -> None:
-    """Refuse what needs the whole utterance; the frontend and the encoder see to themselves.
+    """Refuse models that need the whole utterance; frontend and encoder check their own options.
 
     Raises:
         ConfigError: names the key of the training configuration.
@@ -21,7 +21,7 @@ def check_streams(model: AbsESPnetModel, args: argparse.Namespace, ctc_weight: f
         )
     if model.ctc is None:
         raise ConfigError(
-            "model_conf.ctc_weight: 0.0 trained no CTC, which streaming searches with"
+            "model_conf.ctc_weight: 0.0 trained no CTC, and streaming search needs CTC"
         )
     for key in ("preencoder", "postencoder"):
         if getattr(model, key) is not None:

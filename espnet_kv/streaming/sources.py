@@ -1,4 +1,4 @@
-"""Audio as it arrives, from a file or raw from a pipe."""
+"""Streams of audio from a file, or raw from a pipe."""
 
 import os
 import re
@@ -12,30 +12,30 @@ import numpy as np
 import soundfile
 import soxr
 
-from espnet_kv.channels import loud_channel, taken
+from espnet_kv.channels import channel_note, loud_channel
 from espnet_kv.errors import UserError, one_line
 
 FILE_PIECE_SECONDS = 0.2
-# at most this much is taken from a pipe at once; what is there is taken, without waiting for more
+# most bytes to read from a pipe at once; a read returns the available bytes without waiting
 PIPE_BYTES = 1 << 16
 HEADERS = {b"RIFF": "WAV", b"fLaC": "FLAC", b"OggS": "Ogg"}
-# in libsndfile's log of a header: bytes of audio that it promises, and those that are there
+# in libsndfile's log of a header: bytes of audio in the header, and in the file
 PROMISED = re.compile(
     r"^ *(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)", re.M
 )
-# a program that writes into a pipe does not know the size and leaves about 2 or 4 GiB
+# programs that write into a pipe put about 2 or 4 GiB for the unknown size
 UNKNOWN_BYTES = 0x7FFF0000
 
 
 class FileSource:
-    """Pieces of an audio file that libsndfile reads, its channels as `to_mono` makes them one.
+    """Pieces of an audio file, converted to mono as in `to_mono`.
 
     Attributes:
         rate: samples per second.
-        notes: what is done with the channels.
+        notes: notes on the conversion to mono.
 
     Raises:
-        UserError: the file is missing or no audio, here or while reading.
+        UserError: the file is missing or not audio; also while reading.
     """
 
     def __init__(self, path: Path | str):
@@ -51,11 +51,11 @@ class FileSource:
             self.notes.append(
                 f"{channels} channels averaged to mono"
                 if self._channel is None
-                else taken(self._channel, channels)
+                else channel_note(self._channel, channels)
             )
 
     def _blocks(self) -> Iterator[np.ndarray]:
-        """What is left of the file, (N, channels) float32, a piece at a time."""
+        """The rest of the file in pieces, (N, channels) float32 each."""
         while len(piece := self._read()):
             yield piece
 
@@ -68,19 +68,19 @@ class FileSource:
             raise UserError(f"{self._path} cannot be read to its end: {reason(error)}") from error
 
     def read(self) -> np.ndarray:
-        """The next samples, (N,) float32; none at the end."""
+        """The next samples, (N,) float32; N = 0 at the end."""
         piece = self._read()
         self._frames += len(piece)
         if not len(piece) and self._frames < self._file.frames:
-            raise cut_short(self._path)
+            raise truncated(self._path)
         return piece.mean(axis=1) if self._channel is None else piece[:, self._channel]
 
 
 class PipeSource:
-    """Raw 16-bit little-endian mono samples from standard input, as they come.
+    """Raw 16-bit little-endian mono samples from standard input.
 
     Raises:
-        UserError: standard input is a terminal, or holds a file with a header.
+        UserError: standard input is a terminal, or a file with a header.
     """
 
     def __init__(self, rate: int):
@@ -94,7 +94,7 @@ class PipeSource:
         self._rest: bytes | None = None  # half a sample
 
     def read(self) -> np.ndarray:
-        """The samples that are there, (N,) float32, at least one; none at the end."""
+        """Wait for samples and return those available, (N,) float32; N = 0 at the end."""
         first = self._rest is None
         data = self._rest or b""
         while len(data) < (4 if first else 2):
@@ -113,15 +113,14 @@ class PipeSource:
 
 
 class Stream:
-    """The pieces of a source at the rate that a model takes.
+    """The pieces of a source at the sampling rate of a model.
 
-    Ctrl-C ends the stream: at once where it waits for audio, else before the next piece, never
-    within the work on one. A second Ctrl-C is Python's own.
+    Ctrl-C ends the stream at once while it waits for audio, else before the next piece. A second
+    Ctrl-C raises KeyboardInterrupt as usual.
 
     Args:
         source: FileSource or PipeSource.
-        rate: samples per second of the pieces; what comes at another rate is resampled, without
-            a seam between pieces.
+        rate: samples per second of the pieces; audio of another rate is resampled continuously.
     """
 
     def __init__(self, source: FileSource | PipeSource, rate: int):
@@ -133,7 +132,7 @@ class Stream:
         self._waiting = False
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """(N,) float32 pieces, N >= 0, until the stream has ended."""
+        """Yield (N,) float32 pieces, N >= 0, until the stream has ended."""
         self._before = signal.signal(signal.SIGINT, self._interrupt)
         try:
             while not self.interrupted and len(piece := self._read()):
@@ -163,7 +162,7 @@ def open_audio(path: Path | str) -> soundfile.SoundFile:
     """Open an audio file that libsndfile reads.
 
     Raises:
-        UserError: the file is missing, no audio, or ends before its header says.
+        UserError: the file is missing, not audio, or shorter than stated in its header.
     """
     if Path(path).is_dir():
         raise UserError(f"{path} is a directory; name an audio file")
@@ -177,14 +176,14 @@ def open_audio(path: Path | str) -> soundfile.SoundFile:
         raise UserError(f"{path} cannot be read as audio: {reason(error)}") from error
     for promised, there in PROMISED.findall(file.extra_info):
         if int(there) < int(promised) < UNKNOWN_BYTES:
-            raise cut_short(path)
+            raise truncated(path)
     if file.format == "OGG" and not _has_last_page(path):
-        raise cut_short(path)
+        raise truncated(path)
     return file
 
 
 def _has_last_page(path: Path | str) -> bool:
-    """Whether the last page of an Ogg file says that it is the last; a page has at most 64 KiB."""
+    """Whether the last page of an Ogg file is marked as last; a page has at most 64 KiB."""
     with open(path, "rb") as file:
         file.seek(max(0, os.path.getsize(path) - (1 << 17)))
         tail = file.read()
@@ -192,11 +191,13 @@ def _has_last_page(path: Path | str) -> bool:
     return page >= 0 and len(tail) > page + 5 and bool(tail[page + 5] & 4)
 
 
-def cut_short(path: Path | str) -> UserError:
-    """The error of a file that ends too early."""
-    return UserError(f"{path} is cut short: it ends before its header says; copy it again")
+def truncated(path: Path | str) -> UserError:
+    """The error for a truncated file."""
+    return UserError(
+        f"{path} is cut short: it has less audio than its header states; copy it again"
+    )
 
 
 def reason(error: Exception) -> str:
-    """What an error of a reader says, in one line."""
+    """The message of an error of a reader, in one line."""
     return one_line(error) or type(error).__name__

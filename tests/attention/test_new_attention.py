@@ -2,14 +2,17 @@
 
 import pytest
 import torch
+from profile_json import eight, make_profile, write_profile
 from small_encoders import FEATURES, assert_close, batch, build, encoders
 from streams import Feeder, streaming, utterances
 from torch import Tensor, nn
 
 from espnet_kv.attention import ATTENTIONS, attention_like
 from espnet_kv.attention.softmax import SoftmaxAttention
+from espnet_kv.bin import report
 from espnet_kv.cache import Footprint
 from espnet_kv.decoder.transformer import KVTransformerDecoder
+from espnet_kv.profile.run import attention_label
 
 
 class SharedAttention(SoftmaxAttention):
@@ -30,14 +33,14 @@ class SharedAttention(SoftmaxAttention):
         k = self.linear_up(small)  # (B, 1, S, d_k)
         return k, k
 
-    def to_store(self, x: Tensor) -> tuple[Tensor, ...]:
+    def cached_vectors(self, x: Tensor) -> tuple[Tensor, ...]:
         return (self.linear_down(x)[:, None],)
 
-    def attend_stored(self, q, stored, bias):
-        return super().attend_stored(q, self._up(stored[0]), bias)
+    def attend_cached(self, q, stored, bias):
+        return super().attend_cached(q, self._up(stored[0]), bias)
 
     @property
-    def stored_vectors(self) -> list[tuple[int, int]]:
+    def cached_vector_sizes(self) -> list[tuple[int, int]]:
         return [(1, self.width)]
 
     @property
@@ -87,6 +90,18 @@ def test_its_bytes_and_label_are_known_from_a_configuration():
     assert attention.footprint.frame_bytes("fp32") == 20
     assert attention_like("mla", {"kv_rank": 64}, 4, 256).label == "mla r64"
     assert attention_like("linear", {}, 4, 256).footprint.constant_bytes("fp32") == 4 * 4 * 64 * 65
+
+
+def test_it_stands_in_tables_and_figures(tmp_path):
+    """The profile records its label; the report has no line about it."""
+    label = attention_label(streaming("kv_conformer", **YAML))
+    new = make_profile(model__attention_type="shared", model__attention_label=label)
+    paths = [write_profile(tmp_path / f"{n}.json", p) for n, p in enumerate([new, *eight()])]
+    assert report.main([*map(str, paths), "--output", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out/comparison.csv").read_text()
+    assert "\nconformer shared 5," in text
+    for name in ("wer_cache", "cache_growth"):
+        assert ">shared 5<" in (tmp_path / f"out/figures/{name}.svg").read_text()
 
 
 def test_a_decoder_takes_it():

@@ -1,4 +1,4 @@
-"""Ranks from one budget, and how much a layer's error shows."""
+"""Allocation of a budget to layers, and effects of layer errors on the model output."""
 
 from itertools import pairwise, product
 
@@ -24,7 +24,7 @@ def layers(rng):
 
 
 def total(layers, ranks, effects) -> float:
-    """What is predicted to be lost, as `choose_ranks` says it counts."""
+    """Weighted sum of the predicted errors, as minimised by `choose_ranks`."""
     errors = {name: predicted_errors(*pair) for name, pair in layers.items()}
     weights = effects or {name: 1 / errors[name][0] for name in layers}
     return sum(weights[name] * errors[name][rank] for name, rank in ranks.items())
@@ -32,7 +32,7 @@ def total(layers, ranks, effects) -> float:
 
 @pytest.mark.parametrize("effects", [None, EFFECTS], ids=["shares", "effects"])
 @pytest.mark.parametrize("budget", [3, 7, 14, 24, 47])
-def test_no_other_ranks_lose_less(layers, budget, effects):
+def test_no_other_ranks_have_less_error(layers, budget, effects):
     ranks = choose_ranks(layers, budget, effects)
     assert sum(ranks.values()) == budget and all(1 <= r <= SIZE for r in ranks.values())
     errors = {name: predicted_errors(*pair) for name, pair in layers.items()}
@@ -63,7 +63,7 @@ def test_a_budget_too_small_is_refused(layers):
         choose_ranks(layers, 2)
 
 
-def test_predictions_fall_to_nothing(layers):
+def test_predicted_errors_are_convex_and_fall_to_zero(layers):
     errors = predicted_errors(*layers["a"])
     assert len(errors) == SIZE + 1 and errors[-1] == pytest.approx(0, abs=1e-9)
     gains = [a - b for a, b in pairwise(errors)]
@@ -77,7 +77,7 @@ def test_lower_hull():
 
 
 class Chain(torch.nn.Module):
-    """Two layers of which the second takes three times the first."""
+    """Two linear layers; the second multiplies the output of the first by three."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""espnet_kv.bin.convert: experiments that decode, fine-tune and say where they come from."""
+"""espnet_kv.bin.convert: its experiments can be decoded and fine-tuned; provenance; errors."""
 
 import errno
 import hashlib
@@ -73,7 +73,7 @@ def test_full_rank_is_lossless(encoder, audio, tmp_path):
     ],
     ids=["mla", "gqa", "linear"],
 )
-def test_parts_are_converted_apart(part, options, conf, stock, audio, tmp_path):
+def test_only_the_given_part_is_converted(part, options, conf, stock, audio, tmp_path):
     assert run(stock, tmp_path / "out", "--attention_type", *options, "--parts", part, *audio) == 0
     config = yaml.safe_load((tmp_path / "out/config.yaml").read_text())
     where = PARTS[part]
@@ -99,7 +99,7 @@ def test_layers_share_a_budget(stock, audio, tmp_path):
     assert [layer["conf"]["kv_rank"] for layer in record["layers"]] == ranks
 
 
-def test_cache_is_counted_where_it_is_held(streaming, stock, tmp_path):
+def test_cache_bytes_are_measured_on_the_state(streaming, stock, tmp_path):
     options = ["--attention_type", "mla", "--kv_rank", "4", "--parts", ALL]
     for source, how in ((streaming, "a stream"), (stock, "cannot stream")):
         out = tmp_path / source.folder.name
@@ -135,7 +135,7 @@ def test_provenance_and_report(stock, audio, tmp_path):
     assert "num_kv_heads 2" in page and "50.00 %" in page
 
 
-def test_word_error_rates_come_into_the_report(stock, tmp_path):
+def test_word_error_rates_are_added_to_the_report(stock, tmp_path):
     out = tmp_path / "out"
     assert run(stock, out, *FULL) == 0
     scored = {"before": tmp_path / "before", "after": out, "fine_tuned": tmp_path / "nothing"}
@@ -167,7 +167,7 @@ def recognize(folder: Path, scp: Path, out: Path) -> dict[str, str]:
     return dict(line.split(maxsplit=1) for line in lines)
 
 
-def test_asr_inference_decodes_it(streaming, audio, tmp_path):
+def test_asr_inference_decodes_the_result(streaming, audio, tmp_path):
     scp = write_audio(tmp_path)
     assert run(streaming, tmp_path / "out", *FULL, "--parts", ALL, *audio) == 0
     expected = recognize(streaming.folder, scp, tmp_path / "before")
@@ -176,7 +176,7 @@ def test_asr_inference_decodes_it(streaming, audio, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["stock", "streaming"])
-def test_asr_train_goes_on_from_it(kind, audio, tmp_path, request):
+def test_asr_train_fine_tunes_the_result(kind, audio, tmp_path, request):
     source = request.getfixturevalue(kind)
     out, tuned = tmp_path / "out", tmp_path / "tuned"
     options = ["--attention_type", "mla", "--kv_rank", "4", "--parts", ALL]
@@ -196,9 +196,9 @@ def test_asr_train_goes_on_from_it(kind, audio, tmp_path, request):
     )
     assert status == 0
     before, after = load(out), tuned / "1epoch.pth"
-    learnt = torch.load(after)
+    trained = torch.load(after)
     for name, parameter in before.named_parameters():
-        assert torch.equal(learnt[name], parameter), name  # at a rate of 0 all stays as it was
+        assert torch.equal(trained[name], parameter), name  # unchanged, as the rate is 0
 
 
 def data(mode: str, folder: Path, scp: Path) -> list[str]:
@@ -210,39 +210,39 @@ def data(mode: str, folder: Path, scp: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
-        (["mla"], "give either --kv_rank or --target_compression"),
-        (["mla", "--kv_rank", "4", "--target_compression", "0.5"], "either --kv_rank or"),
+        (["mla"], "give either kv_rank or target_compression"),
+        (["mla", "--kv_rank", "4", "--target_compression", "0.5"], "either kv_rank or"),
         (["mla", "--kv_rank", "99"], "encoder.encoders.0.self_attn: .*kv_rank: 99.* 1 to 32"),
-        (["mla", "--num_kv_heads", "2"], "--num_kv_heads: --attention_type mla does not take it"),
+        (["mla", "--num_kv_heads", "2"], "--num_kv_heads does not apply to attention_type mla"),
         (["mla", "--target_compression", "1.5"], "--target_compression 1.5.*less than 1"),
-        (["gqa", "--target_compression", "0.4"], "4 heads cannot share.*0.5, 0.75"),
+        (["gqa", "--target_compression", "0.4"], "not possible with 4 heads.*0.5, 0.75"),
         (["gqa", "--num_kv_heads", "3"], "num_kv_heads: 3.*1, 2, 4"),
-        (["linear"], "learns from audio: give --calibration_scp"),
-        (["linear", "--target_compression", "0.5"], "state of linear attention is constant"),
+        (["linear"], "linear is trained on audio: give calibration_scp"),
+        (["linear", "--target_compression", "0.5"], "linear attention has a fixed state size"),
         (["flash"], "--attention_type: invalid choice: 'flash'"),
-        (["mla", "--kv_rank", "4", "--parts", "encoder,lm"], "--parts: 'encoder,lm' is no list"),
+        (["mla", "--kv_rank", "4", "--parts", "encoder,lm"], "--parts: 'encoder,lm' is not a list"),
         (["mla", "--kv_rank", "4", "--calibration_scp", "none.scp"], "none.scp does not exist"),
         (["mla", "--kv_rank", "4", "--calibration_minutes", "0"], "'0' is not more than 0"),
     ],
     ids=str,
 )
-def test_wrong_options_are_told_in_one_line(options, told, stock, tmp_path, capsys):
+def test_wrong_options_are_one_error_line(options, message, stock, tmp_path, capsys):
     assert run(stock, tmp_path / "out", "--attention_type", *options) == 1
-    assert_told(capsys, told)
+    assert_one_error(capsys, message)
     assert not any(tmp_path.iterdir())
 
 
-def test_keys_that_are_normalised_cannot_be_factorised(tmp_path, capsys):
+def test_normalised_keys_are_one_error_line(tmp_path, capsys):
     conf = {"selfattention_layer_type": "selfattn", "pos_enc_layer_type": "abs_pos"}
     source = Experiment(tmp_path / "exp", "conformer", conf | {"qk_norm": True})
     assert run(source, tmp_path / "out", *FULL) == 1
-    assert_told(capsys, "encoder.encoders.0.self_attn: qk_norm")
+    assert_one_error(capsys, "encoder.encoders.0.self_attn: qk_norm")
 
 
 @pytest.mark.parametrize(
-    ("lines", "told"),
+    ("lines", "message"),
     [
         ("u1 nowhere.wav\nu2 nowhere.wav\n", r"u[12]: nowhere.wav does not exist \(read as sound"),
         ("u1 {audio}/u1.wav\n", "1 utterance is too few"),
@@ -250,41 +250,41 @@ def test_keys_that_are_normalised_cannot_be_factorised(tmp_path, capsys):
     ],
     ids=["missing", "one", "short"],
 )
-def test_audio_that_cannot_be_used(lines, told, stock, tmp_path, capsys):
+def test_unusable_audio_is_one_error_line(lines, message, stock, tmp_path, capsys):
     write_audio(tmp_path / "audio")
     soundfile.write(tmp_path / "audio/short.wav", torch.randn(900).numpy(), 16000)
     (tmp_path / "wav.scp").write_text(lines.format(audio=tmp_path / "audio"))
     options = ["--calibration_scp", str(tmp_path / "wav.scp")]
     assert run(stock, tmp_path / "out", *FULL, *options) == 1
-    assert_told(capsys, told)
+    assert_one_error(capsys, message)
 
 
-def test_a_directory_with_something_in_it_is_left_alone(stock, tmp_path, capsys):
+def test_a_directory_with_files_is_not_overwritten(stock, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").write_text("x")
     assert run(stock, tmp_path / "out", *FULL) == 1
-    assert_told(capsys, "out exists: remove it")
+    assert_one_error(capsys, "out exists: remove it")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
 @pytest.mark.parametrize("broken", ["training_config", "write_pages"])
 @pytest.mark.parametrize(
-    ("failure", "status", "told"),
+    ("failure", "status", "message"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), 1, "out: No space left on device"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
     ids=["disk full", "^C"],
 )
-def test_what_breaks_leaves_nothing_behind(
-    broken, failure, status, told, stock, tmp_path, monkeypatch, capsys
+def test_a_failure_leaves_no_files(
+    broken, failure, status, message, stock, tmp_path, monkeypatch, capsys
 ):
     def fail(*_):
         raise failure
 
     monkeypatch.setattr(experiment, broken, fail)
     assert run(stock, tmp_path / "out", *FULL) == status
-    assert_told(capsys, told)
+    assert_one_error(capsys, message)
     assert not any(tmp_path.iterdir())
     monkeypatch.undo()
     assert run(stock, tmp_path / "out", *FULL) == 0
@@ -300,15 +300,15 @@ def test_the_same_audio_gives_the_same_model(stock, audio, tmp_path):
     assert not torch.equal(one["encoder.encoders.0.self_attn.linear_q.weight"], start)
 
 
-def test_damaged_records_are_told(tmp_path):
-    with pytest.raises(UserError, match=r"does not exist: .* is no converted model"):
+def test_damaged_records_are_errors(tmp_path):
+    with pytest.raises(UserError, match=r"does not exist: .* is not a converted model"):
         read_record(tmp_path)
-    for text, told in (("{", "is damaged"), (json.dumps({"schema": 0}), "of this version")):
+    for text, message in (("{", "is damaged"), (json.dumps({"schema": 0}), "of this version")):
         (tmp_path / "conversion.json").write_text(text)
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             read_record(tmp_path)
 
 
-def assert_told(capsys, told: str) -> None:
+def assert_one_error(capsys, message: str) -> None:
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and re.search(told, errors[0]), errors
+    assert len(errors) == 1 and re.search(message, errors[0]), errors

@@ -1,4 +1,4 @@
-"""factorize_kv against numpy, brute force and awkward moments."""
+"""factorize_kv against numpy and brute force, and with ill-conditioned moments."""
 
 from itertools import pairwise
 
@@ -22,15 +22,15 @@ def moment(rng, count: int = 400) -> torch.Tensor:
     return x.T @ x / count
 
 
-def error(k, v, rank, second_moment, judged_by) -> float:
-    """E |(W - up down) x|^2 for x of the moment judged_by, by the plain formula."""
+def error(k, v, rank, second_moment, evaluated_on) -> float:
+    """E |(W - up down) x|^2 for x of second moment `evaluated_on`, by the plain formula."""
     down, up_k, up_v = factorize_kv(k, v, rank, second_moment)
     lost = torch.cat([k - up_k @ down, v - up_v @ down])
-    return float(torch.einsum("oi,ij,oj->", lost, judged_by, lost))
+    return float(torch.einsum("oi,ij,oj->", lost, evaluated_on, lost))
 
 
 @pytest.mark.parametrize("rank", RANKS)
-def test_without_a_moment_it_is_numpys_svd(rank):
+def test_without_a_moment_the_error_is_that_of_numpys_svd(rank):
     k, v = weights()
     singular = np.linalg.svd(np.concatenate([k.numpy(), v.numpy()]), compute_uv=False)
     identity = torch.eye(SIZE, dtype=torch.float64)
@@ -41,8 +41,8 @@ def test_without_a_moment_it_is_numpys_svd(rank):
 
 
 @pytest.mark.parametrize("rank", RANKS)
-def test_it_is_the_whitened_svd(rng, rank):
-    """The textbook way, which needs an inverse: W S = A s B', up = A s, down = B' S^-1."""
+def test_the_result_equals_the_whitened_svd(rng, rank):
+    """The textbook solution, with an inverse: W S = A s B', up = A s, down = B' S^-1."""
     k, v = weights()
     m = moment(rng)
     root = np.linalg.cholesky(m.numpy())
@@ -74,11 +74,11 @@ def test_more_rank_is_never_worse(rng):
 
 @pytest.mark.parametrize("rank", RANKS[:-1])
 def test_activations_are_kept_better_than_by_plain_svd(rng, rank):
-    """On the frames of the fit by construction, on others of the same source in fact."""
+    """On the frames of the fit by construction, and in this case on other frames too."""
     k, v = weights()
     source = Source(rng)
-    seen, unseen = source.frames(1, 400)[0], source.frames(1, 400)[0]
-    m, other = seen.T @ seen / 400, unseen.T @ unseen / 400
+    fitted, held_out = source.frames(1, 400)[0], source.frames(1, 400)[0]
+    m, other = fitted.T @ fitted / 400, held_out.T @ held_out / 400
     assert error(k, v, rank, m, m) <= error(k, v, rank, None, m)
     assert error(k, v, rank, m, other) < 0.9 * error(k, v, rank, None, other)
 
@@ -93,7 +93,7 @@ def test_at_full_rank_nothing_is_lost(rng, rank):
         torch.testing.assert_close(up_v @ down, v, rtol=0, atol=1e-8)
 
 
-def test_a_moment_of_zeros_says_nothing():
+def test_a_moment_of_zeros_is_ignored():
     k, v = weights()
     for plain, given in zip(
         factorize_kv(k, v, 5), factorize_kv(k, v, 5, torch.zeros(SIZE, SIZE)), strict=True
@@ -101,22 +101,22 @@ def test_a_moment_of_zeros_says_nothing():
         torch.testing.assert_close(given, plain, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("seen", [1, 2, 5])
-def test_frames_of_few_directions_need_as_few_numbers(rng, seen):
-    """A singular moment: what the data takes is exact, and what is left of the rank is used."""
+@pytest.mark.parametrize("directions", [1, 2, 5])
+def test_frames_of_n_directions_need_rank_n(rng, directions):
+    """Singular moment: directions with data are exact, and remaining rank is used for others."""
     k, v = weights()
-    x = torch.randn(seen, SIZE, dtype=torch.float64, generator=rng)
+    x = torch.randn(directions, SIZE, dtype=torch.float64, generator=rng)
     m = x.T @ x
-    down, up_k, _ = factorize_kv(k, v, seen, m)
-    # directions never seen weigh 1e-12 of the largest: what they may cost shows at its root
+    down, up_k, _ = factorize_kv(k, v, directions, m)
+    # other directions have weight 1e-12 of the largest, so the error is of the order of its root
     torch.testing.assert_close(x @ down.T @ up_k.T, x @ k.T, rtol=1e-4, atol=1e-4)
     identity = torch.eye(SIZE, dtype=torch.float64)
-    wider = [error(k, v, rank, m, identity) for rank in range(seen, SIZE + 1)]
+    wider = [error(k, v, rank, m, identity) for rank in range(directions, SIZE + 1)]
     assert wider[-1] < 1e-16 and all(b < a for a, b in pairwise(wider))
 
 
 @pytest.mark.parametrize("condition", [1e6, 1e12, 1e18, 1e30])
-def test_an_ill_conditioned_moment_blows_nothing_up(rng, condition):
+def test_an_ill_conditioned_moment_gives_no_large_weights(rng, condition):
     k, v = weights()
     turn = torch.linalg.qr(torch.randn(SIZE, SIZE, dtype=torch.float64, generator=rng)).Q
     m = (turn * torch.logspace(0, -np.log10(condition), SIZE, dtype=torch.float64)) @ turn.T
@@ -128,7 +128,7 @@ def test_an_ill_conditioned_moment_blows_nothing_up(rng, condition):
         assert error(k, v, rank, m, m) <= error(k, v, rank, None, m) + 1e-11 * float(m.trace())
 
 
-def test_single_precision_comes_back_as_it_came(rng):
+def test_single_precision_is_kept(rng):
     k, v = (w.float() for w in weights())
     m = moment(rng)
     parts = factorize_kv(k, v, 5, m.float())
@@ -137,7 +137,7 @@ def test_single_precision_comes_back_as_it_came(rng):
         torch.testing.assert_close(part.double(), exact, rtol=1e-3, atol=1e-3)
 
 
-def test_the_same_comes_out_every_time(rng):
+def test_the_result_is_deterministic(rng):
     k, v = weights()
     m = moment(rng)
     for first, second in zip(factorize_kv(k, v, 5, m), factorize_kv(k, v, 5, m), strict=True):

@@ -1,4 +1,4 @@
-"""Linear attention that begins with, and learns from, softmax attention."""
+"""Conversion to linear attention, and its training on the outputs of softmax attention."""
 
 import pytest
 import torch
@@ -16,8 +16,8 @@ KINDS = {
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
-def teach(teacher, calls, steps: int = 40, **options):
-    """A student after `steps` batches, and the errors that were reported."""
+def train_student(teacher, calls, steps: int = 40, **options):
+    """A student after `steps` batches, and the reported errors."""
     student, reported = to_linear(teacher), []
     batches = iter(calls * steps)
     transfer(
@@ -32,20 +32,20 @@ def teach(teacher, calls, steps: int = 40, **options):
 
 
 @kinds
-def test_transfer_brings_unseen_outputs_closer(rng, kind):
+def test_transfer_brings_held_out_outputs_closer(rng, kind):
     teacher, source = layer(kind["rel_pos"]), Source(rng)
     fitted, unseen = source.calls(8, **kind), source.calls(4, **kind)
     before = output_error(teacher, to_linear(teacher), unseen)
-    student, reported = teach(teacher, fitted)
+    student, reported = train_student(teacher, fitted)
     assert [step for step, _ in reported] == list(range(1, 41))
     assert reported[-1][1] < reported[0][1]
     after = output_error(teacher, student, unseen)
     assert after < before
-    _, further = teach(teacher, fitted, projections=True)
+    _, further = train_student(teacher, fitted, projections=True)
     assert further[-1][1] < reported[-1][1]
 
 
-def test_only_what_is_asked_for_is_trained(rng):
+def test_only_the_selected_parameters_are_trained(rng):
     teacher, calls = layer(), Source(rng).calls(2)
     frozen = {name: p.clone() for name, p in teacher.named_parameters()}
     start = dict(to_linear(teacher).named_parameters())
@@ -53,10 +53,10 @@ def test_only_what_is_asked_for_is_trained(rng):
         (False, ("feature_map",)),
         (True, ("feature_map", "linear_q", "linear_k")),
     ):
-        student, _ = teach(teacher, calls, 3, projections=projections)
+        student, _ = train_student(teacher, calls, 3, projections=projections)
         for name, parameter in student.named_parameters():
             changed = not torch.equal(parameter, start[name])
-            # a bias of k moves all keys alike, but their features not: it is trained too
+            # the key bias is trained too: it adds a constant to keys, but not to their features
             assert changed == name.startswith(trained), name
             assert parameter.grad is None or name.startswith(trained)
     for name, parameter in teacher.named_parameters():
@@ -65,11 +65,11 @@ def test_only_what_is_asked_for_is_trained(rng):
 
 def test_the_same_batches_give_the_same_students(rng):
     teacher, calls = layer(), Source(rng).calls(3)
-    first, second = teach(teacher, calls, 5)[0], teach(teacher, calls, 5)[0]
+    first, second = train_student(teacher, calls, 5)[0], train_student(teacher, calls, 5)[0]
     assert torch.equal(outputs(first, calls), outputs(second, calls))
 
 
-def test_layers_learn_side_by_side_as_they_would_alone(rng):
+def test_layers_are_trained_independently(rng):
     teachers = {"a": layer(), "b": layer()}
     calls = Source(rng).calls(3)
     students = {name: to_linear(teacher) for name, teacher in teachers.items()}
@@ -82,13 +82,13 @@ def test_layers_learn_side_by_side_as_they_would_alone(rng):
 
     errors = transfer(teachers, students, run, 3)
     for name, teacher in teachers.items():
-        alone, reported = teach(teacher, calls, 3)
+        alone, reported = train_student(teacher, calls, 3)
         assert torch.equal(outputs(students[name], calls), outputs(alone, calls))
         assert errors[name] == pytest.approx(reported[-1][1])
 
 
 @pytest.mark.parametrize("feature_map", ["elu", "relu", "hedgehog"])
-def test_projections_are_the_source_s(rng, feature_map):
+def test_projections_equal_those_of_the_source(rng, feature_map):
     teacher, calls = layer(), Source(rng).calls(2)
     student = to_linear(teacher, feature_map, decay=0.9)
     assert student.decay == 0.9
@@ -100,7 +100,7 @@ def test_projections_are_the_source_s(rng, feature_map):
     torch.testing.assert_close(q @ k.transpose(1, 2), size * teacher_q @ teacher_k.transpose(1, 2))
 
 
-def test_what_cannot_be_is_refused():
+def test_impossible_conversions_are_refused():
     with pytest.raises(ConfigError, match="feature_map"):
         to_linear(layer(), "cubic")
     with pytest.raises(UserError, match="qk_norm"):

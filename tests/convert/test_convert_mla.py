@@ -1,4 +1,4 @@
-"""Multi-head attention made latent: what is exact, what is small, and what calibration sums up."""
+"""Conversion to latent attention: exact cases, error bounds, statistics and metrics."""
 
 import math
 from itertools import pairwise
@@ -29,7 +29,7 @@ kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
 def prepare(rng, kind, count=12, **options):
-    """A layer, calls that it is fitted on and calls that it is judged by."""
+    """A layer, statistics of the calls to fit to, and held-out calls."""
     attention = layer(kind["rel_pos"], **options)
     source = Source(rng)
     fitted, unseen = source.calls(count, **kind), source.calls(6, **kind)
@@ -37,7 +37,7 @@ def prepare(rng, kind, count=12, **options):
 
 
 def activation_aware(attention, rank, statistics) -> MultiHeadLatentAttention:
-    """What is usually done: the SVD in the norm of the second moment, biases as they are."""
+    """The usual method: SVD in the norm of the second moment, with unchanged biases."""
     new = to_mla(attention, rank)
     weights = attention.linear_k.weight, attention.linear_v.weight
     down, up_k, up_v = factorize_kv(*weights, rank, statistics.second_moment)
@@ -51,7 +51,7 @@ def activation_aware(attention, rank, statistics) -> MultiHeadLatentAttention:
 @kinds
 @pytest.mark.parametrize("rank", [SIZE, 2 * SIZE])
 @pytest.mark.parametrize("calibrated", [True, False], ids=["calibrated", "weights"])
-def test_at_full_rank_the_output_stays(rng, kind, rank, calibrated):
+def test_at_full_rank_the_output_is_unchanged(rng, kind, rank, calibrated):
     attention, statistics, unseen = prepare(rng, kind)
     new = to_mla(attention, rank, statistics if calibrated else None)
     torch.testing.assert_close(
@@ -86,7 +86,7 @@ def test_heads_in_another_order_give_the_same(rng, kind):
 
 
 @kinds
-def test_error_on_unseen_inputs_falls_with_the_rank(rng, kind):
+def test_error_on_held_out_inputs_falls_with_the_rank(rng, kind):
     attention, statistics, unseen = prepare(rng, kind)
     errors = [
         output_error(attention, to_mla(attention, r, statistics), unseen) for r in (2, 5, 10, 15)
@@ -96,7 +96,7 @@ def test_error_on_unseen_inputs_falls_with_the_rank(rng, kind):
 
 @kinds
 @pytest.mark.parametrize("rank", [4, 8])
-def test_unseen_inputs_fare_better_than_by_the_usual_ways(rng, kind, rank):
+def test_error_on_held_out_inputs_is_lower_than_of_usual_methods(rng, kind, rank):
     attention, statistics, unseen = prepare(rng, kind, count=24)
     ours = output_error(attention, to_mla(attention, rank, statistics), unseen)
     aware = output_error(attention, activation_aware(attention, rank, statistics), unseen)
@@ -114,14 +114,14 @@ def test_the_mean_error_of_values_is_in_their_bias(rng):
         torch.testing.assert_close(new.linear_v_up(new.linear_kv_down(mean))[rows], old)
 
 
-def test_the_same_comes_out_every_time(rng):
+def test_the_result_is_deterministic(rng):
     attention, statistics, _ = prepare(rng, KINDS["rel"])
     first, second = to_mla(attention, 5, statistics), to_mla(attention, 5, statistics)
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
 
 
-def test_what_is_not_converted_is_taken_over(rng):
+def test_other_parameters_and_settings_are_copied(rng):
     attention, statistics, _ = prepare(rng, KINDS["rel"], zero_triu=True)
     attention.state_index = 3
     new = to_mla(attention.train(), 5, statistics)
@@ -157,24 +157,24 @@ def naive_weights(attention, call: Call) -> torch.Tensor:
     weights = torch.zeros(batch, HEADS, frames, frames, dtype=torch.float64)
     for b in range(batch):
         for i in range(frames):
-            seen = [j for j in range(frames) if mask[b, 0, j]]
+            keys = [j for j in range(frames) if mask[b, 0, j]]
             if pos_emb is not position:
                 size, left = position.size, position.left
-                seen = [j for j in seen if 0 <= i // size - j // size <= left]
+                keys = [j for j in keys if 0 <= i // size - j // size <= left]
             for h in range(HEADS):
                 logits = [
                     (q[b, i, h] + attention.pos_bias_u[h]) @ k[b, j, h]
                     + (q[b, i, h] + attention.pos_bias_v[h]) @ p[frames - 1 - i + j, h]
-                    for j in seen
+                    for j in keys
                 ]
-                if seen:
-                    weights[b, h, i, seen] = torch.softmax(torch.stack(logits) / math.sqrt(D_K), 0)
+                if keys:
+                    weights[b, h, i, keys] = torch.softmax(torch.stack(logits) / math.sqrt(D_K), 0)
     return weights
 
 
 @pytest.mark.parametrize("kind", ["rel", "rel-chunks"])
 @torch.no_grad()
-def test_statistics_are_what_loops_find(rng, kind):
+def test_statistics_equal_those_of_plain_loops(rng, kind):
     attention = layer()
     calls = Source(rng).calls(2, **KINDS[kind])
     statistics = LayerStatistics.of(attention, calls)
@@ -188,8 +188,8 @@ def test_statistics_are_what_loops_find(rng, kind):
                 a = weights[b, :, i, :length]  # (H, S)
                 means = a @ call.key[b, :length]  # (H, D)
                 pooled.append(means)
-                off = call.key[b, None, :length] - means[:, None]  # (H, S, D)
-                spread.append(torch.einsum("hs,hsd,hse->hde", a, off, off))
+                deviation = call.key[b, None, :length] - means[:, None]  # (H, S, D)
+                spread.append(torch.einsum("hs,hsd,hse->hde", a, deviation, deviation))
     x, q = torch.stack(frames), torch.stack(queries) + attention.pos_bias_u
     means = torch.stack(pooled)
     assert (statistics.frames, statistics.queries) == (len(x), len(q))
@@ -205,56 +205,56 @@ def test_statistics_are_what_loops_find(rng, kind):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_gathering_sees_what_a_model_does(rng):
+def test_gather_records_the_calls_of_a_model(rng):
     attention, calls = layer(), Source(rng).calls(3)
     got = gather({"a": attention}, lambda: [call.run(attention) for call in calls])["a"]
     expected = LayerStatistics.of(attention, calls)
     torch.testing.assert_close(got.spread, expected.spread)
     assert len(got.calls) == 3 and not attention._forward_pre_hooks
-    with pytest.raises(UserError, match="no audio"):
+    with pytest.raises(UserError, match="processed no audio"):
         gather({"a": attention}, lambda: None)
 
 
 @torch.no_grad()
 def test_the_metric_of_values_is_the_output_error(rng, monkeypatch):
-    """With keys as they are: E |o' - o|^2 of each head on its own, whatever the error."""
+    """Equal to E |o' - o|^2 for any error of one head's values, with unchanged keys."""
     monkeypatch.setattr(metrics, "SHRINK", 0.0)
     attention, statistics, _ = prepare(rng, KINDS["rel"], count=2)
     metric = OutputMetric.of(attention, statistics)
-    off = torch.randn(HEADS, D_K, SIZE, dtype=torch.float64)
-    _, weighed = metric.weigh(torch.zeros_like(off), off)
+    error = torch.randn(HEADS, D_K, SIZE, dtype=torch.float64)
+    _, weighted = metric.weigh(torch.zeros_like(error), error)
     wrong = layer()
     wrong.load_state_dict(attention.state_dict())
     for head in range(HEADS):
         rows = slice(head * D_K, (head + 1) * D_K)
         wrong.load_state_dict(attention.state_dict())
-        wrong.linear_v.weight[rows] += off[head]
+        wrong.linear_v.weight[rows] += error[head]
         change = outputs(wrong, statistics.calls) - outputs(attention, statistics.calls)
-        change = change - change.mean(dim=0)  # the mean goes into the bias
+        change = change - change.mean(dim=0)  # the bias compensates the mean
         expected = change.square().sum(dim=1).mean()
-        torch.testing.assert_close(weighed[head].square().sum(), expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(weighted[head].square().sum(), expected, rtol=1e-6, atol=0)
 
 
 @torch.no_grad()
-def test_the_metric_of_keys_goes_with_the_output_error(rng):
-    """An estimate: over errors of very different directions it ranks them nearly as they count."""
+def test_the_metric_of_keys_correlates_with_the_output_error(rng):
+    """Estimate and true error of many random directions are strongly correlated."""
     attention, statistics, _ = prepare(rng, KINDS["rel"])
     metric = OutputMetric.of(attention, statistics)
     wrong = layer()
     predicted, true = [], []
     for trial in range(24):
-        off = torch.zeros(HEADS, D_K, SIZE, dtype=torch.float64)
-        off[trial % HEADS] = 1e-4 * torch.outer(torch.randn(D_K), torch.randn(SIZE)).double()
+        error = torch.zeros(HEADS, D_K, SIZE, dtype=torch.float64)
+        error[trial % HEADS] = 1e-4 * torch.outer(torch.randn(D_K), torch.randn(SIZE)).double()
         wrong.load_state_dict(attention.state_dict())
-        wrong.linear_k.weight += off.flatten(0, 1)
-        predicted.append(metric.weigh(off, torch.zeros_like(off))[0].square().sum())
+        wrong.linear_k.weight += error.flatten(0, 1)
+        predicted.append(metric.weigh(error, torch.zeros_like(error))[0].square().sum())
         change = outputs(wrong, statistics.calls) - outputs(attention, statistics.calls)
         true.append(change.square().sum(dim=1).mean())
     logs = torch.stack([torch.stack(predicted).log(), torch.stack(true).log()])
     assert torch.corrcoef(logs)[0, 1] > 0.8
 
 
-def lost(maps, roots, rows) -> float:
+def squared_error(maps, roots, rows) -> float:
     rest = (maps - best_ups(maps, roots, rows) @ rows) @ roots
     return float(rest.square().sum())
 
@@ -267,21 +267,21 @@ def test_best_rows_for_one_norm_are_the_svd(rng, rank):
     moments = (root @ root).expand(6, -1, -1)
     singular = torch.linalg.svdvals(maps.flatten(0, 1) @ root)
     rows = best_rows(maps, moments, rank)
-    assert lost(maps, root, rows) == pytest.approx(float(singular[rank:].square().sum()))
+    assert squared_error(maps, root, rows) == pytest.approx(float(singular[rank:].square().sum()))
 
 
 @pytest.mark.parametrize("rank", [1, 4, 9])
-def test_best_rows_for_many_norms_have_no_better_neighbour(rng, rank):
+def test_best_rows_for_many_norms_are_a_local_minimum(rng, rank):
     maps = torch.randn(6, 4, SIZE, dtype=torch.float64, generator=rng)
     factors = torch.randn(6, SIZE, SIZE, dtype=torch.float64, generator=rng)
     roots = factors @ factors.transpose(1, 2) / SIZE
     moments = roots @ roots
     rows = best_rows(maps, moments, rank)
-    best = lost(maps, roots, rows)
-    assert best < lost(maps, roots, common_rows(maps, moments)[:rank])
+    best = squared_error(maps, roots, rows)
+    assert best < squared_error(maps, roots, common_rows(maps, moments)[:rank])
     for size in (1e-1, 1e-2):
         for _ in range(10):
-            assert lost(maps, roots, rows + size * torch.randn_like(rows)) > best
+            assert squared_error(maps, roots, rows + size * torch.randn_like(rows)) > best
 
 
 @kinds
@@ -301,5 +301,5 @@ def test_layer_errors(rng, kind):
         silent.linear_v.bias.zero_()
         silent.linear_out.bias.copy_(mean)
     errors = layer_errors(attention, silent, unseen)
-    assert errors["k"] < 1e-6  # another basis, nothing lost
+    assert errors["k"] < 1e-6  # another basis is no error
     assert errors["v"] == pytest.approx(1) and errors["output"] == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""Models that can be converted are loaded as ours, with the same outputs; others are refused."""
+"""Convertible models are loaded as kv_* models with the same outputs; others are refused."""
 
 import re
 from pathlib import Path
@@ -32,7 +32,7 @@ def load(source: Experiment, parts=tuple(PARTS)):
 
 
 @pytest.mark.parametrize(("encoder", "conf"), SOURCES.values(), ids=SOURCES)
-def test_a_source_is_loaded_as_ours_with_the_same_outputs(encoder, conf, tmp_path):
+def test_a_source_is_loaded_as_kv_model_with_the_same_outputs(encoder, conf, tmp_path):
     source = Experiment(tmp_path / "exp", encoder, conf)
     model, config = load(source)
     assert config["encoder"] == "kv_" + encoder.removeprefix("kv_")
@@ -42,7 +42,7 @@ def test_a_source_is_loaded_as_ours_with_the_same_outputs(encoder, conf, tmp_pat
         torch.testing.assert_close(got, expected[module], rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_not_converted_keeps_its_class(tmp_path):
+def test_other_modules_keep_their_class(tmp_path):
     source = Experiment(tmp_path / "exp", "conformer", {"rel_pos_type": "legacy"})
     model, config = load(source, ("decoder_cross",))
     assert (config["encoder"], config["decoder"]) == ("conformer", "kv_transformer")
@@ -58,9 +58,9 @@ REFUSED = {
         "branchformer",
         {"attention_layer_type": "fast_selfattn", "pos_enc_layer_type": "abs_pos"},
         {},
-        r"attention_layer_type: fast_selfattn is no softmax attention",
+        r"attention_layer_type: fast_selfattn is not softmax attention",
     ),
-    "no-attention": ("branchformer", {"use_attn": False}, {}, "no block of it has attention"),
+    "no-attention": ("branchformer", {"use_attn": False}, {}, "no block has attention"),
     "converted": (
         "kv_conformer",
         {"attention_type": "mla", "attention_conf": {"kv_rank": 4}},
@@ -71,15 +71,15 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("encoder", "conf", "changes", "told"), REFUSED.values(), ids=REFUSED)
-def test_refusals_say_why(encoder, conf, changes, told, tmp_path):
+@pytest.mark.parametrize(("encoder", "conf", "changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_refusals_give_the_reason(encoder, conf, changes, message, tmp_path):
     source = Experiment(tmp_path / "exp", encoder, conf)
     change(source.folder, **changes)
-    refused(source, told, ("encoder",))
+    refused(source, message, ("encoder",))
 
 
 @pytest.mark.parametrize(
-    ("changes", "parts", "told"),
+    ("changes", "parts", "message"),
     [
         (
             {"encoder": "contextual_block_conformer"},
@@ -88,23 +88,23 @@ def test_refusals_say_why(encoder, conf, changes, told, tmp_path):
         ),
         ({"decoder": "rnn"}, ("decoder_self",), r"decoder: rnn cannot be converted.*transformer"),
         ({"encoder": None}, ("encoder",), "names no encoder"),
-        ({"bpemodel": "no/bpe.model"}, ("encoder",), r"bpemodel: no/bpe.model is neither"),
+        ({"bpemodel": "no/bpe.model"}, ("encoder",), r"bpemodel: no/bpe.model was found neither"),
     ],
     ids=["encoder", "decoder", "none", "bpe"],
 )
-def test_configs_that_cannot_be_used(changes, parts, told, tmp_path):
+def test_unusable_configs_are_refused(changes, parts, message, tmp_path):
     source = Experiment(tmp_path / "exp", "conformer")
     change(source.folder, **changes)
-    refused(source, told, parts)
+    refused(source, message, parts)
 
 
-def test_a_model_without_decoder_has_none_to_convert(tmp_path):
+def test_a_model_without_decoder_is_refused_for_decoder_parts(tmp_path):
     source = Experiment(tmp_path / "exp", "conformer", model_conf={"ctc_weight": 1.0})
-    refused(source, "ctc_weight: 1.0 trained no decoder", ("decoder_cross",))
+    refused(source, "ctc_weight: 1.0: the model has no decoder", ("decoder_cross",))
     assert load(source, ("encoder",))[0].decoder is None
 
 
-def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     source = Experiment(tmp_path / "exp", "conformer")
     other = Experiment(tmp_path / "other", "conformer", {"num_blocks": 1})
     torch.save(other.model.state_dict(), source.folder / "valid.acc.ave.pth")
@@ -113,8 +113,8 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     refused(source, "valid.acc.ave.pth does not exist", ("encoder",))
 
 
-def test_paths_are_found_from_elsewhere(tmp_path, monkeypatch):
-    """ESPnet writes them relative to the directory of the recipe."""
+def test_paths_are_found_from_another_directory(tmp_path, monkeypatch):
+    """ESPnet writes paths relative to the recipe directory."""
     source = Experiment(tmp_path / "asr1/exp/asr_x", "conformer")
     stats = tmp_path / "asr1/exp/asr_stats/feats_stats.npz"
     stats.parent.mkdir()
@@ -137,8 +137,8 @@ def change(folder: Path, **changes) -> None:
     file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | changes))
 
 
-def refused(source: Experiment, told: str, parts: tuple[str, ...]) -> None:
+def refused(source: Experiment, message: str, parts: tuple[str, ...]) -> None:
     with pytest.raises(UserError) as caught:
         load(source, parts)
-    assert re.search(told, str(caught.value)), caught.value
+    assert re.search(message, str(caught.value)), caught.value
     assert "\n" not in str(caught.value)

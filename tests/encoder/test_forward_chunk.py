@@ -242,7 +242,7 @@ WRONG = {
     ),
     "after the end": (
         lambda e, x: e.forward_chunk(x, e.forward_chunk(x, e.init_state(), True)[1]),
-        "stream 0 had its last frames already",
+        "stream 0 has ended",
     ),
     "training": (lambda e, x: e.train().forward_chunk(x, e.init_state()), "eval()"),
     "cache_dtype": (lambda e, x: e.init_state(cache_dtype="int3"), "int3"),
@@ -286,7 +286,7 @@ def test_wrong_use_is_told(wrong, words):
                 "pos_enc_layer_type": "legacy_rel_pos",
                 "selfattention_layer_type": "legacy_rel_selfattn",
             },
-            ["legacy_rel_selfattn", "ESPnet made it"],
+            ["legacy_rel_selfattn", "ESPnet's own attention"],
         ),
     ],
     ids=str,

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from commands import run
 from packed import packed, recording
+from profile_json import make_profile
 from small_models import speech
 from small_recipe import REPO
 
@@ -20,6 +21,7 @@ from espnet_kv.config import REMARK, load_config
 from espnet_kv.espnet import packs
 from espnet_kv.espnet.packs import unpacked
 from espnet_kv.espnet.task import ASRTask
+from espnet_kv.profile.schema import Profile
 from espnet_kv.recipe.archive import add_card
 from espnet_kv.streaming.recognizer import StreamingRecognizer
 
@@ -138,8 +140,11 @@ class TestCommands:
     def test_profile(self, pack, tmp_path, monkeypatch):
         from espnet_kv.bin.profile import main
 
-        def measured(subject, sound, *rest):
-            return {"model": {"encoder": type(subject.encoder).__name__}, "settings": {}}
+        subjects = []
+
+        def measured(name, subject, *rest):
+            subjects.append(subject)
+            return Profile.model_validate(make_profile())
 
         monkeypatch.setattr("espnet_kv.profile.run.profile", measured)
         (tmp_path / "wav.scp").write_text(f"u1 {recording(tmp_path)}\n")
@@ -147,7 +152,7 @@ class TestCommands:
         options = ["--wav_scp", str(tmp_path / "wav.scp"), "--ngpu", "0", "--output", str(out)]
         assert main(["--model_tag", str(pack), *options]) == 0
         model = json.loads(out.read_text())["model"]
-        assert model["encoder"] == "KVConformerEncoder"
+        assert type(subjects[0].encoder).__name__ == "KVConformerEncoder"
         assert model["model_file"] == unpacked(str(pack))["asr_model_file"]
 
 

@@ -40,7 +40,7 @@ for module in (espnet2.tasks.asr, espnet3.systems.esp2_asr.task):
         "count": len(choices.classes),
     }}
 finders = [type(f).__name__ for f in sys.meta_path]
-facts["finders"] = finders.count("_TaskModuleFinder")
+facts["finders"] = finders.count("_ModuleFinder")
 print(json.dumps(facts))
 """
 BEFORE = """
@@ -140,12 +140,12 @@ def test_a_spawned_process_knows_the_encoders(tmp_path, monkeypatch):
 
 TARGET = """
 import json, sys
-from espnet_kv.espnet.register import _TaskModuleFinder
+from espnet_kv.espnet.register import _ModuleFinder
 print(json.dumps([
     __name__,
     sys.argv,
     sys.modules["__main__"].__dict__ is globals(),
-    any(isinstance(f, _TaskModuleFinder) for f in sys.meta_path),
+    any(isinstance(f, _ModuleFinder) for f in sys.meta_path),
 ]))
 sys.exit(7)
 """

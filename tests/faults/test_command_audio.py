@@ -128,7 +128,7 @@ AUDIO = {
     "missing": (None, "u2: {t}/bad.flac does not exist"),
     "cut": ("cut", "u2: {t}/bad.flac "),
     "text": (b"no audio", "u2: {t}/bad.flac cannot be read as audio"),
-    "nan": ("nan", "u2: {t}/bad.flac holds samples that are infinite or no number"),
+    "nan": ("nan", "u2: {t}/bad.flac holds samples that are infinite or NaN"),
 }
 
 
@@ -200,7 +200,7 @@ LISTS = {
     "twice": ("u1 {f}/u1.wav\nu1 {f}/u2.wav\n", "wav.scp:2: utterance u1 occurs twice"),
     "no path": ("u1 {f}/u1.wav\nu2\n", "wav.scp:2: expected"),
     "empty line": ("\nu1 {f}/u1.wav\n", "wav.scp:1: expected"),
-    "mark": ("\ufeffu1 {f}/u1.wav\n", "wav.scp:1: a byte order mark"),
+    "mark": ("\ufeffu1 {f}/u1.wav\n", "wav.scp:1: remove the byte order mark"),
     "command": ("u1 cat {f}/u1.wav |\n", r"u1: cat .*\| *: a command is not run here"),
 }
 

@@ -93,7 +93,7 @@ def test_a_read_only_disk_is_told_before_the_work(name, model, small_disk, capsy
 def test_a_file_where_a_directory_is_needed(name, model, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     main, options = arguments(model, tmp_path / "file/out")[name]
-    one_error(main(options), f"{tmp_path}/file is no directory", capsys)
+    one_error(main(options), f"{tmp_path}/file is not a directory", capsys)
     assert (tmp_path / "file").read_text() == "x"
 
 
@@ -213,7 +213,7 @@ def test_directories_of_any_name(name, model, tmp_path, monkeypatch):
 def test_missing_memory_is_not_asked_for_twice():
     """A process that may take 1 GB more says that in one line, and torch's own text."""
     code = (
-        "import resource, sys, torch; from espnet_kv.errors import command\n"
+        "import resource, sys, torch; from espnet_kv.cli import command\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 10**9, used + 10**9))\n"
         "@command\ndef main(): torch.zeros(10**10)\nsys.exit(main())"

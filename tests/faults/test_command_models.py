@@ -86,15 +86,15 @@ def replaced(name: str, content: bytes | None):
 
 
 FAULTS = {
-    "model cut": (cut_zip, "model.pth is no model file, or it is damaged"),
-    "model empty": (replaced("model.pth", b""), "model.pth is no model file: it is empty"),
+    "model cut": (cut_zip, "model.pth is not a model file, or it is damaged"),
+    "model empty": (replaced("model.pth", b""), "model.pth is not a model file: it is empty"),
     "model is a directory": (replaced("model.pth", None), "model.pth .*directory"),
     "model of NaN": (with_nan, "model.pth: encoder.after_norm.weight holds NaN"),
     "training state": (training_state, "model.pth is the state of a training.*valid.acc.ave"),
-    "config empty": (replaced("config.yaml", b""), "config.yaml is no config.yaml"),
+    "config empty": (replaced("config.yaml", b""), "config.yaml is not a config.yaml"),
     "config of something else": (replaced("config.yaml", b"beam_size: 3"), "names no encoder"),
-    "config is a list": (replaced("config.yaml", b"- a"), "config.yaml is no config.yaml"),
-    "config is binary": (replaced("config.yaml", b"\xff\xfe"), "config.yaml is no config.yaml"),
+    "config is a list": (replaced("config.yaml", b"- a"), "config.yaml is not a config.yaml"),
+    "config is binary": (replaced("config.yaml", b"\xff\xfe"), "config.yaml is not a config.yaml"),
     "config is a directory": (replaced("config.yaml", None), "config.yaml .*directory"),
     "unknown key": (
         lambda f: edit(f, decoder_conf={"num_blocs": 1}),
@@ -204,7 +204,7 @@ def test_a_checkpoint_of_torch_before_1_6_starts_a_training(tmp_path):
     config = yaml.safe_load((source.folder / "config.yaml").read_text())
     TrainingTask.build_model(argparse.Namespace(**config | {"init_param": [str(old)]}))
     old.write_bytes(old.read_bytes()[:3000])
-    with pytest.raises(UserError, match=r"^init_param .*old.pth is no model file, or it is dam"):
+    with pytest.raises(UserError, match=r"^init_param .*old.pth is not a model file, or it is dam"):
         TrainingTask.build_model(argparse.Namespace(**config | {"init_param": [str(old)]}))
 
 
@@ -231,7 +231,7 @@ def lm_of_nan(folder: Path) -> None:
 
 LM_FAULTS = {
     "none": (lambda _: None, None),
-    "cut": (replaced("lm.pth", b"PK"), "lm.pth is no model file"),
+    "cut": (replaced("lm.pth", b"PK"), "lm.pth is not a model file"),
     "other keys": (lm_of_other_keys, "lm.pth: the checkpoint does not fit .*missing keys: "),
     "NaN": (lm_of_nan, "lm.pth: .* holds NaN"),
     "ASR config": (lambda f: edit(f, lm=None), "config.yaml .*names no lm"),

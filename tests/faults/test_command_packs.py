@@ -118,9 +118,7 @@ class TestPacks:
             unpacked(f"{closed()}/x.zip")
         with fake_hub() as hub:
             point_to(monkeypatch, hub.endpoint, None, home)
-            with pytest.raises(
-                UserError, match=r"me/model: .* has no such model"
-            ):
+            with pytest.raises(UserError, match=r"me/model: .* has no such model"):
                 unpacked("me/model")
             hub.repositories["me/model"] = {"README.md": b"hello"}
             with pytest.raises(UserError, match=r"me/model is no packed model: .* no meta.yaml"):
@@ -177,11 +175,11 @@ class TestPacking:
         whole = config.read_text()
         (exp / "profile").mkdir()
         for file, content, text in (
-            (exp / "profile/profile.json", "{", "profile.json is damaged"),
-            (exp / "profile/profile.json", '{"cache": {"fp32": 1}}', "profile .* is damaged"),
+            (exp / "profile/profile.json", "{", "profile.json: .*: profile again"),
+            (exp / "profile/profile.json", '{"cache": 1}', "profile.json: .*: profile again"),
             (exp / "run.json", "[]", "run.json is damaged"),
             (config, whole + "bpemodel: gone/bpe.model\n", "bpemodel: gone/bpe.model is neither"),
-            (config, "a: [", "config.yaml is no YAML"),
+            (config, "a: [", "config.yaml is not a YAML"),
         ):
             before = file.read_text() if file.exists() else None
             file.write_text(content)

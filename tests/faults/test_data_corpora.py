@@ -302,7 +302,7 @@ def test_an_empty_stamp_of_a_generated_corpus_is_no_traceback(tmp_path, monkeypa
     synth.generate(tmp_path / "tree", options)
     assert (tmp_path / "tree" / "synth.json").read_text()
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file is no folder"):
+    with pytest.raises(UserError, match="file is not a folder"):
         is_built(tmp_path / "file", "synth", {})
 
 

@@ -94,7 +94,7 @@ def test_words_are_the_same_in_text_tokens_and_scoring(tmp_path, space):
     [
         ({"text": "u1 ONE\nu2 T\x07WO\n"}, r"text:2: utterance u2 has the character U\+0007"),
         ({"wav_scp": "u1 /a/\0.wav\n"}, r"wav\.scp:1: .*U\+0000"),
-        ({"text": "u1 caf\ufffd\n"}, r"text:1: .*U\+FFFD.*mend the encoding"),
+        ({"text": "u1 caf\ufffd\n"}, r"text:1: .*U\+FFFD.*fix the encoding"),
         ({"wav_scp": "u\u200b1 /a.wav\n"}, r"wav\.scp:1: the id 'u\\u200b1' has an invisible"),
         (
             {"text": b"u1 ONE\nu2 caf\xe9\n"},
@@ -187,7 +187,7 @@ def test_directories_of_one_name_are_told_apart(tmp_path):
     assert list(name_sources(paths, tmp_path / "data")) == [
         "train", "test", "b_test", "a_train_sp",
     ]  # fmt: skip
-    with pytest.raises(UserError, match="gone is no data directory"):
+    with pytest.raises(UserError, match="gone is not a data directory"):
         name_sources([tmp_path / "gone"], tmp_path)
 
 

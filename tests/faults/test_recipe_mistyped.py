@@ -39,7 +39,7 @@ def options(folder) -> list[str]:
         (["--bpe_char_cover", "2"], "--bpe_char_cover: '2' is not above 0 and at most 1"),
         (["--speed_perturb_factors", "fast"], "--speed_perturb_factors"),
         (["--speed_perturb_factors", "1.0 1.0"], "speed factors"),
-        (["--train_set", "own/none"], "own/none is no data directory"),
+        (["--train_set", "own/none"], "own/none is not a data directory"),
         (["--test_sets", ""], "--test_sets: --corpus kaldi needs it"),
         (["--corpus", "librispeech_960"], "--corpus librispeech_960: unknown"),
         (["--audio_format", "m4a"], "m4a"),
@@ -92,9 +92,9 @@ def test_two_configurations_of_one_name(folder, options):
     ("content", "line"),
     [
         ("", "expected keys and values"),
-        ("a: [", "is no YAML file"),
+        ("a: [", "is not a YAML file"),
         ("batch_size: 3\n", "no encoder is named"),
-        ("\tencoder: x", "is no YAML file"),
+        ("\tencoder: x", "is not a YAML file"),
     ],
 )
 def test_a_configuration_that_is_none(folder, options, content, line):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +21,8 @@ from espnet_kv.espnet.register import CHOICES
 from espnet_kv.profile import analytic, cache_bytes, growth, macs, memory
 from espnet_kv.profile.beam_search import Recognizer, measure_decoder, watch
 from espnet_kv.profile.latency import Streamer, time_chunks, time_hour
+from espnet_kv.profile.run import attention_label
+from espnet_kv.profile.schema import Ratio
 from espnet_kv.profile.sound import Sound, features
 from espnet_kv.profile.subject import Source, Subject
 
@@ -69,7 +70,7 @@ class TestCache:
                 assert held.bytes == expected.bytes(mark, left, cache_dtype)
                 assert held.frames == expected.frames(mark)
                 for kind in ("attention", "conv"):
-                    assert sum(layer[kind] for layer in held.layers) == held.bytes[kind]
+                    assert sum(getattr(layer, kind) for layer in held.layers) == held.bytes[kind]
                 assert len(held.layers) == BLOCKS
 
     @encoders
@@ -93,7 +94,7 @@ class TestCache:
         assert held.allocated.keys() == held.bytes.keys()
         assert all(held.allocated[kind] >= count for kind, count in held.bytes.items())
         for kind in ("attention", "conv"):
-            layers = [layer["allocated"][kind] for layer in held.layers]
+            layers = [getattr(layer.allocated, kind) for layer in held.layers]
             assert sum(layers) == held.allocated[kind]
 
     def test_room_for_the_next_chunk_is_allocated(self):
@@ -107,16 +108,16 @@ class TestCache:
     def test_position_tables_stand_apart(self, tone_subject):
         """(H, N+C-1, d_k) = 32 numbers for each of 12 + 4 - 1 distances, in two layers."""
         xs = features(tone_subject, tones().clip(4))
-        position = cache_bytes.measure(tone_subject, xs, [4], "int8")["position"]
+        position = cache_bytes.measure(tone_subject, xs, [4], "int8").position
         assert position == 2 * 15 * 32 * 4
 
     def test_compression_is_of_allocated_bytes(self, tone_subject):
         """A ring has slack, sums have none: by bytes held linear attention would win less."""
         xs = features(tone_subject, tones().clip(4))
-        own = cache_bytes.measure(tone_subject, xs, [4], "fp32")["lengths"][-1]
-        own["bounded"]["allocated"]["attention"] = own["bounded"]["bytes"]["attention"]
-        ratios = cache_bytes.compare(tone_subject, xs, 4, own, "fp32")
-        assert ratios["mha"]["bounded"] == 8 * 3 / 2
+        own = cache_bytes.measure(tone_subject, xs, [4], "fp32").lengths[-1]
+        without_slack = own.bounded.model_copy(update={"allocated": own.bounded.bytes})
+        own = own.model_copy(update={"bounded": without_slack})
+        assert cache_bytes.compare(tone_subject, xs, own, "fp32")["mha"].bounded == 8 * 3 / 2
 
     def test_every_encoder_has_its_formula(self):
         names = {name.removeprefix("kv_") for name in CHOICES["encoder_choices"]}
@@ -166,16 +167,16 @@ class TestCache:
         seconds = [1, 2, 4]
         xs = features(tone_subject, tones().clip(4))
         measured = cache_bytes.measure(tone_subject, xs, seconds, "fp32")
-        assert measured["attention_bytes_per_frame"] == 2 * 8 * 4
-        assert measured["attention_bytes_per_second"] == pytest.approx(2 * 8 * 4 * 25)
+        assert measured.attention_bytes_per_frame == 2 * 8 * 4
+        assert measured.attention_bytes_per_second == pytest.approx(2 * 8 * 4 * 25)
         conv = 4 * 32 * 4
         allocated = {"attention": 12 * 8 * 4, "conv": conv}  # the ring has room for a chunk more
         layer = {"attention": 8 * 8 * 4, "conv": conv, "allocated": allocated}
-        assert measured["layers"] == [layer] * 2
-        ratios = cache_bytes.compare(tone_subject, xs, 4, measured["lengths"][-1], "fp32")
+        assert [one.model_dump() for one in measured.layers] == [layer] * 2
+        ratios = cache_bytes.compare(tone_subject, xs, measured.lengths[-1], "fp32")
         assert ratios == {
-            "mha": {"bounded": 8, "unbounded": 8},
-            "input": {"bounded": 4, "unbounded": 4},
+            "mha": Ratio(bounded=8, unbounded=8),
+            "input": Ratio(bounded=4, unbounded=4),
         }
 
     def test_linear_attention_stays_as_it_is(self):
@@ -183,6 +184,27 @@ class TestCache:
         held = cache_bytes.hold(encoder, torch.randn(300, FEATURES), [100, 300], CHUNK, -1)
         assert cache_bytes._slope(*held) == 0
         assert held[0].bytes["attention"] == held[1].bytes["attention"] > 0
+
+
+class TestLabel:
+    @pytest.mark.parametrize(
+        ("kind", "conf", "label"),
+        [
+            ("mha", {}, "mha"),
+            ("mha", {"cache": "input"}, "mha input"),
+            ("mla", {"kv_rank": [8, 12]}, "mla r8-12"),
+            ("mla", {"kv_rank": [12, 8]}, "mla r8-12"),
+            ("linear", {"decay": [0.5, 0.25]}, "linear decay 0.25-0.5"),
+            ("linear", {"decay": [None, 0.25]}, "linear, linear decay 0.25"),
+        ],
+    )
+    def test_layers_share_a_label(self, kind, conf, label):
+        encoder = build("kv_conformer", attention_type=kind, attention_conf=conf)
+        assert attention_label(encoder) == label
+
+    def test_a_decoder_has_two(self, tone_subject):
+        decoder = tone_subject.model.decoder
+        assert [attention_label(decoder, cross) for cross in (False, True)] == ["mla r6", "mha"]
 
 
 class TestSound:
@@ -208,13 +230,13 @@ class TestSearch:
     def test_the_search_holds_what_arithmetic_says(self, tone_subject):
         recognizer = Recognizer(tone_subject, {"beam_size": 3, "ctc_weight": 0.5})
         found = measure_decoder(recognizer, speech("ABBA").numpy())
-        assert found["bytes"] == found["analytic"]
-        assert found["bytes"]["decoder_cross"] == found["frames"] * 2 * 32 * 4
-        assert found["bytes"]["decoder_self"] % (6 * 4) == 0
-        assert (found["bytes_per_token"], found["bytes_per_frame"]) == (6 * 4, 2 * 32 * 4)
-        assert found["hypotheses"] == 3 and found["tokens"] > 4
-        assert found["allocated"]["decoder_cross"] == found["bytes"]["decoder_cross"]
-        assert found["allocated"]["decoder_self"] > found["bytes"]["decoder_self"]
+        assert found.bytes == found.analytic
+        assert found.bytes.decoder_cross == found.frames * 2 * 32 * 4
+        assert found.bytes.decoder_self % (6 * 4) == 0
+        assert (found.bytes_per_token, found.bytes_per_frame) == (6 * 4, 2 * 32 * 4)
+        assert found.hypotheses == 3 and found.tokens > 4
+        assert found.allocated.decoder_cross == found.bytes.decoder_cross
+        assert found.allocated.decoder_self > found.bytes.decoder_self
 
     @pytest.mark.parametrize("kind", REGISTERED)
     def test_every_attention_among_tokens_and_to_the_audio(self, kind, tmp_path):
@@ -223,10 +245,11 @@ class TestSearch:
         subject = Subject(Source("config.yaml", "model.pth"), model, args, "cpu", CHUNK, LEFT)
         recognizer = Recognizer(subject, {"beam_size": 2, "ctc_weight": 0.5})
         found = measure_decoder(recognizer, speech("AB").numpy())
-        assert found["bytes"] == found["analytic"]
-        assert all(found["allocated"][side] >= count for side, count in found["bytes"].items())
+        assert found.bytes == found.analytic
+        assert found.allocated.decoder_self >= found.bytes.decoder_self > 0
+        assert found.allocated.decoder_cross >= found.bytes.decoder_cross > 0
         constant = kind == "linear"
-        assert (found["bytes_per_token"] == 0) == (found["bytes_per_frame"] == 0) == constant
+        assert (found.bytes_per_token == 0) == (found.bytes_per_frame == 0) == constant
 
     @pytest.mark.parametrize("kind", REGISTERED)
     def test_allocated_bytes_are_those_of_the_storage_behind_the_search(self, kind, tmp_path):
@@ -285,7 +308,7 @@ class TestStream:
         """A tone begins after 0.3 s of silence, and a chunk of 160 ms has to be whole."""
         sound = Sound("A", RATE, [speech("A").numpy()])
         found = Streamer(tone_subject, {"beam_size": 2}).first_tokens(sound)
-        assert found["p50"] > 300
+        assert found.p50 > 300
 
     def test_there_is_no_first_token_of_silence_or_of_random_weights(self, tone_subject):
         silence = Sound("-", RATE, [speech("_").numpy()])
@@ -298,10 +321,10 @@ class TestStream:
     def test_chunks_and_minutes(self, tone_subject):
         fast = dataclasses.replace(tone_subject, chunk_size=32)
         found = time_chunks(fast, tones())
-        assert 0 < found["p50"] <= found["p95"] <= found["p99"]
+        assert 0 < found.p50 <= found.p95 <= found.p99
         rows = time_hour(fast, tones(), minutes=2)
-        assert [row["minute"] for row in rows] == [1, 2]
-        assert all(row["chunk_ms"] > 0 for row in rows)
+        assert [row.minute for row in rows] == [1, 2]
+        assert all(row.chunk_ms > 0 for row in rows)
 
 
 def test_multiply_accumulates_grow_with_the_left_context_as_attention_does(tone_subject):
@@ -378,8 +401,3 @@ class TestMemory:
 
     def test_the_peak_of_the_process_is_near_it(self):
         assert memory.peak_resident_bytes(self.run) > 0.9 * self.SIZE
-
-
-def test_profiles_are_json(tone_subject):
-    xs = features(tone_subject, tones().clip(1))
-    json.dumps(cache_bytes.measure(tone_subject, xs, [1], "int8"), allow_nan=False)

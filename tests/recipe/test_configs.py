@@ -184,7 +184,7 @@ def test_every_ablation_is_there():
     [
         (None, "does not exist"),
         ("- a\n- b\n", "expected keys and values"),
-        ("a: [1\n", "is no YAML file"),
+        ("a: [1\n", "is not a YAML file"),
         ("", "expected keys and values"),
     ],
     ids=["missing", "list", "broken", "empty"],

@@ -151,7 +151,7 @@ def test_convert_fine_tune_decode_score(source, capsys):
     converted, tuned = Path("exp/asr_mha_mla_r4"), Path("exp/asr_mha_mla_r4_ft1x1")
     record = read_record(converted)
     assert set(record["wer"]) == {"before", "after", "fine_tuned", "control"}
-    assert "not converted, fine-tuned alike" in (converted / "conversion.md").read_text()
+    assert "not converted, same fine-tuning" in (converted / "conversion.md").read_text()
     assert record["source"]["experiment"] == "exp/asr_mha"
     assert "--convert_from" in json.loads((converted / "run.json").read_text())["command"]
     assert read_record(tuned)["finetune"]["start"] == str(converted / "valid.acc.ave.pth")
@@ -189,7 +189,7 @@ def test_what_the_source_was_trained_on_must_be_there(source, capsys):
     ("words", "told"),
     [
         ([*MLA[:3], "four"], "argument --kv_rank: invalid int value: 'four'"),
-        ([*MLA, "--convert_parts", "encoder lm"], "'encoder,lm' is no list of encoder"),
+        ([*MLA, "--convert_parts", "encoder lm"], "'encoder,lm' is not a list of encoder"),
         ([*MLA, "--inference_asr_model", "x.pth"], "exp/asr_mha/x.pth does not exist"),
     ],
     ids=["rank", "parts", "model"],

@@ -41,7 +41,7 @@ RERUNS = {
     "dumpdir": ("dump2", {3, 4}),  # what comes after it knows it by its content
     "expdir": ("exp2", {6, 7, 8, 9, 10, 11, 12, 13, 14}),
     "datadir": ("data2", EVERYTHING),
-    "lang": ("de", {6, 7, 8, 10, 11, 12, 13, 14}),
+    "lang": ("de", {5, 6, 7, 8, 10, 11, 12, 13, 14}),
     "lm_tag": ("x", {7, 8, 12, 13}),
     "asr_tag": ("x", {11, 12, 13, 14}),
     "inference_tag": ("x", {12, 13}),

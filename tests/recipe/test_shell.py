@@ -1,6 +1,5 @@
-"""The shell around the recipe: environment search, and the hand-over inside an ESPnet checkout."""
+"""The shell around the recipe: the search for an environment."""
 
-import os
 import shutil
 import stat
 import subprocess
@@ -10,7 +9,6 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).parents[2]
-RECIPE = REPO / "egs2/librispeech_100_kv/asr1"
 
 
 def script(path: Path, body: str) -> Path:
@@ -75,72 +73,3 @@ class TestEnvironment:
         assert "making" in ended.stderr and "3.12.9" in ended.stderr
         assert f"-m venv {clone}/.venv" in log.read_text()
         assert "pip install" in log.read_text()
-
-
-class TestInsideAnESPnetCheckout:
-    @pytest.fixture
-    def checkout(self, tmp_path) -> Path:
-        """An ESPnet checkout as far as run.sh looks, with an asr.sh that prints its arguments."""
-        template = tmp_path / "egs2/TEMPLATE/asr1"
-        script(template / "asr.sh", 'printf "%s\\n" "$@"')
-        for name in ("path.sh", "cmd.sh"):
-            (template / name).write_text("")
-        for name in ("scripts", "pyscripts"):
-            (template / name).mkdir()
-        asr1 = tmp_path / "egs2/librispeech_100_kv/asr1"
-        ignore = shutil.ignore_patterns("conf", "data", "dump", "exp", "demo", "downloads")
-        shutil.copytree(RECIPE, asr1, ignore=ignore)
-        (asr1 / "conf").symlink_to(REPO / "conf")
-        return asr1
-
-    def run(self, asr1: Path, *options: str, python: str = "python3") -> list[str]:
-        env = os.environ | {"python": python}
-        if "--stop_stage" not in options:
-            options = (*options, "--stop_stage", "13")
-        ended = subprocess.run(
-            ["./run.sh", *options], cwd=asr1, env=env, capture_output=True, text=True, check=True
-        )
-        return ended.stdout.splitlines()
-
-    def test_its_asr_sh_gets_the_options_and_our_python(self, checkout):
-        said = self.run(
-            checkout, "--stage", "11", "--asr_config", "conf/train_asr_conformer_mla.yaml"
-        )
-        options = dict(zip(said[::2], said[1::2], strict=True))
-        assert options["--python"] == "python3 -m espnet_kv"
-        assert options["--stage"] == "11"
-        # the later one wins in asr.sh
-        assert options["--asr_config"] == "conf/train_asr_conformer_mla.yaml"
-        assert (checkout / "asr.sh").is_symlink() and (checkout / "pyscripts").is_dir()
-
-    @pytest.mark.parametrize(
-        ("streaming", "config"), [("true", "decode_asr_streaming"), ("false", "decode_asr")]
-    )
-    def test_streaming_has_its_own_decoding_options(self, checkout, streaming, config):
-        said = self.run(checkout, "--use_streaming", streaming)
-        options = dict(zip(said[::2], said[1::2], strict=True))
-        assert options["--use_streaming"] == streaming
-        assert options["--inference_config"] == f"conf/{config}.yaml"
-
-    def test_stages_after_its_own_are_ours(self, checkout):
-        said = self.run(
-            checkout,
-            *("--stage", "12", "--stop_stage", "14", "--asr_config", "conf/x.yaml"),
-            *("--profile_args", "--utterances 5"),
-            python="echo",
-        )
-        theirs, ours = said[:-1], said[-1]
-        options = dict(zip(theirs[::2], theirs[1::2], strict=True))
-        assert (options["--stage"], options["--stop_stage"]) == ("12", "13")
-        assert "--profile_args" not in options
-        assert ours == (
-            "-m espnet_kv.recipe --stage 14 --asr_config conf/x.yaml "
-            "--profile_args --utterances 5 --stop_stage 14"
-        )
-
-    def test_without_its_stages_its_script_is_not_asked(self, checkout):
-        (ours,) = self.run(checkout, "--stage", "14", "--stop_stage", "14", python="echo")
-        assert ours == "-m espnet_kv.recipe --stage 14 --stop_stage 14"
-
-    def test_the_name_of_its_only_corpus_is_not_passed_on(self, checkout):
-        assert "--corpus" not in self.run(checkout, "--corpus", "librispeech_100")

@@ -21,7 +21,7 @@ class TestOverlay:
         }
 
     @pytest.mark.parametrize(
-        ("text", "said"), [("a: [", "is no YAML file"), ("- a", "expected keys and values")]
+        ("text", "said"), [("a: [", "is not a YAML file"), ("- a", "expected keys and values")]
     )
     def test_a_bad_file_is_named(self, tmp_path, text, said):
         file = tmp_path / "bad.yaml"

@@ -65,7 +65,7 @@ class TestState:
     def test_another_version_of_the_code_is_another_result(self, tmp_path, judge):
         step = make(tmp_path)
         run(judge, step)
-        assert "in another way" in judge.state(dataclasses.replace(step, version=2)).reason
+        assert "has a new version" in judge.state(dataclasses.replace(step, version=2)).reason
 
     @pytest.mark.parametrize("harm", ["delete", "cut"])
     def test_a_lost_product_is_made_again(self, tmp_path, judge, harm):

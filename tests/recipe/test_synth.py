@@ -120,7 +120,7 @@ def test_an_interrupted_run_leaves_no_tree_and_the_next_completes_it(tmp_path, m
 
 def test_a_folder_of_something_else_is_not_overwritten(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="is no synth corpus: move it away"):
+    with pytest.raises(UserError, match="is not a synth corpus: move it away"):
         generate(tmp_path, TINY)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 

@@ -84,7 +84,7 @@ def test_bpe_refuses_what_cannot_be(tmp_path: Path):
 def test_characters(tmp_path: Path):
     list_characters(["BAA  B", "A\tC É"], tmp_path / "char")
     tokens = (tmp_path / "char" / "tokens.txt").read_text(encoding="utf-8").splitlines()
-    assert tokens == ["<blank>", "<unk>", "<space>", "A", "B", "C", "É", "<sos/eos>"]
+    assert tokens == ["<blank>", "<unk>", "A", "<space>", "B", "C", "É", "<sos/eos>"]
 
 
 @pytest.mark.parametrize("token_type", ["bpe", "char"])

@@ -7,11 +7,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from profile_json import eight, make_profile, write_profile
 
-from espnet_kv.report import bars, curves, scatter
-from espnet_kv.report.figures import PLOTS, inline_svg, save
-from espnet_kv.report.looks import COLOURS, Entry, duration, milliseconds, on_ticks, size, style
-from espnet_kv.report.models import names, ordered
-from espnet_kv.report.profiles import read_profiles
+from espnet_kv.profile.schema import read_profiles
+from espnet_kv.report import plots
+from espnet_kv.report.comparison import PALETTE, Entry, entries
+from espnet_kv.report.page import inline_svg
+from espnet_kv.report.style import duration, milliseconds, on_ticks, size, style
+from espnet_kv.report.write import save
 
 
 @pytest.fixture(autouse=True)
@@ -21,13 +22,12 @@ def _style():
 
 
 @pytest.fixture
-def entries(tmp_path):
+def models_of(tmp_path):
     """A function: profiles as written -> the models of a report."""
 
     def read(profiles: list[dict]) -> list[Entry]:
         paths = [write_profile(tmp_path / f"{n}.json", p) for n, p in enumerate(profiles)]
-        found = ordered(read_profiles(paths))
-        return [Entry(*both) for both in zip(found, names(found), strict=True)]
+        return entries(read_profiles(paths))
 
     return read
 
@@ -45,13 +45,13 @@ def texts(figure: Figure) -> list[str]:
 
 
 @pytest.mark.parametrize("narrow", [False, True], ids=["wide", "narrow"])
-def test_cache_bars_are_stacked_from_the_bytes_allocated(entries, narrow):
-    models = entries(eight())
-    figure = bars.cache_size(models, narrow)
+def test_cache_bars_are_stacked_from_the_bytes_allocated(models_of, narrow):
+    models = models_of(eight())
+    figure = plots.cache_size(models, narrow)
     stacks = figure.axes[0].containers
     assert [stack.get_label() for stack in stacks] == ["attention", "conv", "input"]
     for n, entry in enumerate(models):
-        allocated = entry.profile.allocated()
+        allocated = entry.profile.bounded().allocated
         attention, conv, input_ = (stack[n] for stack in stacks)
         assert [b.get_width() for b in (attention, conv, input_)] == [
             allocated.attention,
@@ -61,18 +61,18 @@ def test_cache_bars_are_stacked_from_the_bytes_allocated(entries, narrow):
         assert conv.get_x() == allocated.attention
         assert input_.get_x() == allocated.attention + allocated.conv
         if not narrow:
-            held = size(entry.profile.held().attention)
+            held = size(entry.profile.bounded().bytes.attention)
             assert texts(figure)[n].endswith(f"; held {held}")
     assert {bar.get_facecolor()[:3] for bar in stacks[0]} == {
-        tuple(int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)) for colour in COLOURS.values()
+        tuple(int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)) for colour in PALETTE[:4]
     }
     shown = texts(figure) if narrow else [t.get_text() for t in figure.axes[0].get_yticklabels()]
     assert {entry.name for entry in models} <= set(shown)
 
 
-def test_wer_is_drawn_against_attention_cache_with_the_front(entries):
-    models = entries(eight())
-    figure = scatter.wer_against_cache(models)
+def test_wer_is_drawn_against_attention_cache_with_the_front(models_of):
+    models = models_of(eight())
+    figure = plots.wer_against_cache(models)
     assert [axis.get_title(loc="left") for axis in figure.axes] == [
         "test_clean, offline",
         "test_other, offline",
@@ -84,7 +84,7 @@ def test_wer_is_drawn_against_attention_cache_with_the_front(entries):
         drawn = lines(axis)
         for entry in models:
             rate = entry.profile.wer[mode][name].wer
-            assert drawn[entry.name] == [(entry.profile.allocated().attention, rate)]
+            assert drawn[entry.name] == [(entry.profile.bounded().allocated.attention, rate)]
         points = [drawn[entry.name][0] for entry in models]
         front = drawn["Pareto front"]
         better = lambda a, b: a != b and a[0] <= b[0] and a[1] <= b[1]  # noqa: E731
@@ -92,13 +92,13 @@ def test_wer_is_drawn_against_attention_cache_with_the_front(entries):
         assert 1 < len(front) < len(points) and axis.get_xscale() == "log"
 
 
-def test_a_missing_word_error_rate_is_no_point_at_zero(entries):
+def test_a_missing_word_error_rate_is_no_point_at_zero(models_of):
     profiles = eight(cache_dtypes=("fp32",))[:3]
     profiles[0]["wer"] = {}
     profiles[1]["wer"]["offline"]["test_clean"]["wer"] = None
     del profiles[2]["wer"]["streaming"]
-    models = entries(profiles)
-    figure = scatter.wer_against_cache(models)
+    models = models_of(profiles)
+    figure = plots.wer_against_cache(models)
     drawn = {axis.get_title(loc="left"): lines(axis) for axis in figure.axes}
     having = {title: {n for n in found if n in names_of(models)} for title, found in drawn.items()}
     assert having == {
@@ -114,7 +114,7 @@ def names_of(models: list[Entry]) -> set[str]:
     return {entry.name for entry in models}
 
 
-def test_where_weights_come_from_is_seen_in_the_marker(entries):
+def test_where_weights_come_from_is_seen_in_the_marker(models_of):
     source = {"source": "exp/asr_mha"}
     profiles = [
         make_profile("conformer", "mla"),
@@ -122,8 +122,8 @@ def test_where_weights_come_from_is_seen_in_the_marker(entries):
         make_profile("conformer", "mla", model__converted_from=source | {"finetune_epochs": 3}),
         make_profile("branchformer", "mla"),
     ]
-    models = entries(profiles)
-    figure = scatter.wer_against_cache(models)
+    models = models_of(profiles)
+    figure = plots.wer_against_cache(models)
     drawn = {line.get_label(): line for line in figure.axes[0].lines}
     looks = {e.name: (drawn[e.name].get_marker(), drawn[e.name].get_fillstyle()) for e in models}
     assert looks == {
@@ -136,9 +136,9 @@ def test_where_weights_come_from_is_seen_in_the_marker(entries):
     assert {"trained from scratch", "converted", "converted and fine-tuned"} <= set(legend)
 
 
-def test_cache_growth_has_a_line_for_each_model_and_bound(entries):
-    models = entries(eight())
-    figure = curves.cache_growth(models)
+def test_cache_growth_has_a_line_for_each_model_and_bound(models_of):
+    models = models_of(eight())
+    figure = plots.cache_growth(models)
     for entry in models:
         drawn = lines(panel(figure, entry.encoder))
         for side in ("bounded", "unbounded"):
@@ -148,9 +148,9 @@ def test_cache_growth_has_a_line_for_each_model_and_bound(entries):
             ]
 
 
-def test_time_is_the_median_and_reaches_the_95th_percentile(entries):
-    models = entries(eight())
-    figure = bars.inference_time(models)
+def test_time_is_the_median_and_reaches_the_95th_percentile(models_of):
+    models = models_of(eight())
+    figure = plots.inference_time(models)
     for title, part in (
         ("one chunk, streamed", "chunk_ms"),
         ("whole utterance, offline", "utterance_ms"),
@@ -158,22 +158,22 @@ def test_time_is_the_median_and_reaches_the_95th_percentile(entries):
     ):
         axis = panel(figure, title)
         spreads = [getattr(entry.profile.time, part) for entry in models]
-        assert [bar.get_width() for bar in axis.containers[0]] == [s.p50 for s in spreads]
+        assert [bar.get_width() for bar in axis.patches] == [s.p50 for s in spreads]
         assert [line.get_xdata()[-1] for line in axis.lines] == [s.p95 for s in spreads]
 
 
-def test_memory_bars_are_the_peaks(entries):
-    models = entries(eight())
-    figure = bars.peak_memory(models)
+def test_memory_bars_are_the_peaks(models_of):
+    models = models_of(eight())
+    figure = plots.peak_memory(models)
     for title, part in (("streaming", "streaming"), ("whole utterance, offline", "offline")):
-        widths = [bar.get_width() for bar in panel(figure, title).containers[0]]
+        widths = [bar.get_width() for bar in panel(figure, title).patches]
         assert widths == [getattr(e.profile.memory, f"{part}_bytes") for e in models]
 
 
-def test_growth_of_time_and_memory(entries):
-    models = entries(eight()[:2])
-    time = lines(curves.time_growth(models).axes[0])
-    memory = lines(curves.memory_growth(models).axes[0])
+def test_growth_of_time_and_memory(models_of):
+    models = models_of(eight()[:2])
+    time = lines(plots.time_growth(models).axes[0])
+    memory = lines(plots.memory_growth(models).axes[0])
     for entry in models:
         lengths = entry.profile.time.lengths
         assert time[entry.name] == [(length.seconds, length.encode_ms) for length in lengths]
@@ -183,38 +183,40 @@ def test_growth_of_time_and_memory(entries):
             ]
 
 
-def test_the_hour_is_drawn_for_those_who_have_it(entries):
+def test_the_hour_is_drawn_for_those_who_have_it(models_of):
     with_hour, without = make_profile("conformer", "mha"), make_profile("conformer", "mla")
     without["time"]["hour"] = None
-    models = entries([with_hour, without])
-    figure = curves.hour(models)
+    models = models_of([with_hour, without])
+    figure = plots.hour(models)
     minutes = [(m["minute"], m["chunk_ms"]) for m in with_hour["time"]["hour"]]
     assert lines(figure.axes[0]) == {"conformer mha": minutes}
     assert texts(figure) == ["mha"]
-    assert curves.hour(models[1:]) is None
+    assert plots.hour(models[1:]) is None
 
 
-def test_cache_dtypes_are_points_of_their_bytes(entries):
-    models = entries([make_profile("conformer", "mla", cache_dtypes=("fp32", "int8", "int4"))])
-    figure = bars.cache_dtypes(models)
+def test_cache_dtypes_are_points_of_their_bytes(models_of):
+    models = models_of([make_profile("conformer", "mla", cache_dtypes=("fp32", "int8", "int4"))])
+    figure = plots.cache_dtypes(models)
     sizes = [x for x, _ in lines(figure.axes[0])["conformer mla r16"]]
-    assert sizes == [models[0].profile.allocated(d).attention for d in ("fp32", "int8", "int4")]
+    assert sizes == [
+        models[0].profile.bounded(d).allocated.attention for d in ("fp32", "int8", "int4")
+    ]
     assert texts(figure) == ["fp32", "int8", "int4"]
-    assert bars.cache_dtypes(entries([make_profile(cache_dtypes=("fp32",))])) is None
+    assert plots.cache_dtypes(models_of([make_profile(cache_dtypes=("fp32",))])) is None
 
 
-@pytest.mark.parametrize("plot", PLOTS, ids=lambda plot: plot.stem)
-def test_a_profile_without_measurements_has_no_figures(entries, plot):
+@pytest.mark.parametrize("draw", plots.PLOTS.values(), ids=plots.PLOTS)
+def test_a_profile_without_measurements_has_no_figures(models_of, draw):
     parts = ("cache", "time", "memory", "wer")
-    models = entries([make_profile(**dict.fromkeys(parts))])
-    assert plot.draw(models, False) is None
+    models = models_of([make_profile(**dict.fromkeys(parts))])
+    assert draw(models, False) is None
 
 
-def test_the_same_figure_is_the_same_file(entries, tmp_path):
-    models = entries([make_profile()])
+def test_the_same_figure_is_the_same_file(models_of, tmp_path):
+    models = models_of([make_profile()])
     made = []
     for folder in ("a", "b"):
-        figure = bars.peak_memory(models)
+        figure = plots.peak_memory(models)
         (tmp_path / folder).mkdir()
         made.append([path.read_bytes() for path in save(figure, tmp_path / folder / "memory")])
     assert made[0] == made[1]
@@ -222,8 +224,8 @@ def test_the_same_figure_is_the_same_file(entries, tmp_path):
     assert {path.name for path in (tmp_path / "a").iterdir()} == {"memory.png", "memory.svg"}
 
 
-def test_an_inline_figure_takes_the_colours_of_the_page_and_keeps_its_ids_apart(entries):
-    figure = curves.cache_growth(entries(eight()[:2]))
+def test_an_inline_figure_takes_the_colours_of_the_page_and_keeps_its_ids_apart(models_of):
+    figure = plots.cache_growth(models_of(eight()[:2]))
     svg = inline_svg(figure, "growth")
     assert svg.startswith("<svg") and svg.endswith("</svg>")
     assert "var(--ink)" in svg and "#22262c" not in svg
@@ -233,9 +235,9 @@ def test_an_inline_figure_takes_the_colours_of_the_page_and_keeps_its_ids_apart(
     assert "http" not in svg and ">mha<" in svg
 
 
-def test_a_name_is_never_read_as_a_formula(entries, tmp_path):
-    models = entries([make_profile("$\\frac$", "mha"), make_profile("$x$", "mla")])
-    for draw in (bars.cache_size, curves.cache_growth, scatter.wer_against_cache):
+def test_a_name_is_never_read_as_a_formula(models_of, tmp_path):
+    models = models_of([make_profile("$\\frac$", "mha"), make_profile("$x$", "mla")])
+    for draw in (plots.cache_size, plots.cache_growth, plots.wer_against_cache):
         assert ">$x$" in inline_svg(draw(models), "a")
 
 

@@ -322,16 +322,19 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("wrong", "said"),
         [
-            ({"beam_size": 0}, "--beam_size 0: allowed are 1 or more"),
+            ({"beam_size": 0}, "--beam_size 0: allowed: 1 or more"),
             ({"beam_size": 2.5}, "--beam_size 2.5"),
-            ({"ctc_weight": 1.5}, "--ctc_weight 1.5: allowed are 0 to 1"),
+            ({"ctc_weight": 1.5}, "--ctc_weight 1.5: allowed: 0 to 1"),
             ({"ctc_weight": math.nan}, "--ctc_weight nan"),
-            ({"endpoint_silence_ms": -1}, "--endpoint_silence_ms -1: allowed are 0 or more"),
-            ({"chunk_size": 0}, "--chunk_size 0: allowed are 1 or more encoder frames"),
-            ({"left_chunks": -2}, "--left_chunks -2: allowed are -1"),
+            ({"endpoint_silence_ms": -1}, "--endpoint_silence_ms -1: allowed: 0 or more"),
+            ({"chunk_size": 0}, "chunk_size 0: allowed: 1 or more encoder frames"),
+            ({"left_chunks": -2}, "left_chunks -2: allowed: -1"),
             ({"cache_dtype": "int3"}, "int3"),
-            ({"dtype": "int8"}, "--dtype int8: unknown"),
-            ({"token_type": "bpe", "bpemodel": "no.model"}, "no.model does not exist.*--bpemodel"),
+            ({"dtype": "int8"}, "dtype int8: unknown"),
+            (
+                {"token_type": "bpe", "bpemodel": "no.model"},
+                "no.model does not exist.*give bpemodel",
+            ),
         ],
         ids=lambda x: ",".join(x) if isinstance(x, dict) else "",
     )
@@ -340,7 +343,7 @@ class TestRefusals:
 
     def test_a_model_without_chunks_needs_a_chunk_size(self, options):
         self.changed(options, encoder_conf={"chunk_size": 0})
-        self.refused("give --chunk_size", **options)
+        self.refused("give chunk_size", **options)
         assert StreamingRecognizer(**options, **CHUNKS, ctc_weight=1)(speech("B"))[0][0] == "B"
 
     def test_what_looks_ahead(self, tmp_path):
@@ -367,10 +370,10 @@ class TestRefusals:
         self.refused("nothing does not exist", **options | {"asr_model_file": nothing})
         self.refused("nothing does not exist", **options | {"asr_train_config": nothing})
         nothing.write_text("x")
-        self.refused("nothing is no model file", **options | {"asr_model_file": nothing})
+        self.refused("nothing is not a model file", **options | {"asr_model_file": nothing})
         for text in ("x", "a: [", "beam_size: 3"):
             nothing.write_text(text)
-            self.refused("nothing is no config.yaml", **options | {"asr_train_config": nothing})
+            self.refused("nothing is not a config.yaml", **options | {"asr_train_config": nothing})
 
     def test_statistics_are_those_of_the_checkpoint(self, options, tmp_path):
         (tmp_path / "feats_stats.npz").unlink()

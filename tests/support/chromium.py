@@ -1,4 +1,4 @@
-"""A headless Chromium that tests drive through the DevTools protocol, over a pair of pipes."""
+"""A headless Chromium, controlled by tests through the DevTools protocol over a pair of pipes."""
 
 import base64
 import json
@@ -16,7 +16,7 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
     *("--disable-dev-shm-usage", "--hide-scrollbars", "--remote-debugging-pipe"),
 )
-PATIENCE = 120.0  # seconds; a busy machine is slow to start it
+PATIENCE = 120.0  # seconds; starting it is slow on a busy machine
 
 
 class Page:
@@ -117,7 +117,7 @@ class Page:
             )
 
     def screenshot(self, path: Path, whole: bool = True) -> None:
-        """Write what is to be seen as PNG; the whole page however long it is, or the window."""
+        """Write a PNG of the whole page or of the window."""
         clip = {}
         if whole:
             size = self.send("Page.getLayoutMetrics")["cssContentSize"]
@@ -128,12 +128,12 @@ class Page:
         path.write_bytes(base64.b64decode(taken["data"]))
 
     def complaints(self) -> list[Any]:
-        """What stands in the console: exceptions, errors, warnings, messages."""
+        """The content of the console: exceptions, errors, warnings, messages."""
         kinds = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
         return [params for method, params in self.events if method in kinds]
 
     def requests(self) -> list[str]:
-        """Every address that the page asked for."""
+        """All addresses requested by the page."""
         sent = [p for method, p in self.events if method == "Network.requestWillBeSent"]
         return [params["request"]["url"] for params in sent]
 

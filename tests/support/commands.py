@@ -1,4 +1,4 @@
-"""Commands in processes of their own without loading ESPnet again: forks of the test's."""
+"""Commands in forks of the test process, which have ESPnet already loaded."""
 
 import logging
 import os
@@ -46,10 +46,10 @@ class Forked:
 
     def _run(self, main, arguments, theirs, ours, given) -> None:
         status = 70
-        signal.alarm(60)  # rather than wait for ever
-        # whoever started the tests may ignore it, as a shell in the background does
+        signal.alarm(60)  # instead of waiting forever
+        # the parent of the tests may ignore it, e.g. a shell in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        logging.root.handlers.clear()  # those of pytest would keep the command from having its own
+        logging.root.handlers.clear()  # pytest's handlers would prevent the command's
         try:
             for n in range(3):
                 if given[n] is None:
@@ -79,12 +79,12 @@ class Forked:
 
 
 def run(main, *arguments: str, data: bytes = b"") -> subprocess.CompletedProcess:
-    """The end of main(arguments) in a fork that reads `data`."""
+    """Run main(arguments) in a fork with `data` on standard input, and return its end."""
     return Forked(main, arguments).finish(data)
 
 
 def assert_one_line(ended: subprocess.CompletedProcess, said: str) -> None:
-    """It ended with status 1 after one line on standard error that matches `said`."""
+    """Check for status 1 and one line on standard error that matches `said`."""
     errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert ended.returncode == 1, ended.stderr
     assert len(errors) == 1 and ended.stderr.rstrip().endswith(errors[0]), ended.stderr

@@ -9,9 +9,9 @@ VARIABLE = "ESPNET_KV_TEST_DEVICE"
 
 
 def device_or_skip() -> torch.device:
-    """What `make test-gpu` names: cuda, or cpu to see that the tests run at all.
+    """The device of `make test-gpu`: cuda, or cpu to check that the tests run.
 
-    Other runs skip the module, and do not wake CUDA: their tests fork.
+    Other runs skip the module and do not initialise CUDA, because their tests fork.
     """
     if VARIABLE not in os.environ:
         pytest.skip("for a GPU: make test-gpu", allow_module_level=True)

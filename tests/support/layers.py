@@ -29,10 +29,10 @@ def layer(rel_pos: bool = True, size: int = SIZE, **options: Any) -> MultiHeadAt
 
 
 class Source:
-    """Frames as real ones are: a mean, a few strong directions and many weak ones, and a drift.
+    """Realistic frames: a mean, a few strong directions, many weak ones, and a drift.
 
     Args:
-        rng: draws the structure now and frames later.
+        rng: generator of the structure and of the frames.
     """
 
     def __init__(self, rng: torch.Generator, size: int = SIZE):
@@ -44,7 +44,7 @@ class Source:
         return torch.randn(*shape, dtype=torch.float64, generator=self.rng)
 
     def frames(self, batch: int, frames: int) -> Tensor:
-        """(B, T, D): neighbours are alike."""
+        """(B, T, D) with similar neighbours."""
         z = self._randn(batch, frames + 2, self.size)
         z = (z[:, 2:] + z[:, 1:-1] + z[:, :-2]) / 3**0.5
         return z @ self.mix.T + self.mean
@@ -52,7 +52,7 @@ class Source:
     def calls(
         self, count: int, rel_pos: bool = True, chunked: bool = False, cross: bool = False
     ) -> list[Call]:
-        """Batches of a whole and a half utterance; cross: queries of another source."""
+        """Batches of a full and a half utterance; cross: queries from another source."""
         calls = []
         for number in range(count):
             frames = 17 + number % 5
@@ -69,7 +69,7 @@ class Source:
 
 
 def outputs(module: torch.nn.Module, calls: list[Call]) -> Tensor:
-    """(N, D) of all queries that are no padding."""
+    """(N, D) of all queries without padding."""
     with torch.no_grad():
         return torch.cat([call.run(module)[call.queries] for call in calls])
 

@@ -125,7 +125,7 @@ def latent_attention(
             logits = logits + _position_logits(w, q, i, zero_triu)
         attention = _distribution(logits / math.sqrt(d), visible[:, i])
         latent = torch.einsum("bhj,bjr->bhr", attention, c)
-        sees = attention.sum(-1, keepdim=True)  # 1, or 0 for a frame that sees nothing
+        sees = attention.sum(-1, keepdim=True)  # 1, or 0 for a frame without visible keys
         values = torch.einsum("bhr,hdr->bhd", latent, v_up) + v_bias * sees
         out.append(values.flatten(1))
     return linear(w, "linear_out", torch.stack(out, dim=1))
@@ -153,8 +153,8 @@ def linear_attention(
 ) -> Tensor:
     """sum_j a_ij v_j / sum_j a_ij with a_ij = phi(q_i) . phi(k_j) (arXiv 2006.16236).
 
-    Under chunks a key of an earlier chunk fades by `decay` for each frame between it and the
-    last frame before the query's chunk.
+    Under chunks a key of an earlier chunk is multiplied by `decay` for each frame between it and
+    the last frame before the query's chunk.
     """
     batch, frames, size = x.shape
     q, k, v = (

@@ -1,4 +1,4 @@
-"""Fewer cases than a cross product: every pair of values of two factors meets in some case."""
+"""Pairwise test cases: every pair of values of two factors occurs in some case."""
 
 import itertools
 from collections.abc import Iterable, Mapping
@@ -8,9 +8,9 @@ import pytest
 
 
 def pairwise(**factors: Mapping[str, Any] | Iterable[Any]) -> pytest.MarkDecorator:
-    """Parametrise a test with cases in which every two values of different factors meet.
+    """Parametrise a test with pairwise cases.
 
-    Greedy: each case takes the values that meet most partners for the first time.
+    Greedy: each case takes the values with the most new pairs.
 
     Args:
         factors: name of an argument -> its values, or id -> value.

@@ -1,4 +1,4 @@
-"""Commands for tests of the recipe's processes: main([WHAT, ...]) does what its arguments say."""
+"""Commands for tests of the recipe's processes: main([FUNCTION, ARGUMENT, ...])."""
 
 import json
 import os
@@ -14,12 +14,12 @@ STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); 
 
 
 def main(arguments: list[str]) -> int | None:
-    """Call the function that the first argument names with the others."""
+    """Call the function named by the first argument with the other arguments."""
     return globals()[arguments[0]](*arguments[1:])
 
 
 def record(file: str, seconds: str = "0") -> None:
-    """Write how this process came to be, and when it was there."""
+    """Write how and when this process was started."""
     begun = time.monotonic()
     time.sleep(float(seconds))
     espnet = sys.modules.get("espnet2.bin.asr_inference")
@@ -40,19 +40,19 @@ def record(file: str, seconds: str = "0") -> None:
 
 
 def say(text: str, status: str = "0") -> int:
-    """Print a text and end with a status."""
+    """Print a text and exit with a status."""
     print(text, flush=True)
     return int(status)
 
 
 def train(*lines: str) -> None:
-    """Print lines of a trainer's log, then go on for ever."""
+    """Print lines of a trainer's log, then run forever."""
     print("\n".join(lines), flush=True)
     time.sleep(300)
 
 
 def die(number: str) -> None:
-    """Be killed by a signal, after an ordinary line."""
+    """Get killed by a signal, after an ordinary line."""
     print("[host] 2026-01-01 (trainer:1) INFO: 3epoch started", flush=True)
     if int(number) != signal.SIGKILL:
         signal.signal(int(number), signal.SIG_DFL)
@@ -61,7 +61,7 @@ def die(number: str) -> None:
 
 
 def fail() -> None:
-    """Raise an exception, in the midst of ordinary lines."""
+    """Raise an exception between ordinary lines."""
     print("[host] 2026-01-01 (trainer:1) INFO: 3epoch started", flush=True)
     try:
         {}["first"]
@@ -70,7 +70,7 @@ def fail() -> None:
 
 
 def family(file: str, code: str = SLEEPER) -> None:
-    """Start a child that lives long, and live as long."""
+    """Start a long-running child, and run as long."""
     pids = [os.getpid(), subprocess.Popen([sys.executable, "-S", "-c", code]).pid]
     Path(f"{file}.new").write_text(json.dumps(pids))
     os.replace(f"{file}.new", file)
@@ -90,12 +90,12 @@ def fail_at_three(number: int) -> int:
 
 
 def kill_at_three(number: int) -> int:
-    """Work for which there is no memory."""
+    """Work that is killed for lack of memory."""
     if number == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return number
 
 
 def work_for_ever(file: str) -> None:
-    """Work that is still at it when the run ends."""
+    """Work that runs until the run ends."""
     family(file)

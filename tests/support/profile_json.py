@@ -1,13 +1,17 @@
-"""Profiles as `espnet_kv.bin.profile` would write them, made by hand for tests of the report."""
+"""Hand-made profiles in the format of `espnet_kv.bin.profile`, for tests of the report."""
 
 import json
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
+
+from espnet_kv.profile.schema import SCHEMA, Options, Part, Profile
 
 LAYERS, WIDTH, HEADS, CHUNK, FRAME_MS = 4, 80, 4, 16, 40.0
 SECONDS = (5.0, 60.0, 600.0)
 NUMBERS = {"mha": 2 * WIDTH, "gqa": WIDTH, "mla": 16, "linear": 0}
+LABELS = {"gqa": "gqa G2", "mla": "mla r16"}
 CONF = {"gqa": {"num_kv_heads": 2}, "mla": {"kv_rank": 16}}
 BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
 CONSTANT = LAYERS * HEADS * 21 * 20 * 4
@@ -23,9 +27,9 @@ def make_profile(
     cache_dtypes: tuple[str, ...] = ("fp32", "int8"),
     **parts: Any,
 ) -> dict[str, Any]:
-    """A whole profile; `parts` replace keys of it, a dot in their name being written __.
+    """A complete profile; `parts` replace its keys, with __ for a dot in the name.
 
-    `model__weights="random"` sets one key of model; `time=None` takes a part out.
+    `model__weights="random"` sets one key of model; `time=None` removes a part.
     """
 
     def kinds(frames: int, cache_dtype: str) -> dict[str, int]:
@@ -75,15 +79,20 @@ def make_profile(
 
     slower = {"mha": 1.0, "gqa": 0.95, "mla": 0.9, "linear": 0.8}[attention]
     profile = {
-        "schema": "espnet_kv.profile/2",
+        "schema": SCHEMA,
         "name": f"asr_train_asr_{encoder}_{attention}_small",
         "model": {
             "encoder": encoder,
             "attention_type": attention,
             "attention_conf": CONF.get(attention, {}),
+            "attention_label": LABELS.get(attention, attention),
             "decoder": "transformer",
             "self_attention_type": "mha",
+            "self_attention_conf": {},
+            "self_attention_label": "mha",
             "src_attention_type": "mha",
+            "src_attention_conf": {},
+            "src_attention_label": "mha",
             "weights": "trained",
             "experiment": f"exp/asr_train_asr_{encoder}_{attention}_small",
             "config": f"conf/train_asr_{encoder}_{attention}.yaml",
@@ -145,17 +154,21 @@ def make_profile(
             "hour": [{"minute": m, "chunk_ms": 6.0 * slower + 0.01 * (m % 3)} for m in range(60)],
         },
         "memory": {
-            "method": "peak resident set of a child process",
+            "method": "torch profiler",
             "lengths": [
                 {
                     "seconds": s,
                     "offline_bytes": int(2e5 * s * slower),
                     "streaming_bytes": int(3e6 * slower),
+                    "offline_rss_bytes": int(2.1e5 * s * slower),
+                    "streaming_rss_bytes": int(4e6 * slower),
                 }
                 for s in SECONDS
             ],
             "offline_bytes": int(2e5 * SECONDS[-1] * slower),
             "streaming_bytes": int(3e6 * slower),
+            "offline_rss_bytes": int(2.1e5 * SECONDS[-1] * slower),
+            "streaming_rss_bytes": int(4e6 * slower),
         },
         "wer": {
             mode: {
@@ -194,3 +207,31 @@ def eight(**parts: Any) -> list[dict[str, Any]]:
             for rates in sets.values():
                 rates["wer"] += 0.3
     return profiles
+
+
+def schema_keys(part: type[Part] = Profile, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Every key of the schema: path (lists are [], free keys *), type, explanation."""
+    for name, field in part.model_fields.items():
+        path, kind = prefix + (field.alias or name), field.annotation
+        while get_args(kind) and kind != Options:
+            if get_origin(kind) in (list, dict):
+                path += "[]" if get_origin(kind) is list else ".*"
+                kind = get_args(kind)[-1]
+            else:  # X | None, Annotated[X, ...], Literal["x"]
+                kind = get_args(kind)[0]
+        yield path, kind, field.description or ""
+        if isinstance(kind, type) and issubclass(kind, Part):
+            yield from schema_keys(kind, f"{path}.")
+
+
+def values_at(data: Any, path: str) -> list[Any]:
+    """What stands at a path of `schema_keys`; a key that is absent is an error."""
+    found = [data]
+    for name in path.replace("[]", ".[]").split("."):
+        if name == "[]":
+            found = [one for many in found for one in many]
+        elif name == "*":
+            found = [one for many in found for one in many.values()]
+        else:
+            found = [one[name] for one in found]
+    return found

@@ -1,4 +1,4 @@
-"""Small recordings and what lies in a folder, for tests of the data stages."""
+"""Small recordings and contents of folders, for tests of the data stages."""
 
 from pathlib import Path
 
@@ -13,6 +13,6 @@ def speech(seconds: float = 1.0, seed: int = 0) -> np.ndarray:
 
 
 def content(directory: Path) -> dict[str, bytes]:
-    """Relative path -> bytes, of every file below `directory`."""
+    """Relative path -> bytes of all files in `directory`."""
     files = (path for path in directory.rglob("*") if path.is_file())
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}

@@ -1,4 +1,4 @@
-"""One report that several tests look at."""
+"""A report for several tests."""
 
 import io
 from contextlib import redirect_stdout
@@ -15,7 +15,7 @@ NAMES = ("conformer mha", "conformer mla r16 [2]", "conformer linear [1]", "bran
 
 @dataclass(frozen=True)
 class Report:
-    """What was read, and what the command wrote and printed."""
+    """The input, the output and the printed text of the command."""
 
     inputs: list[Path]
     folder: Path

@@ -1,4 +1,4 @@
-"""What stages 12 and 13 leave of a decoding."""
+"""Stub results of stages 12 and 13 for a decoding."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ WORDS = 10_000
 
 
 def score(decoding: Path, wer: float, cer: float | None = None, *, streaming: bool = False) -> None:
-    """What they leave of a test set, as far as later stages read it."""
+    """Write the files of a test set that later stages read."""
     decoding.mkdir(parents=True)
     scores = {
         kind: {"utterances": 3, "words": WORDS, "corr": WORDS, "sub": 0, "del": 0, "ins": 0}
@@ -19,7 +19,7 @@ def score(decoding: Path, wer: float, cer: float | None = None, *, streaming: bo
 
 
 def score_as_asr_sh(decoding: Path, wer: float, *, streaming: bool = False) -> None:
-    """What ESPnet's asr.sh leaves of it."""
+    """Write the files of ESPnet's asr.sh."""
     result = decoding / "score_wer/result.txt"
     result.parent.mkdir(parents=True)
     result.write_text(f"| Sum/Avg |  3  9 |  97.0  2.0  1.0  0.5  {wer}  30.0 |\n")

@@ -39,7 +39,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def build(cls=KVTransformerDecoder, **conf: Any) -> torch.nn.Module:
-    """A decoder with weights far from their start, in eval mode."""
+    """A decoder with weights far from their initialisation, in eval mode."""
     decoder = cls(VOCABULARY, SIZE, **SIZES | OFF | conf)
     with torch.no_grad():
         for parameter in decoder.parameters():

@@ -1,4 +1,4 @@
-"""Small encoders of every kind, ESPnet's and ours, and what the tests do with them."""
+"""Small encoders of every kind, ESPnet's and ours, with inputs and outputs."""
 
 from typing import Any
 
@@ -73,12 +73,12 @@ def build(name: str, **conf: Any) -> nn.Module:
 
 
 def build_stock(name: str, **conf: Any) -> nn.Module:
-    """The encoder of ESPnet behind ours."""
+    """The ESPnet encoder of the same kind."""
     return _build((STOCK | {"kv_transformer": TransformerEncoder})[name], name, **conf)
 
 
 def _build(cls: type, name: str, features: int = FEATURES, **conf: Any) -> nn.Module:
-    """An encoder with weights and statistics far from their start, in eval mode."""
+    """An encoder with weights and statistics far from their initialisation, in eval mode."""
     sizes = {"output_size": SIZE, "attention_heads": 4, "num_blocks": BLOCKS}
     encoder = cls(features, **sizes | SIZES[name] | NO_DROPOUT | conf)
     with torch.no_grad():
@@ -101,7 +101,7 @@ def pair(name: str, stock_conf: dict[str, Any], **conf: Any) -> tuple[nn.Module,
 
 
 def batch(*lengths: int, features: int = FEATURES) -> tuple[Tensor, Tensor]:
-    """Features, of which the padding is loud, and their lengths."""
+    """Features with large values in the padding, and their lengths."""
     x = torch.randn(len(lengths), max(lengths), features)
     for utterance, length in zip(x, lengths, strict=True):
         utterance[length:] *= 100
@@ -116,7 +116,7 @@ def outputs(encoder: nn.Module, x: Tensor, lengths: Tensor) -> list[Tensor]:
 
 
 def encode(encoder: nn.Module, x: Tensor) -> Tensor:
-    """(T, F) -> (T', D): one utterance by itself."""
+    """(T, F) -> (T', D): encode one utterance."""
     return outputs(encoder, x[None], torch.tensor([len(x)]))[0]
 
 

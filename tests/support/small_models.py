@@ -1,7 +1,7 @@
 """A recognizer of tones: ESPnet experiments with small random encoders whose CTC is fitted.
 
-A low tone is an A, a high one a B, silence is blank; the output layer of CTC is found by least
-squares, so that no training is needed for a model that really recognizes something.
+A low tone is an A, a high tone is a B, and silence is blank. The output layer of CTC is fitted by
+least squares, so that the model recognizes tones without training.
 """
 
 import argparse
@@ -20,7 +20,7 @@ TOKENS = ["<blank>", "<unk>", "A", "B", "<sos/eos>"]
 HERTZ = {"A": 400, "B": 3000}
 CHUNKS = {"chunk_size": 4, "left_chunks": 2}
 HOP = 160
-FRAME = 4 * HOP  # samples of an encoder frame
+FRAME = 4 * HOP  # samples per encoder frame
 
 
 def speech(letters: str, seconds: float = 0.4, pause: float = 0.3) -> Tensor:
@@ -34,7 +34,7 @@ def speech(letters: str, seconds: float = 0.4, pause: float = 0.3) -> Tensor:
 
 
 def sounds(letters: str, seconds: float, pause: float) -> Tensor:
-    """(N,) the token that sounds at each sample of `speech`, 0 in silence."""
+    """(N,) the token at each sample of `speech`, 0 in silence."""
     quiet = torch.zeros(int(pause * RATE), dtype=torch.long)
     parts = [quiet]
     for letter in letters:
@@ -44,7 +44,7 @@ def sounds(letters: str, seconds: float, pause: float) -> Tensor:
 
 
 def config(folder: Path, **changes: Any) -> dict[str, Any]:
-    """A training configuration as ESPnet writes it; its statistics go to `folder`."""
+    """A training configuration in ESPnet's format; its statistics are written to `folder`."""
     stats = folder / "feats_stats.npz"
     count = 100.0
     np.savez(stats, count=count, sum=np.full(20, -8 * count), sum_square=np.full(20, 80 * count))
@@ -90,7 +90,7 @@ def build(folder: Path, **changes: Any) -> tuple[torch.nn.Module, argparse.Names
 
 
 def save(folder: Path, **changes: Any) -> list[str]:
-    """Write config.yaml and model.pth into `folder`; the options that name them."""
+    """Write config.yaml and model.pth to `folder`; return the options that name them."""
     model, _ = build(folder, **changes)
     torch.save(model.state_dict(), folder / "model.pth")
     (folder / "config.yaml").write_text(yaml.safe_dump(config(folder, **changes)))
@@ -102,7 +102,7 @@ def save(folder: Path, **changes: Any) -> list[str]:
 
 @torch.no_grad()
 def fit_ctc(model: torch.nn.Module) -> None:
-    """Least squares from encoder frames to what sounds in them."""
+    """Fit the CTC output layer by least squares."""
     rows, targets = [], []
     for letters, seconds, pause in (
         ("ABBAAB", 0.4, 0.3),

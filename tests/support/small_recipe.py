@@ -1,4 +1,4 @@
-"""A recipe that runs in seconds: recorded-like audio in Kaldi data directories, a tiny model."""
+"""A recipe that runs in seconds: noise in Kaldi data directories, and a tiny model."""
 
 import contextlib
 import io
@@ -57,7 +57,7 @@ def write_data(folder: Path, name: str, count: int, seconds: float = 0.6) -> Pat
 
 
 def make_recipe(folder: Path) -> list[str]:
-    """Data below `folder`/own and an overlay; returns the options of a run in `folder`."""
+    """Write data to `folder`/own and an overlay; return the options of a run in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "conf").symlink_to(REPO / "conf")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(OVERLAY))
@@ -74,7 +74,7 @@ def make_recipe(folder: Path) -> list[str]:
 
 
 def start(folder: Path, *options: str) -> subprocess.Popen:
-    """The driver at work in `folder`, in a process group of its own."""
+    """Start the driver in `folder`, in a new process group."""
     env = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "espnet_kv.recipe", *options],
@@ -90,8 +90,7 @@ def start(folder: Path, *options: str) -> subprocess.Popen:
 def run(folder: Path, *options: str) -> tuple[int, str, str]:
     """Exit status, standard output and standard error of the driver, run in this process.
 
-    Its jobs are processes all the same; those of one test session share the one that has ESPnet
-    loaded.
+    Its jobs are processes; those of one test session share the server that has loaded ESPnet.
     """
     out, err = io.StringIO(), io.StringIO()
     streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
@@ -101,7 +100,7 @@ def run(folder: Path, *options: str) -> tuple[int, str, str]:
 
 
 def said(outcome: tuple[int, str, str]) -> str:
-    """The one line on standard error with which a run has failed."""
+    """The single error line of a failed run."""
     code, _, err = outcome
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 1 and len(lines) == 1 and "Traceback" not in err, err
@@ -109,7 +108,7 @@ def said(outcome: tuple[int, str, str]) -> str:
 
 
 def results(folder: Path) -> dict[str, bytes]:
-    """What a run leaves that does not hold a date or a place: data, tokens, keys, hypotheses."""
+    """Output of a run without dates and paths: data, tokens, keys, hypotheses."""
     kept = {}
     for pattern in (
         "dump/raw/**/text",
@@ -127,7 +126,7 @@ def results(folder: Path) -> dict[str, bytes]:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Temporary names and locks, which no run that has ended well leaves."""
+    """Temporary files and locks, which a successful run must remove."""
     marks = (".partial", ".parts", ".lock", "begun")
     return sorted(
         str(path.relative_to(folder))

@@ -1,4 +1,4 @@
-"""Small trained experiments, ESPnet's and ours, that conversions start from."""
+"""Small experiments, ESPnet's and ours, as sources of conversions."""
 
 import argparse
 from pathlib import Path
@@ -37,12 +37,12 @@ STREAMING = {"causal": True, "chunk_size": 4, "left_chunks": 2}
 
 
 class Experiment:
-    """config.yaml and valid.acc.ave.pth in a folder, with weights far from their start.
+    """config.yaml and valid.acc.ave.pth in a folder, with weights far from their initialisation.
 
     Args:
-        folder: new.
-        encoder: with kv_ before it: ours.
-        conf: of the encoder, beside its size.
+        folder: a new folder.
+        encoder: name of the encoder; ours begin with kv_.
+        conf: options of the encoder without its size.
         changes: other keys of the configuration.
     """
 
@@ -82,7 +82,7 @@ class Experiment:
 
 
 def load(folder: Path) -> Any:
-    """The model of an experiment, as our inference loads it: strictly."""
+    """The model of an experiment, loaded strictly as in our inference."""
     model, _ = ASRTask.build_model_from_file(folder / "config.yaml", folder / "valid.acc.ave.pth")
     return model.eval()
 
@@ -101,7 +101,7 @@ def write_audio(folder: Path) -> Path:
 
 @torch.no_grad()
 def outputs(model: Any) -> dict[str, Tensor]:
-    """What encoder and decoder make of a tone and of some tokens."""
+    """Outputs of encoder and decoder for a tone and some tokens."""
     audio = small_models.speech("ABBA", 0.2, 0.1)
     encoded, lengths = model.encode(audio[None], torch.tensor([len(audio)]))
     words = torch.tensor([[model.sos, 2, 3, 3, 2]])
@@ -110,5 +110,5 @@ def outputs(model: Any) -> dict[str, Tensor]:
 
 
 def run(source: Experiment, out: Path, *options: str) -> int:
-    """The command, in this process; its exit status."""
+    """Run the command in this process; return its exit status."""
     return convert.main([*source.files, "--output_dir", str(out), *options])

@@ -1,4 +1,4 @@
-"""A training of ESPnet that takes a second: noise, one letter each, a model of a few numbers."""
+"""A training of ESPnet that takes a second: noise with one letter each, and a tiny model."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The runner that feeds encoders piece by piece; a test of a new attention needs nothing else."""
+"""The runner that feeds encoders piece by piece, also for tests of new attentions."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -21,12 +21,12 @@ def streaming(name: str, chunk: int = 4, left: int = 2, **conf: Any) -> nn.Modul
 
 
 def utterances(*frames: int, features: int = FEATURES) -> list[Tensor]:
-    """Features that give this many encoder frames (and up to three input frames more)."""
+    """Features for this many encoder frames (and up to three input frames more)."""
     return [torch.randn(7 + 4 * (n - 1) + n % 4, features) for n in frames]
 
 
 def poison(state: EncoderState, value: float) -> EncoderState:
-    """Fill the rings with `value`: who uses a slot that was never written will show it."""
+    """Fill the rings with `value`, to detect reads of slots that were not written."""
     for module_state in state.store.states:
         if isinstance(module_state, FrameState):
             for tensor in module_state.tensors:
@@ -36,10 +36,10 @@ def poison(state: EncoderState, value: float) -> EncoderState:
 
 
 class Feeder:
-    """Feeds utterances to the streams of one state and gathers what comes out of each.
+    """Feeds utterances to the streams of one state and collects their outputs.
 
-    Slots begin as NaN, where streams run in step: then none is read that was not written. Where
-    one is ahead, the others' empty slots are read and masked: those must begin as numbers.
+    Slots begin as NaN if streams have equal lengths, because then only written slots are read.
+    Otherwise empty slots of shorter streams are read and masked, so they must begin as numbers.
     """
 
     def __init__(self, encoder: nn.Module, xs: list[Tensor], empty: float = torch.nan, **conf: Any):
@@ -53,13 +53,13 @@ class Feeder:
         return all(fed >= len(x) for fed, x in zip(self.fed, self.xs, strict=True))
 
     def feed(self, sizes: Iterable[int]) -> None:
-        """Give stream b the next sizes[b] frames, or what is left of it."""
+        """Feed the next sizes[b] frames, or the rest, to stream b."""
         pairs = zip(self.xs, self.fed, sizes, strict=True)
         pieces = [x[fed : fed + size] for x, fed, size in pairs]
         lengths = [len(piece) for piece in pieces]
         self.fed = [fed + n for fed, n in zip(self.fed, lengths, strict=True)]
         final = [fed >= len(x) for fed, x in zip(self.fed, self.xs, strict=True)]
-        # what lies behind the end of a piece is anything
+        # values after the end of a piece are arbitrary
         xs = torch.full((len(pieces), max(lengths), self.xs[0].size(1)), torch.nan)
         for row, piece in zip(xs, pieces, strict=True):
             row[: len(piece)] = piece
@@ -88,7 +88,7 @@ class Feeder:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def check(self, tolerance: float = 1e-5) -> None:
-        """Every stream gave what one pass over its utterance alone gives."""
+        """Check that every stream equals one pass over its utterance."""
         chunks = {"chunk_size": self.state.chunk_size, "left_chunks": self.state.left_chunks}
         for x, pieces in zip(self.xs, self.out, strict=True):
             with self.encoder.chunks(**chunks):

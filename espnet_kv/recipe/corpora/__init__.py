@@ -1,4 +1,4 @@
-"""The corpora of the recipe, and stage 1: from nothing, or existing data, to data/SET."""
+"""The corpora of the recipe, and stage 1: download, generate or read data, and write data/SET."""
 
 import dataclasses
 import sys
@@ -13,7 +13,7 @@ from espnet_kv.recipe.corpora import librispeech as libri
 from espnet_kv.recipe.corpora import speechocean
 from espnet_kv.recipe.corpora.digits import DigitsOptions
 from espnet_kv.recipe.corpora.download import download_subset
-from espnet_kv.recipe.corpora.own import bring_in, name_sources
+from espnet_kv.recipe.corpora.own import import_sources, name_sources
 from espnet_kv.recipe.corpora.synth import SynthOptions, generate
 from espnet_kv.recipe.datadir import DataDir
 
@@ -22,7 +22,7 @@ __all__ = ["CORPORA", "Corpus", "DigitsOptions", "SynthOptions", "name_sources",
 
 @dataclass(frozen=True)
 class Request:
-    """What a corpus is obtained with: the arguments of `prepare`."""
+    """Arguments of `prepare` for obtaining a corpus."""
 
     download_dir: Path
     nj: int
@@ -33,13 +33,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus, and what suits it.
+    """A corpus and its default options.
 
-    sets: data directory -> the subsets of which it is made.
+    sets: data directory -> its subsets.
     obtain: (corpus, request) -> the folder to read: existing, downloaded or generated.
-    load: (folder, subset) -> its data, complete: stage 3 drops, or refuses, what is unusable.
-    defaults: recipe option -> the value that suits the corpus. inference_config is that of
-        offline decoding.
+    load: (folder, subset) -> all its data; stage 3 drops or refuses unusable utterances.
+    defaults: recipe option -> default value for the corpus; inference_config is for offline
+        decoding.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Corpus:
 
     @property
     def subsets(self) -> list[str]:
-        """Every subset once, in the order of `sets`."""
+        """All subsets without duplicates, in the order of `sets`."""
         return list(dict.fromkeys(subset for made_of in self.sets.values() for subset in made_of))
 
 
@@ -149,19 +149,19 @@ def prepare(
 
     Args:
         corpus: a key of CORPORA.
-        librispeech: an existing tree to read instead of downloading one; only corpora that
-            are LibriSpeech heed it.
-        download_dir: where downloaded or generated audio goes; what is there is reused.
-        nj: processes that generate audio.
-        synth: sizes of the synth corpus, else its defaults.
-        digits: sizes of the digits corpus, else its defaults.
+        librispeech: an existing tree to read instead of downloading it; only for corpora from
+            LibriSpeech.
+        download_dir: directory of downloaded or generated audio; existing audio is reused.
+        nj: number of processes that generate audio.
+        synth: sizes of the synth corpus; None: the defaults.
+        digits: sizes of the digits corpus; None: the defaults.
         source: an existing folder of digits (a checkout of the dataset) or speechocean762 to
             read instead of downloading it.
         sources: for corpus kaldi: SET -> data directory (see `name_sources`).
-        allow_pipes: for corpus kaldi: let wav.scp hold commands.
+        allow_pipes: for corpus kaldi: allow commands in wav.scp.
 
     Returns:
-        The corpus, which knows which set is for what; kaldi knows its sets alone.
+        The corpus; for kaldi with the given sets.
 
     Raises:
         UserError: the corpus is unknown, or its audio is missing, damaged or malformed.
@@ -172,8 +172,8 @@ def prepare(
     if corpus == "kaldi":
         if not sources:
             raise UserError("corpus kaldi needs `sources`: name -> data directory")
-        bring_in(data_dir, sources, allow_pipes=allow_pipes)
-        warn_shared({name: DataDir.read(data_dir / name, allow_pipes=True) for name in sources})
+        import_sources(data_dir, sources, allow_pipes=allow_pipes)
+        warn_overlap({name: DataDir.read(data_dir / name, allow_pipes=True) for name in sources})
         return dataclasses.replace(chosen, sets={name: (name,) for name in sources})
     given = librispeech if chosen.obtain is _librispeech else source
     request = Request(download_dir, nj, given, synth or SynthOptions(), digits or DigitsOptions())
@@ -189,14 +189,14 @@ def prepare(
             f"  {data_dir / name}: {len(data.wav_scp)} utterances, {speakers} speakers"
             + (f"; {incomplete} lack audio or transcript" if incomplete else "")
         )
-    warn_shared({name: sets[name] for name in (chosen.train_set, *chosen.test_sets)})
+    warn_overlap({name: sets[name] for name in (chosen.train_set, *chosen.test_sets)})
     return chosen
 
 
-def warn_shared(sets: Mapping[str, DataDir]) -> None:
-    """Warn on stderr where the first set (training) shares utterances with another one.
+def warn_overlap(sets: Mapping[str, DataDir]) -> None:
+    """Warn on stderr if the first set (training) shares utterances with another set.
 
-    An utterance is known by its id and by its audio.
+    Utterances are compared by id and by audio.
     """
     (train, first), *others = sets.items()
     audio = {_audio(first, utt) for utt in first.wav_scp}
@@ -205,7 +205,7 @@ def warn_shared(sets: Mapping[str, DataDir]) -> None:
         if shared:
             print(
                 f"warning: {len(shared)} of {len(data.wav_scp)} utterances of {name} are in "
-                f"{train} as well (the first: {shared[0]}); scores on them say little",
+                f"{train} as well (the first: {shared[0]}); scores on them are not meaningful",
                 file=sys.stderr,
                 flush=True,
             )

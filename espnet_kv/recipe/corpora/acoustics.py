@@ -1,4 +1,4 @@
-"""Rooms, noise and sampling rates, on numpy arrays of float samples (N,)."""
+"""Reverberation, noise and resampling of numpy arrays of float samples (N,)."""
 
 import math
 
@@ -7,7 +7,7 @@ import numpy as np
 
 def resample(signal: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
     """Band-limited resampling by cutting or padding the spectrum, (N,) -> (M,)."""
-    # Zeros round N up to a length that FFTs are fast at, and that is whole at both rates.
+    # Zero padding gives a length suitable for the FFT and an integer length at both rates.
     block = 8 * rate // math.gcd(rate, new_rate)
     padded = -(-len(signal) // block) * block
     spectrum = np.fft.rfft(signal, padded)
@@ -18,14 +18,14 @@ def resample(signal: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
 def reverberate(
     signal: np.ndarray, rt60: float, level_db: float, rate: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Add the tail of a room, of the signal's length: (N,) -> (N,).
+    """Add reverberation: (N,) -> (N,).
 
-    The impulse response is the direct sound and noise that decays by 60 dB in `rt60`
-    seconds, with `level_db` of the direct sound's energy.
+    The impulse response is the direct sound plus noise that decays by 60 dB in `rt60` seconds; the
+    energy of the noise relative to the direct sound is `level_db`.
     """
     time = np.arange(int(rt60 * rate)) / rate
     tail = rng.standard_normal(len(time)) * 10 ** (-3 * time / rt60)
-    tail[: int(0.002 * rate)] = 0  # the first reflection takes a moment
+    tail[: int(0.002 * rate)] = 0  # delay of the first reflection
     tail *= np.sqrt(10 ** (level_db / 10) / np.sum(tail**2))
     tail[0] = 1
     size = 1 << (len(signal) + len(tail)).bit_length()
@@ -34,8 +34,8 @@ def reverberate(
 
 
 def noise(kind: str, size: int, rate: int, rng: np.random.Generator) -> np.ndarray:
-    """Noise of unit power, (size,). kind: white, pink, or hum (a crowd: coloured as
-    speech is, and rising and falling at the pace of syllables)."""
+    """Noise of unit power, (size,). kind: white, pink, or hum (a crowd: the spectrum of speech,
+    modulated at the rate of syllables)."""
     fast = 1 << (size - 1).bit_length()
     spectrum = np.fft.rfft(rng.standard_normal(fast))
     frequency = np.fft.rfftfreq(fast, 1 / rate)
@@ -56,6 +56,6 @@ def noise(kind: str, size: int, rate: int, rng: np.random.Generator) -> np.ndarr
 def add_noise(
     signal: np.ndarray, kind: str, snr_db: float, rate: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """`signal` (N,) with noise `snr_db` below its mean power."""
+    """Add noise to `signal` (N,) at the signal-to-noise ratio `snr_db`."""
     level = np.sqrt(np.mean(signal**2)) * 10 ** (-snr_db / 20)
     return signal + level * noise(kind, len(signal), rate, rng)

@@ -1,8 +1,8 @@
-"""The digits corpus: strings of digits, cut from the free-spoken-digit-dataset.
+"""The digits corpus: strings of digits from recordings of the free-spoken-digit-dataset.
 
-Single digits of a few speakers (8 kHz, CC BY-SA 4.0) are joined to strings of 3 to 7, with
-pauses and a little noise. No recording is in two of training, dev and test. It comes as a
-tree in LibriSpeech's layout, so that it is prepared as real data is.
+Single digits of a few speakers (8 kHz, CC BY-SA 4.0) are joined to strings of 3 to 7, with pauses
+and a little noise. Training, dev and test sets use different recordings. The corpus is a tree in
+LibriSpeech's layout, so that it is prepared like real data.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ from espnet_kv.recipe.corpora.tree import SAMPLE_RATE, build_tree, is_built
 
 URL = "https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/v1.0.10.tar.gz"
 _INSTEAD = "give the folder of a checkout of the free-spoken-digit-dataset"
-_VERSION = 1  # raise it when the same options come to mean other samples
+_VERSION = 1  # increase it when the same options give other samples
 _WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-# Number of the first and the last recording of each digit; None: no last.
+# Number of the first and the last recording of each digit; None: no limit.
 _RECORDINGS: dict[str, tuple[int, int | None]] = {
     "train-clean-100": (10, None),
     "dev-clean": (5, 9),
@@ -36,8 +36,8 @@ _RECORDINGS: dict[str, tuple[int, int | None]] = {
 
 @dataclass(frozen=True)
 class DigitsOptions:
-    """Sizes in strings per speaker: `dev` and `test` of dev-clean and dev-other, test-clean
-    and test-other each."""
+    """Sizes in strings per speaker. `dev` is the size of dev-clean and of dev-other, `test` that of
+    test-clean and of test-other."""
 
     train: int = 250
     dev: int = 15
@@ -54,7 +54,7 @@ class DigitsOptions:
 
 @dataclass(frozen=True)
 class Utterance:
-    """One string of the plan. `path` is that of its audio, relative to the tree."""
+    """One string of digits. path: file of the audio, relative to the tree."""
 
     id: str
     path: Path
@@ -64,7 +64,7 @@ class Utterance:
 
 
 def download(into: Path) -> Path:
-    """Download and extract the dataset, unless that was done; the folder of its recordings.
+    """Download and extract the dataset once; return the folder of its recordings.
 
     Raises:
         UserError: as `fetch_and_extract`, or the archive has no recordings.
@@ -77,10 +77,10 @@ def download(into: Path) -> Path:
 
 
 def plan(source: Path, options: DigitsOptions) -> list[Utterance]:
-    """Say what the corpus will hold.
+    """Choose the utterances of the corpus.
 
     Raises:
-        UserError: `source` has no recordings, or a speaker lacks some that are needed.
+        UserError: `source` has no recordings, or needed recordings of a speaker are missing.
     """
     clips = _clips(source)
     utterances = []
@@ -115,7 +115,7 @@ def plan(source: Path, options: DigitsOptions) -> list[Utterance]:
 
 
 def render(utterance: Utterance) -> np.ndarray:
-    """Join the digits of an utterance; int16 samples (N,) at SAMPLE_RATE.
+    """Join the digits of an utterance to int16 samples (N,) at SAMPLE_RATE.
 
     Raises:
         UserError: a recording cannot be read.
@@ -139,20 +139,20 @@ def _read_clip(path: Path) -> np.ndarray:
         clip = read_audio_at(str(path), SAMPLE_RATE).samples
     except AudioError as error:
         raise UserError(f"{error}; give a complete checkout") from None
-    # Half of full scale, so that no speaker or digit is known by its level.
+    # Half of full scale, so that the level does not identify speaker or digit.
     return 0.5 * clip / max(float(np.abs(clip).max()), 1e-4)
 
 
 def generate(tree: Path, source: Path, options: DigitsOptions, nj: int = 1) -> None:
-    """Write the corpus to the folder `tree` by `nj` processes; skip what is there already.
+    """Write the corpus to the folder `tree` with `nj` processes, unless it exists.
 
-    The audio does not depend on `nj`. A tree of other options or recordings is replaced.
+    The audio does not depend on `nj`. A tree with other options or recordings is replaced.
 
     Args:
         source: a checkout of the dataset, or its folder `recordings`.
 
     Raises:
-        UserError: as `plan` and `render`, or `tree` holds something else.
+        UserError: as `plan` and `render`, or `tree` has other contents.
     """
     utterances = plan(source, options)
     recordings = sorted({clip.name for utterance in utterances for clip in utterance.clips})

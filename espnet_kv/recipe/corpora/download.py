@@ -1,4 +1,4 @@
-"""Downloads that resume and verify, and the archives of OpenSLR that the recipe needs."""
+"""Downloads with resuming and checksums, and the archives of OpenSLR for the recipe."""
 
 import hashlib
 import http.client
@@ -17,7 +17,7 @@ from pathlib import Path
 from espnet_kv.cli import progress
 from espnet_kv.errors import UserError
 
-# Subset -> (OpenSLR's number, MD5 of SUBSET.tar.gz as OpenSLR publishes it).
+# Subset -> (OpenSLR's number, MD5 of SUBSET.tar.gz published by OpenSLR).
 ARCHIVES = {
     "train-clean-100": (12, "2a93770f6d5c6c964bc36631d331a522"),
     "dev-clean": (12, "42e2234ba48799c1f50f24a7926300a1"),
@@ -30,18 +30,18 @@ ARCHIVES = {
 OPENSLR_URL = "https://www.openslr.org/resources"
 _MIB = 1 << 20
 _INSTEAD = "set OPENSLR_URL to a mirror, or LIBRISPEECH to a copy that you have"
-# What no second attempt mends: an unknown name or scheme, a certificate, a proxy's refusal.
+# Errors without a second attempt: unknown host or scheme, bad certificate, refusal by a proxy.
 _PERMANENT = (str, socket.gaierror, ssl.SSLCertVerificationError)
 _REFUSED = re.compile(r"Tunnel connection failed: 4(?!08|29)")
 
 
 def download_subset(subset: str, into: Path, base_url: str | None = None) -> Path:
-    """Download and extract a LibriSpeech subset; skip it where that was done before.
+    """Download and extract a LibriSpeech subset, unless this was done before.
 
     Args:
         subset: a key of ARCHIVES.
-        into: the folder that gets SUBSET.tar.gz and LibriSpeech/SUBSET.
-        base_url: instead of the environment's OPENSLR_URL, and that of openslr.org.
+        into: folder for SUBSET.tar.gz and LibriSpeech/SUBSET.
+        base_url: None: the environment variable OPENSLR_URL, or openslr.org.
 
     Returns:
         The folder `into`/LibriSpeech.
@@ -60,11 +60,11 @@ def fetch_and_extract(
 ) -> None:
     """Download a .tar.gz and extract it into the folder `into`, unless `marker` exists.
 
-    The marker is written last, so it says that the extraction is complete. The archive stays.
+    The marker is written last, after a complete extraction. The archive is kept.
 
     Raises:
-        UserError: as `fetch`, or the archive is damaged or would write outside of `into`;
-            it is removed then, so that the next run downloads it again.
+        UserError: as `fetch`, or the archive is damaged or would write outside of `into`. Such an
+            archive is removed, so that the next run downloads it again.
     """
     if marker.exists():
         return
@@ -101,15 +101,15 @@ def fetch(
     wait: float = 2.0,
     instead: str = _INSTEAD,
 ) -> None:
-    """Download `url` to `path`, going on from `path`.part where an earlier run stopped.
+    """Download `url` to `path`, resuming from `path`.part of an earlier run.
 
-    A file whose checksum is wrong is downloaded once more.
+    A file with a wrong checksum is downloaded once more.
 
     Args:
-        md5: checksum to verify, also that of a file which is there already.
-        attempts: how often in a row to fail without a new byte before giving up.
-        wait: seconds before the second attempt, doubled for each further one.
-        instead: the way out where the download is impossible, for the message.
+        md5: checksum to verify, also for an existing file.
+        attempts: number of consecutive failures without new data before giving up.
+        wait: seconds before the second attempt, doubled for each further attempt.
+        instead: alternative to the download, for the message.
 
     Raises:
         UserError: the server is unknown, refuses or stays unreachable, `path` cannot be
@@ -155,7 +155,7 @@ def _download(url: str, part: Path, attempts: int, wait: float, instead: str) ->
                 raise UserError(f"{url}: {error.code} {error.reason}; {instead}") from None
             problem = f"{error.code} {error.reason}"
         except (http.client.InvalidURL, ValueError) as error:
-            raise UserError(f"{url} is no address to download from: {error}; {instead}") from None
+            raise UserError(f"{url} is not a valid address: {error}; {instead}") from None
         except (OSError, http.client.HTTPException) as error:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             # A name that was found a moment ago may be lost for a moment.
@@ -176,7 +176,7 @@ def _download(url: str, part: Path, attempts: int, wait: float, instead: str) ->
 
 
 def _continue(url: str, part: Path) -> bool:
-    """Append to `part` what it lacks of `url`. False: the connection ended too early."""
+    """Append the rest of `url` to `part`. False: the connection ended too early."""
     done = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
     try:
@@ -184,7 +184,7 @@ def _continue(url: str, part: Path) -> bool:
     except urllib.error.HTTPError as error:
         if error.code != 416:
             raise
-        # Nothing after `done`: either all is here, or this is no part of that file.
+        # No data after `done`: either `part` is complete, or it is not a part of that file.
         if error.headers.get("Content-Range") == f"bytes */{done}":
             return True
         part.unlink()
@@ -192,7 +192,7 @@ def _continue(url: str, part: Path) -> bool:
     with response:
         resumes = re.match(rf"bytes {done}-", response.headers.get("Content-Range", ""))
         if response.status != 206 or not resumes:
-            done = 0  # the server knows no ranges and sends the whole file
+            done = 0  # the server does not support ranges and sends the whole file
         length = response.headers.get("Content-Length")
         total = done + int(length) if length else 0
         counter = progress(f"download {part.stem}", total, initial=done, unit="B")
@@ -200,7 +200,7 @@ def _continue(url: str, part: Path) -> bool:
             while block := response.read(_MIB):
                 left = memoryview(block)
                 try:
-                    while left:  # a full disk takes the first part of a block
+                    while left:  # a nearly full disk writes only a part of a block
                         left = left[out.write(left) :]
                 except OSError as error:
                     raise _unwritable(part, error) from None

@@ -10,7 +10,7 @@ import numpy as np
 
 from espnet_kv.errors import UserError
 
-SAMPLE_RATE = 22050  # of every formant voice of eSpeak NG
+SAMPLE_RATE = 22050  # all formant voices of eSpeak NG have this rate
 
 # From espeak-ng's speak_lib.h.
 _SYNCHRONOUS, _DONT_EXIT, _UTF8 = 2, 0x8000, 1
@@ -23,9 +23,9 @@ _ON_SAMPLES = ctypes.CFUNCTYPE(
 
 @dataclass(frozen=True)
 class Voice:
-    """How to speak: a voice file such as `gmw/en-US+f2`, and its settings.
+    """A voice file such as `gmw/en-US+f2` and its settings.
 
-    rate: words a minute, 80 to 450. pitch, pitch_range: 0 to 99, 50 is the voice's own.
+    rate: words a minute, 80 to 450. pitch, pitch_range: 0 to 99; 50 is the default of the voice.
     """
 
     name: str
@@ -35,11 +35,10 @@ class Voice:
 
 
 def speak(text: str, voice: Voice) -> np.ndarray:
-    """Speak `text`; int16 samples (N,) at SAMPLE_RATE, the same on every call.
+    """Synthesise `text`; return int16 samples (N,) at SAMPLE_RATE, the same on every call.
 
-    eSpeak keeps state from one utterance to the next (flutter, its random numbers), which
-    neither new parameters nor a new initialisation resets. So the process that has loaded
-    it never speaks: each utterance is spoken by a fork of it.
+    eSpeak keeps state between utterances (flutter, random numbers), which cannot be reset.
+    Therefore each utterance is synthesised in a fork of the process that has loaded it.
 
     Raises:
         UserError: espeakng-loader is not installed or cannot be loaded, has no such voice, or
@@ -54,7 +53,7 @@ def speak(text: str, voice: Voice) -> np.ndarray:
         os.close(writer)
         raise UserError(f"eSpeak NG needs a process of its own: {error.strerror}") from None
     if child == 0:
-        # The parent reads one byte, then samples or the reason why there are none.
+        # The parent reads one byte, then the samples (+) or an error message (-).
         try:
             os.close(reader)
             with os.fdopen(writer, "wb") as pipe:
@@ -75,7 +74,7 @@ def speak(text: str, voice: Voice) -> np.ndarray:
         )
     if answer[:1] != b"+" or len(answer) == 1:
         reason = answer[1:].decode(errors="replace") or "it gave no samples"
-        raise UserError(f"eSpeak NG cannot say {text!r} with voice {voice.name!r}: {reason}")
+        raise UserError(f"eSpeak NG cannot speak {text!r} with voice {voice.name!r}: {reason}")
     return np.frombuffer(answer, dtype=np.int16, offset=1)
 
 
@@ -111,7 +110,7 @@ def _speak_here(library: ctypes.CDLL, text: str, voice: Voice) -> bytes:
         return 0
 
     library.espeak_SetSynthCallback(on_samples)
-    library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # else seeded by the clock
+    library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # the default seed is the clock
     if library.espeak_SetVoiceByName(voice.name.encode()):
         raise ValueError(f"it has no such voice; try: {_REINSTALL}")
     results = []

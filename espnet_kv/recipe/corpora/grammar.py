@@ -1,4 +1,4 @@
-"""A small English: some 200 words, with agreement, tense and who does what to which."""
+"""A small English grammar of about 200 words, with agreement, tense and typed objects."""
 
 import random
 from collections.abc import Callable
@@ -27,13 +27,13 @@ PLACES = [
     "mountain", "harbor", "office", "castle",
 ]  # fmt: skip
 
-# Adjectives by what they can be said of.
+# Adjectives by the class of their noun.
 MOODS = ["happy", "tired", "hungry", "angry", "famous", "lonely"]
 LOOKS = ["old", "young", "small", "beautiful", "strange"]
 LOOKS_OF_THINGS = ["yellow", "purple", "broken", "heavy", "expensive", "wooden"]
 NUMBERS = ["two", "three", "five", "six", "seven", "nine", "ten", "eleven", "twenty"]
 
-# Verbs: base -> (third person, past), by what their object is.
+# Verbs: base -> (third person, past), with the class of their object.
 ACTIONS: list[tuple[dict[str, tuple[str, str]], dict[str, str]]] = [
     ({"eat": ("eats", "ate"), "cook": ("cooks", "cooked"), "taste": ("tastes", "tasted")}, FOOD),
     ({"write": ("writes", "wrote"), "study": ("studies", "studied")}, TEXTS),
@@ -54,7 +54,7 @@ MOVES = {
 WAYS = ["to", "from", "through", "behind"]
 SPOTS = ["in", "near", "behind", "outside"]
 
-# Times by the tense that they call for.
+# Expressions of time by tense.
 TIMES = {
     "past": ["yesterday", "last week", "last winter", "this morning"],
     "present": ["today", "every day", "every summer", "on sunday"],
@@ -63,8 +63,8 @@ TIMES = {
 
 
 class Grammar:
-    """Draws sentences. Words of a class come up equally often: each list is dealt like a
-    deck of cards, shuffled anew when it runs out, so that none is rare by chance."""
+    """Draws sentences. Words of a class are equally frequent: each list is drawn like a deck of
+    cards, without replacement, and shuffled again when it is empty."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)

@@ -9,12 +9,12 @@ from espnet_kv.recipe.kaldi import split_words
 
 
 def find_subset(root: Path, subset: str) -> Path:
-    """The folder of `subset`; `root` is the folder LibriSpeech or the one that holds it.
+    """The folder of `subset`; `root` is the folder LibriSpeech or its parent.
 
-    Names may be in capitals, as some file systems leave them.
+    Names may be in upper case, as on some file systems.
 
     Raises:
-        UserError: there is none.
+        UserError: the folder does not exist.
     """
     found = _subsets(root).get(subset.lower())
     if found is None:
@@ -26,10 +26,10 @@ def find_subset(root: Path, subset: str) -> Path:
 
 
 def require_subsets(root: Path, needed: Sequence[str]) -> None:
-    """Check that every subset is there.
+    """Check that all subsets exist.
 
     Raises:
-        UserError: some are missing; it lists them and those that are there.
+        UserError: some are missing; lists missing and existing subsets.
     """
     there = _subsets(root)
     missing = [subset for subset in needed if subset.lower() not in there]
@@ -43,18 +43,18 @@ def require_subsets(root: Path, needed: Sequence[str]) -> None:
 
 
 def read_subset(root: Path, subset: str) -> DataDir:
-    """The utterances of `load_subset` that have audio and a transcript.
+    """The utterances of `load_subset` with audio and transcript; others are dropped with a warning.
 
-    The others are dropped with a warning that names them. Raises UserError as `load_subset`.
+    Raises UserError as `load_subset`.
     """
     return load_subset(root, subset).check(subset)[0]
 
 
 def load_subset(root: Path, subset: str) -> DataDir:
-    """Read one subset, ids as Kaldi's and ESPnet's LibriSpeech recipes give them.
+    """Read one subset, with the ids of Kaldi's and ESPnet's LibriSpeech recipes.
 
-    An utterance is SPEAKER-CHAPTER-NUMBER, its speaker SPEAKER-CHAPTER. What lacks its audio
-    or its transcript is kept, so that stage 3 can name it.
+    An utterance is SPEAKER-CHAPTER-NUMBER, its speaker SPEAKER-CHAPTER. Utterances without audio
+    or transcript are kept, so that stage 3 can name them.
 
     Raises:
         UserError: the subset is missing or empty, or an id is malformed or occurs twice.

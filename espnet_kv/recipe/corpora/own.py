@@ -1,4 +1,4 @@
-"""A user's own Kaldi data directories, brought into the recipe's."""
+"""Import of a user's Kaldi data directories."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -10,32 +10,32 @@ from espnet_kv.recipe.audio import file_of
 from espnet_kv.recipe.datadir import DataDir, add_data, entries, require_conserved
 
 MARK = "source"
-"""A file in each directory that `bring_in` wrote: the path of the directory it was made of."""
+"""File in each directory of `import_sources` with the path of the source directory."""
 
 
 def name_sources(paths: Iterable[Path], data_dir: Path) -> dict[str, Path]:
-    """Give every data directory the name that it gets below `data_dir`.
+    """Choose the name of each data directory in `data_dir`.
 
-    It is the last part of its path; where two directories share that, or `data_dir`/NAME is a
-    directory of the user itself, the folder's name goes before it, then a number after it. A
-    path that occurs twice has one name.
+    The name is the last part of the path. If it is used twice, or if `data_dir`/NAME is one of the
+    user's directories, the name of the parent folder is prepended, then a number appended. A path
+    that occurs twice gets one name.
 
     Returns:
         name -> directory, in the order of `paths`, symbolic links followed.
 
     Raises:
-        UserError: a path is no directory.
+        UserError: a path is not a directory.
     """
     sources: dict[str, Path] = {}
     resolved = list(dict.fromkeys(Path(path).resolve() for path in paths))
     for path in resolved:
         if not path.is_dir():
-            raise UserError(f"{path} is no data directory: it does not exist")
+            raise UserError(f"{path} is not a data directory: it does not exist")
         stem = "_".join(path.name.split()) or "data"
         parent = "_".join(path.parent.name.split()) or "root"
         tries = [stem, f"{parent}_{stem}", *(f"{parent}_{stem}_{n}" for n in range(2, 99))]
         for name in tries:
-            # data_dir/NAME_sp is where speed perturbation writes.
+            # speed perturbation writes to data_dir/NAME_sp
             clash = {name, f"{name}_sp", name.removesuffix("_sp")} & sources.keys()
             if not clash and (data_dir / name).resolve() not in resolved:
                 break
@@ -43,15 +43,17 @@ def name_sources(paths: Iterable[Path], data_dir: Path) -> dict[str, Path]:
     return sources
 
 
-def bring_in(data_dir: Path, sources: Mapping[str, Path], *, allow_pipes: bool = False) -> None:
+def import_sources(
+    data_dir: Path, sources: Mapping[str, Path], *, allow_pipes: bool = False
+) -> None:
     """Write `data_dir`/NAME for every data directory, with absolute audio paths.
 
-    All are read before the first is written. Nothing is dropped here: stage 3 names and
-    counts what cannot be used.
+    All directories are read before the first is written. No utterance is dropped here; stage 3
+    names and counts unusable utterances.
 
     Raises:
         UserError: as DataDir.read; a directory has no transcripts or none of its audio files
-            exists; or `data_dir`/NAME is something that this function did not write.
+            exists; or `data_dir`/NAME was not written by this function.
     """
     read: dict[str, DataDir] = {}
     for name, source in sources.items():
@@ -95,7 +97,7 @@ def _require_audio(source: Path, data: DataDir) -> None:
 
 
 def _hours(source: Path, data: DataDir) -> str:
-    """The hours of speech where `segments` or `utt2dur` tells them."""
+    """The hours of speech, if known from `segments` or `utt2dur`."""
     seconds: dict[str, float] = {
         utt: part.end - part.start for utt, part in data.segments.items() if part.end is not None
     }

@@ -1,7 +1,7 @@
 """speechocean762 (OpenSLR 101): English sentences read by speakers of Mandarin.
 
-Its makers wrote Kaldi data directories `train` and `test`, whose audio paths count from the
-folder that holds them.
+It comes with Kaldi data directories `train` and `test`, whose audio paths are relative to their
+parent folder.
 """
 
 import os
@@ -16,11 +16,11 @@ _INSTEAD = "set OPENSLR_URL to a mirror, or give the folder of a copy that you h
 
 
 def download(into: Path) -> Path:
-    """Download and extract the corpus, unless that was done; the folder with train and test."""
+    """Download and extract the corpus once; return the folder with train and test."""
     base = os.environ.get("OPENSLR_URL") or OPENSLR_URL
     tree = into / "speechocean762"
     url = f"{base.rstrip('/')}/101/speechocean762.tar.gz"
-    # OpenSLR publishes no checksum of this archive; gzip has one of its own.
+    # OpenSLR publishes no checksum of this archive; gzip has its own checksum.
     fetch_and_extract(url, into, tree / ".complete", instead=_INSTEAD)
     return tree
 
@@ -28,11 +28,11 @@ def download(into: Path) -> Path:
 def load_subset(root: Path, subset: str) -> DataDir:
     """Read `train`, `dev` or `test`.
 
-    dev is DEV_SPEAKERS speakers of the training directory (at most half of them), spread
-    evenly over their sorted ids, and train the others. Nothing is dropped here.
+    dev consists of DEV_SPEAKERS speakers of the training directory (at most half of them), evenly
+    selected from their sorted ids; train consists of the others. No utterance is dropped here.
 
     Raises:
-        UserError: as DataDir.read, `root` is no speechocean762, or it has a single speaker.
+        UserError: as DataDir.read, `root` is not speechocean762, or it has a single speaker.
     """
     folder = root
     if not (folder / "train").is_dir() and (root / "speechocean762" / "train").is_dir():

@@ -1,6 +1,6 @@
 """The synth corpus: sentences of a small grammar, spoken by eSpeak NG in many voices.
 
-It comes as a tree in LibriSpeech's layout, so that it is prepared as real data is.
+It is a tree in LibriSpeech's layout, so that it is prepared like real data.
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ from espnet_kv.recipe.corpora import acoustics, espeak
 from espnet_kv.recipe.corpora.grammar import Grammar
 from espnet_kv.recipe.corpora.tree import SAMPLE_RATE, build_tree, is_built
 
-_VERSION = 1  # raise it when the same options come to mean other samples
+_VERSION = 1  # increase it when the same options give other samples
 
 
 @dataclass(frozen=True)
 class SynthOptions:
-    """Sizes in utterances: `dev` and `test` of dev-clean and dev-other, test-clean and
-    test-other each."""
+    """Sizes in utterances. `dev` is the size of dev-clean and of dev-other, `test` that of
+    test-clean and of test-other."""
 
     train: int = 2400
     dev: int = 60
@@ -43,8 +43,8 @@ def _voices(accents: list[str], variants: list[str]) -> list[str]:
     return [f"gmw/{accent}{variant}" for variant in variants for accent in accents]
 
 
-# The voices of test-clean and dev-clean are those of training; an "other" voice has a
-# variant (vocal tract and larynx) that training lacks, half of them also a new accent.
+# test-clean and dev-clean use the voices of training. The voices of "other" have a variant (vocal
+# tract and larynx) that training lacks, and half of them a new accent.
 _SEEN = _voices(
     ["en-US", "en", "en-GB-x-rp", "en-US-nyc"],
     ["", "+m1", "+m3", "+m7", "+f2", "+f3"],
@@ -57,7 +57,7 @@ _UNSEEN = _voices(
 
 @dataclass(frozen=True)
 class Condition:
-    """Ranges that each utterance draws from uniformly.
+    """Ranges of the uniform distributions for each utterance.
 
     rate: words a minute. pitch: steps of eSpeak's scale around the voice's own. snr: dB.
     rt60: seconds. reverb: energy of the room's tail, dB below the direct sound.
@@ -84,7 +84,7 @@ CONDITIONS = {
 
 @dataclass(frozen=True)
 class Utterance:
-    """One utterance of the plan. `path` is that of its audio, relative to the tree."""
+    """One utterance. path: file of the audio, relative to the tree."""
 
     id: str
     path: Path
@@ -95,10 +95,10 @@ class Utterance:
 
 
 def plan(options: SynthOptions) -> list[Utterance]:
-    """Say what the corpus will hold: no sentence twice, every word of dev and test in train.
+    """Choose the utterances: different sentences, and all words of dev and test are in train.
 
     Raises:
-        UserError: the sizes do not allow that.
+        UserError: this is not possible with the given sizes.
     """
     sizes = [options.train, options.dev, options.dev, options.test, options.test]
     sentences = iter(_sentences(options.train, sum(sizes[1:]), options.seed))
@@ -108,7 +108,7 @@ def plan(options: SynthOptions) -> list[Utterance]:
         order = list(enumerate(condition.voices, 100 if condition is CLEAN else 200))
         random.Random(f"{options.seed} {subset}").shuffle(order)
         speakers = itertools.islice(itertools.cycle(order), size)
-        # A voice is a speaker; what it reads in one subset is a chapter.
+        # A voice is a speaker; its utterances in one subset are a chapter.
         for index, (speaker, voice) in enumerate(speakers):
             chapter = f"{speaker}-{1000 * number + speaker}"
             utt = f"{chapter}-{index // len(order):04d}"
@@ -137,9 +137,9 @@ def _sentences(train: int, held_out: int, seed: int) -> list[str]:
 
 
 def render(utterance: Utterance) -> np.ndarray:
-    """Speak an utterance and put it in its room; int16 samples (N,) at SAMPLE_RATE.
+    """Synthesise an utterance with reverberation and noise; int16 samples (N,) at SAMPLE_RATE.
 
-    The samples depend on the utterance alone, not on what was rendered before.
+    The samples depend only on the utterance, not on earlier calls.
     """
     rng = np.random.default_rng([utterance.seed, zlib.crc32(utterance.id.encode())])
     condition = utterance.condition
@@ -163,12 +163,12 @@ def render(utterance: Utterance) -> np.ndarray:
 
 
 def generate(tree: Path, options: SynthOptions, nj: int = 1) -> None:
-    """Write the corpus to the folder `tree` by `nj` processes; skip what is there already.
+    """Write the corpus to the folder `tree` with `nj` processes, unless it exists.
 
-    The audio does not depend on `nj`. A tree of other options is replaced.
+    The audio does not depend on `nj`. A tree with other options is replaced.
 
     Raises:
-        UserError: `tree` holds something else, or eSpeak NG is not installed.
+        UserError: `tree` has other contents, or eSpeak NG is not installed.
     """
     try:
         spoken_by = metadata.version("espeakng-loader")

@@ -1,4 +1,4 @@
-"""Trees in LibriSpeech's layout that are generated, so that they are read as real data is."""
+"""Generated corpora as trees in LibriSpeech's layout, which are read like real data."""
 
 import json
 import os
@@ -18,7 +18,7 @@ SAMPLE_RATE = 16000
 
 
 class Utterance(Protocol):
-    """One utterance to render: its id, its words, and its file relative to the tree."""
+    """One utterance to generate: id, words, and path of the audio relative to the tree."""
 
     @property
     def id(self) -> str: ...
@@ -29,23 +29,23 @@ class Utterance(Protocol):
 
 
 def is_built(tree: Path, name: str, stamp: Mapping[str, Any]) -> bool:
-    """Whether `tree` holds the corpus `name` of these options already.
+    """Whether `tree` holds the corpus `name` with these options.
 
     Raises:
-        UserError: `tree` holds something else, which must not be overwritten.
+        UserError: `tree` has other contents, which must not be overwritten.
     """
     if not tree.is_dir():
         if tree.exists():
-            raise UserError(f"{tree} is no folder: move it away, or name another folder")
+            raise UserError(f"{tree} is not a folder: move it away, or name another folder")
         return False
     if not any(tree.iterdir()):
         return False
     file = tree / f"{name}.json"
     if not file.is_file():
-        raise UserError(f"{tree} is no {name} corpus: move it away, or name another folder")
+        raise UserError(f"{tree} is not a {name} corpus: move it away, or name another folder")
     try:
         return json.loads(file.read_text(encoding="utf-8")) == stamp
-    except ValueError:  # as a full disk leaves it
+    except ValueError:  # truncated, e.g. by a full disk
         return False
 
 
@@ -57,13 +57,13 @@ def build_tree[Item: Utterance](
     render: Callable[[Item], np.ndarray],
     nj: int = 1,
 ) -> None:
-    """Write the corpus `name` to the folder `tree` by `nj` processes, in one step.
+    """Write the corpus `name` to the folder `tree` with `nj` processes, atomically.
 
-    The bytes do not depend on `nj`. What the folder held is replaced (see `is_built`).
+    The output does not depend on `nj`. Existing contents are replaced (see `is_built`).
 
     Args:
-        stamp: options and versions that the samples depend on, written to `name`.json.
-        render: utterance -> int16 samples (N,) at SAMPLE_RATE; picklable where nj > 1.
+        stamp: options and versions that affect the samples, written to `name`.json.
+        render: utterance -> int16 samples (N,) at SAMPLE_RATE; picklable if nj > 1.
 
     Raises:
         UserError: a worker process was killed.

@@ -1,1 +1,1 @@
-# ESPnet's path.sh sources this file; nothing of the recipe's own needs a path.
+# Paths of your own, e.g. export PATH=/path/to/sctk/bin:${PATH}
