@@ -59,7 +59,7 @@ def read_calibration(
         UserError: fewer than two utterances are long enough, or a file cannot be read.
     """
     if kind not in KINDS:
-        raise ValueError(f"kind {kind!r}: allowed are {', '.join(KINDS)}")
+        raise ValueError(f"kind {kind!r}: allowed: {', '.join(KINDS)}")
     entries = read_scp(scp)
     utterances = sorted(entries)
     random.Random(seed).shuffle(utterances)

@@ -97,7 +97,7 @@ def read_utterance(
             note(changed)
     if found in (None, rate):
         return samples
-    note(f"audio is resampled from {found} to {rate} samples per second, the rate of the model")
+    note(f"audio of {found} samples per second is resampled to {rate}, the rate of the model")
     return soxr.resample(samples, found, rate) if len(samples) else samples
 
 

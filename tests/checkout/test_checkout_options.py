@@ -154,7 +154,7 @@ def test_what_ends_the_run_ends_asr_sh(asr1, tools):
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM
     assert errors == "error: stopped by SIGTERM: the same command goes on from here\n"
     with pytest.raises(ProcessLookupError):

@@ -90,7 +90,7 @@ def test_stages_14_and_15_find_what_asr_sh_made(asr1):
     for exp in EXPS:
         found = json.loads((asr1 / exp / "profile/profile.json").read_text())["wer"]
         assert set(found["offline"]) == {"test_clean", "dev"}
-    assert (asr1 / "exp/report/index.html").is_file()
+    assert (asr1 / "exp/report/report.html").is_file()
 
 
 def test_streaming(asr1):

@@ -103,7 +103,7 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("espnet2", "t
             cwd=tmp_path,
             env=os.environ | {"CUDA_VISIBLE_DEVICES": "0", "PYTHONPATH": path},
             check=True,
-            timeout=120,
+            timeout=400,
         )
         first, second = (json.loads((tmp_path / name).read_text()) for name in "12")
         assert first["espnet"] and first["device_awake"] is False

@@ -119,7 +119,7 @@ class TestLostProducts:
             ("exp/asr_stats*/train/feats_stats.npz", 10),
             ("exp/asr_stats*/valid/speech_shape", 10),
             ("dump/raw/test/data_wav.ark", 3),
-            ("data/token_list/char/tokens.txt", 5),
+            ("data/en_token_list/char/tokens.txt", 5),
             ("exp/asr_train*/decode_*/test/text", 12),
             ("exp/asr_train*/decode_*/test/score_wer/result.txt", 13),
             ("exp/asr_train*/decode_*/test/scores.json", 13),
@@ -174,7 +174,7 @@ def test_a_test_set_that_is_the_validation_set_too_is_decoded_whole(undisturbed,
     code, out, err = run(tmp_path, *both)
     assert code == 0, out + err
     assert len((tmp_path / "dump/raw/dev/wav.scp").read_text().splitlines()) == 2
-    (decoded,) = tmp_path.glob("exp/asr_train*/decode_*/dev/text")
+    (decoded,) = tmp_path.glob("exp/asr_train*/decode_*/org/dev/text")
     assert len(decoded.read_text().splitlines()) == 3
     assert out.splitlines()[-2].split()[:3] == ["dev", "3", "0"]
 

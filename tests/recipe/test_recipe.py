@@ -185,7 +185,7 @@ class TestWholeRecipe:
             *("--stage", "11", "--stop_stage", "13", "--asr_config", configs("gqa")),
             *("--speed_perturb_factors", "1.0 1.1", "--asr_args", "--max_epoch 6"),
         )
-        exp = asr1 / "exp/asr_train_asr_conformer_gqa_raw_en_bpe60_sp_tiny_max_epoch_6"
+        exp = asr1 / "exp/asr_train_asr_conformer_gqa_raw_en_bpe60_max_epoch6_sp_tiny"
         first = start(asr1, *options, start_new_session=True)
         while not (exp / "1epoch.pth").exists():
             assert first.poll() is None, first.communicate()

@@ -30,8 +30,8 @@ def experiment(tmp_path, monkeypatch) -> list[str]:
     (dump / "text").write_text("".join(f"{k} {v.replace('_', '')}\n" for k, v in LETTERS.items()))
     for file in ("utt2spk", "spk2utt"):
         (dump / file).write_text("".join(f"{k} {k}\n" for k in LETTERS))
-    (tmp_path / "data/token_list/char").mkdir(parents=True)
-    (tmp_path / "data/token_list/char/tokens.txt").write_text("\n".join(TOKENS) + "\n")
+    (tmp_path / "data/en_token_list/char").mkdir(parents=True)
+    (tmp_path / "data/en_token_list/char/tokens.txt").write_text("\n".join(TOKENS) + "\n")
     exp = tmp_path / "exp/asr_x"
     exp.mkdir(parents=True)
     save(exp)

@@ -46,7 +46,7 @@ class Forked:
 
     def _run(self, main, arguments, theirs, ours, given) -> None:
         status = 70
-        signal.alarm(60)  # instead of waiting forever
+        signal.alarm(300)  # instead of waiting forever
         # the parent of the tests may ignore it, e.g. a shell in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
         logging.root.handlers.clear()  # pytest's handlers would prevent the command's

@@ -114,7 +114,7 @@ def results(folder: Path) -> dict[str, bytes]:
         "dump/raw/**/text",
         "dump/raw/**/utt2num_samples",
         "dump/raw/**/data_wav.ark",
-        "data/token_list/**/tokens.txt",
+        "data/en_token_list/**/tokens.txt",
         "exp/*_stats_*/*/*_shape*",
         "exp/asr_*/decode_*/*/text",
         "exp/asr_*/decode_*/*/score_wer/result.txt",
