@@ -6,6 +6,10 @@ replaces `python`, e.g. in ESPnet's `asr.sh --python "python3 -m espnet_kv"`. Wh
 has a command with the options and files of ESPnet's, it runs instead: models are saved atomically
 and loaded strictly, and decoding uses the cached decoder. ESPnet's streaming command is replaced
 only for models with an encoder of this package.
+
+    python -m espnet_kv doctor
+
+checks what is installed.
 """
 
 import argparse
@@ -18,7 +22,7 @@ import types
 STREAMING = "asr_inference_streaming"
 OURS = ("asr_inference", "asr_train", "lm_calc_perplexity", "lm_train", STREAMING)
 """Modules of espnet_kv.bin that take the place of those in espnet2.bin."""
-USAGE = "usage: python -m espnet_kv (-m MODULE | -c CODE | SCRIPT) [ARGUMENT ...]"
+USAGE = "usage: python -m espnet_kv (-m MODULE | -c CODE | SCRIPT | doctor) [ARGUMENT ...]"
 
 
 def main() -> None:
@@ -27,6 +31,10 @@ def main() -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         sys.exit(0 if arguments else 2)
+    if arguments == ["doctor"]:
+        from espnet_kv import doctor
+
+        sys.exit(doctor.main())
     if arguments[0] in ("-m", "-c") and len(arguments) == 1:
         print(f"error: {arguments[0]} needs a value; {USAGE}", file=sys.stderr)
         sys.exit(2)

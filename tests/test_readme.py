@@ -50,7 +50,7 @@ def of_kind(pattern: str) -> list[str]:
 MAKE = of_kind("make ")
 RECIPE_RUNS = of_kind(r"(\w+=\S+ )*\./run(_all)?\.sh\b")
 HELP = of_kind(r"python -m .* --help$")
-CODE = of_kind("python -c ")
+CODE = of_kind("python -c |python -m espnet_kv doctor")
 OURS = [c for c in of_kind(r"python -m espnet_kv\.bin\.") if c not in HELP]
 ESPNET3_RUNS = of_kind(r"(\w+=\S+ )*python run\.py ")  # tests/espnet3/test_espnet3_recipe.py
 PLACES = of_kind("(cd|cp|pip install) ")

@@ -12,8 +12,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from espnet_kv.config import plain_names
 from espnet_kv.errors import ConfigError, UserError, is_out_of_memory, one_line
+from espnet_kv.names import plain_names
 
 if TYPE_CHECKING:
     from espnet2.text.abs_tokenizer import AbsTokenizer

@@ -14,7 +14,7 @@ import io
 import sys
 from multiprocessing.reduction import ForkingPickler
 
-from espnet_kv.config import REMARK
+from espnet_kv.names import REMARK
 
 # table of choices -> choice -> module:class
 CHOICES = {

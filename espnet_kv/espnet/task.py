@@ -7,7 +7,6 @@ import torch
 from espnet2.tasks.asr import ASRTask as ESPnetASRTask
 from espnet2.train.abs_espnet_model import AbsESPnetModel
 
-from espnet_kv.config import plain_names
 from espnet_kv.decoder.transformer import KVTransformerDecoder
 from espnet_kv.encoder.chunked import KVEncoder
 from espnet_kv.errors import ArgumentError, UserError, one_line
@@ -19,6 +18,7 @@ from espnet_kv.espnet.loading import (
     read_config,
     refuse_partial_loads,
 )
+from espnet_kv.names import plain_names
 
 
 class ASRTask(ESPnetASRTask):

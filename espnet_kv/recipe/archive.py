@@ -11,9 +11,10 @@ from typing import Any
 
 import yaml
 
-from espnet_kv.config import REMARK, load_yaml
+from espnet_kv.config import load_yaml
 from espnet_kv.errors import UserError
 from espnet_kv.espnet.register import CHOICES
+from espnet_kv.names import REMARK
 
 OURS = {choice for choices in CHOICES.values() for choice in choices}
 

@@ -208,7 +208,13 @@ class TestRefused:
             (["--stage", "14", "--skip_eval", "true"], "--skip_eval: .* stages 1 to 13 only"),
             (["--corpus", "synth", "--skip_eval", "true"], "--skip_eval: .* --corpus synth"),
             (
-                ["--convert_from", "x", "--attention_type=mla", "--kv_rank=8", "--pretrained_model=x"],
+                [
+                    "--convert_from",
+                    "x",
+                    "--attention_type=mla",
+                    "--kv_rank=8",
+                    "--pretrained_model=x",
+                ],
                 "--pretrained_model: .* --convert_from",
             ),
             (["--kv_rank", "4"], "--kv_rank: goes with --convert_from"),

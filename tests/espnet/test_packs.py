@@ -17,10 +17,11 @@ from profile_json import make_profile
 from small_models import speech
 from small_recipe import REPO
 
-from espnet_kv.config import REMARK, load_config
+from espnet_kv.config import load_config
 from espnet_kv.espnet import packs
 from espnet_kv.espnet.packs import unpacked
 from espnet_kv.espnet.task import ASRTask
+from espnet_kv.names import REMARK
 from espnet_kv.profile.schema import Profile
 from espnet_kv.recipe.archive import add_card
 from espnet_kv.streaming.recognizer import StreamingRecognizer

@@ -16,7 +16,7 @@ from scored import score
 from small_models import speech
 from small_recipe import REPO, leftovers, run, said
 
-from espnet_kv.config import REMARK
+from espnet_kv.names import REMARK
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.options import parse
 from espnet_kv.recipe.packing import packed_model
