@@ -47,6 +47,7 @@ setup(
         "psutil",
         "hydra-core",
         "omegaconf",
+        "espnet_model_zoo",
         "huggingface_hub",
         "espeakng-loader",  # the voice of the embedded corpus
     ],

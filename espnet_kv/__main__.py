@@ -7,7 +7,8 @@ has a command with the options and files of ESPnet's, it runs instead: models ar
 and loaded strictly, and decoding uses the cached decoder. ESPnet's streaming command is replaced
 only for models with an encoder of this package.
 
-`python -m espnet_kv recipe DIR` writes the recipe's files (espnet_kv.bin.recipe).
+`python -m espnet_kv recipe DIR` writes the recipe's files (espnet_kv.bin.recipe), and
+`python -m espnet_kv doctor` checks what is installed (espnet_kv.bin.doctor).
 """
 
 import argparse
@@ -20,9 +21,9 @@ import types
 STREAMING = "asr_inference_streaming"
 OURS = ("asr_inference", "asr_train", "lm_calc_perplexity", "lm_train", STREAMING)
 """Modules of espnet_kv.bin that take the place of those in espnet2.bin."""
-WORDS = ("recipe",)
+WORDS = ("doctor", "recipe")
 """Modules of espnet_kv.bin with a short name: `python -m espnet_kv recipe DIR`."""
-USAGE = "usage: python -m espnet_kv (-m MODULE | -c CODE | SCRIPT | recipe) [ARGUMENT ...]"
+USAGE = "usage: python -m espnet_kv (-m MODULE | -c CODE | SCRIPT | doctor | recipe) [ARGUMENT ...]"
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from espnet_kv.errors import UserError
+from espnet_kv.names import plain_names
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def load_config(path: Path, overlay: Path | None = None) -> dict[str, Any]:
     Raises:
         UserError: a file is missing or is not a YAML mapping, or `per_encoder` is not a mapping.
     """
-    config = load_yaml(path)
+    config = plain_names(load_yaml(path))
     if overlay is None:
         return config
     extra = load_yaml(overlay)

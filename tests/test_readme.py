@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import soundfile
 import yaml
+from packed import packed
 from small_models import RATE, save, speech
 
 from espnet_kv.recipe import options
@@ -49,7 +50,7 @@ def of_kind(pattern: str) -> list[str]:
 MAKE = of_kind("make ")
 RECIPE_RUNS = of_kind(r"(\w+=\S+ )*\./run(_all)?\.sh\b")
 HELP = of_kind(r"python -m .* --help$")
-CODE = of_kind("python -c ")
+CODE = of_kind("python -c |python -m espnet_kv doctor")
 OURS = [c for c in of_kind(r"python -m espnet_kv\.bin\.") if c not in HELP]
 ESPNET3_RUNS = of_kind(r"(\w+=\S+ )*python run\.py ")  # tests/espnet3/test_espnet3_recipe.py
 WRITTEN = of_kind("python -m espnet_kv recipe ")
@@ -175,6 +176,7 @@ def directory_of_a_reader(tmp_path_factory) -> Path:
     save(experiment)
     shutil.move(experiment / "model.pth", experiment / "valid.acc.ave.pth")
     soundfile.write(here / "speech.wav", speech("ABBA").numpy(), RATE)
+    packed(here).rename(here / "asr_x_valid.acc.ave.zip")
     return here
 
 
@@ -195,8 +197,9 @@ def test_every_python_block_is_a_snippet():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("code", "shown"), snippets())
-def test_python_snippets_run(code, shown, directory_of_a_reader):
+def test_python_snippets_run(code, shown, directory_of_a_reader, monkeypatch):
     """As scripts of their own; a text block right below is what they print."""
+    monkeypatch.setenv("HOME", str(directory_of_a_reader))  # where packs are unpacked
     script = directory_of_a_reader / "snippet.py"
     script.write_text(code, encoding="utf-8")
     ended = run(["python", str(script)], directory_of_a_reader)

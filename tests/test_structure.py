@@ -18,14 +18,24 @@ LAYERS = {
     "errors": set(),
     "cli": set(),
     "files": set(),
-    "config": set(),
+    "names": set(),
+    "config": {"names"},
     "scores": set(),
     "channels": set(),
     "cache": set(),
     "attention": {"cache"},
     "encoder": {"cache", "attention", "espnet.signatures", "espnet.loading"},
     "decoder": {"cache", "attention", "espnet.signatures", "espnet.loading"},
-    "espnet": {"cli", "files", "config", "cache", "encoder", "decoder", "streaming.recordings"},
+    "espnet": {
+        "cli",
+        "files",
+        "names",
+        "config",
+        "cache",
+        "encoder",
+        "decoder",
+        "streaming.recordings",
+    },
     "streaming": {"channels", "cache", "encoder", "espnet"},
     "convert": {
         "files",
@@ -49,7 +59,8 @@ LAYERS = {
         "__init__",
     },
     "report": {"files", "profile"},  # its schema: the rest of profile needs torch
-    "__main__": set(),
+    "doctor": {"espnet.register"},
+    "__main__": {"doctor"},
     "__init__": {"espnet.register"},
 }
 WITHOUT_ESPNET = (

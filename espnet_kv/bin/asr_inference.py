@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from espnet_kv.bin.model_options import LANGUAGE_MODEL, MODEL, find_model
 from espnet_kv.bin.streaming_options import check_device
 from espnet_kv.cli import command
 from espnet_kv.errors import UserError, one_line
@@ -79,8 +80,6 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} needs --{other}")
     if args.word_lm_train_config is not None or args.word_lm_file is not None:
         raise UserError("--word_lm_train_config: ESPnet has no word language models; leave it out")
-    if args.model_tag is None and None in (args.asr_train_config, args.asr_model_file):
-        raise UserError("give --asr_train_config and --asr_model_file")
     for name in FILES:
         path = getattr(args, name)
         if path is not None and not Path(path).is_file():
@@ -88,6 +87,7 @@ def _check(args: argparse.Namespace) -> None:
     if Path(args.output_dir).is_file():
         raise UserError(f"--output_dir {args.output_dir} is a file; name a directory")
     check_writable(Path(args.output_dir))
+    find_model(args, (*MODEL, *LANGUAGE_MODEL))
 
 
 def _ours(

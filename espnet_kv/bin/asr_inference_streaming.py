@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from espnet_kv.bin.model_options import MODEL, TAG_HELP, find_model
 from espnet_kv.bin.streaming_options import add_streaming_options, build_recognizer
 from espnet_kv.cli import command
 from espnet_kv.errors import UserError
@@ -40,6 +41,10 @@ def get_parser() -> argparse.ArgumentParser:
         espnet.get_parser(),
         "Streaming ASR decoding: CTC prefix beam search with rescoring by the decoder",
     )
+    for action in parser._actions:
+        if action.dest in MODEL:  # a pack may take their place
+            action.required = False
+    parser.add_argument("--model_tag", help=TAG_HELP)
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="Data type")
     add_streaming_options(parser, endpoint_silence_ms=0, max_segment_seconds=0)
     parser.add_argument(
@@ -90,6 +95,7 @@ def _check(args: argparse.Namespace) -> None:
     if Path(args.output_dir).is_file():
         raise UserError(f"--output_dir {args.output_dir} is a file; name a directory")
     check_writable(Path(args.output_dir))
+    find_model(args)
 
 
 def _decode(args: argparse.Namespace) -> None:

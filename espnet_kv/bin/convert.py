@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from espnet_kv.bin.model_options import add_model_options, find_model
 from espnet_kv.cli import HelpFormatter, Parser, command, whole
 from espnet_kv.errors import UserError, one_line
 
@@ -42,8 +43,7 @@ def get_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--asr_train_config", type=Path, required=True, help="config.yaml of the trained model")
-    add("--asr_model_file", type=Path, required=True, help="checkpoint of the trained model")
+    add_model_options(add, Path)
     add("--output_dir", type=Path, required=True, help="experiment directory to write")
     add("--attention_type", required=True, choices=TYPES, help="attention of the new model")
     add("--kv_rank", type=int, help="mla: size of the latent, the same in all layers")
@@ -103,6 +103,7 @@ def main(cmd: Sequence[str] | None = None) -> None:
         UserError: a model or an option cannot be used.
     """
     args = get_parser().parse_args(cmd)
+    find_model(args, kind=Path)
     words = sys.argv[1:] if cmd is None else cmd
     run(args, shlex.join(["python", "-m", "espnet_kv.bin.convert", *words]))
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from espnet_kv.bin.model_options import add_model_options, find_model
 from espnet_kv.cli import Parser, command, true_or_false, whole
 from espnet_kv.config import load_config, load_yaml
 from espnet_kv.errors import ConfigError, UserError, one_line
@@ -47,8 +48,7 @@ def get_parser() -> argparse.ArgumentParser:
         default="valid.acc.ave.pth",
         help="model file in this directory (default: %(default)s)",
     )
-    g.add_argument("--asr_train_config", type=Path, help="config.yaml, with --asr_model_file")
-    g.add_argument("--asr_model_file", type=Path, help="model file, with --asr_train_config")
+    add_model_options(g.add_argument, Path)
     g.add_argument(
         "--decoding",
         default="",
@@ -249,11 +249,15 @@ def _profile_target(args: argparse.Namespace) -> ProfileTarget:
     """The model given by the options."""
     from espnet_kv.profile.subject import Source
 
-    ways = [args.experiment, args.asr_train_config or args.asr_model_file, args.config]
+    files = args.asr_train_config or args.asr_model_file
+    ways = [args.experiment, files, args.model_tag, args.config]
     if sum(way is not None for way in ways) != 1:
         raise UserError(
-            "give one of --experiment DIR, --asr_train_config with --asr_model_file, or --config"
+            "give one of --experiment DIR, --asr_train_config with --asr_model_file, --model_tag, "
+            "or --config"
         )
+    if args.model_tag is not None and args.output is None:
+        raise UserError("--model_tag: give --output, the file to write")
     if args.config is None and args.overlay is not None:
         raise UserError("--overlay goes with --config; a trained model has its own")
     paths: dict[str, str | None] = dict.fromkeys(("experiment", "config", "overlay", "model_file"))
@@ -270,8 +274,7 @@ def _profile_target(args: argparse.Namespace) -> ProfileTarget:
             raise UserError(f"{args.experiment} does not exist: train first (stage 11)")
         args.asr_train_config = args.experiment / "config.yaml"
         args.asr_model_file = args.experiment / args.inference_asr_model
-    if args.asr_train_config is None or args.asr_model_file is None:
-        raise UserError("give both --asr_train_config and --asr_model_file")
+    find_model(args, kind=Path)
     experiment = args.asr_train_config.parent
     run = _json(experiment / "run.json")
     paths |= {

@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import TextIO
 
+from espnet_kv.bin.model_options import add_model_options, find_model
 from espnet_kv.bin.streaming_options import add_streaming_options, build_recognizer
 from espnet_kv.cli import HelpFormatter, command
 from espnet_kv.errors import UserError
@@ -29,8 +30,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("audio", help="A file, or - for standard input")
-    add("--asr_train_config", required=True, help="config.yaml of the experiment")
-    add("--asr_model_file", required=True, help="Model file of the experiment")
+    add_model_options(add)
     add("--rate", type=int, help="Samples per second of standard input; default: the model's")
     add("--ngpu", type=int, default=0, help="0 = CPU")
     add("--dtype", default="float32", help="float16, bfloat16, float32 or float64")
@@ -69,6 +69,7 @@ def _transcribe(args: argparse.Namespace) -> int:
             f"--rate {args.rate}: from 1 to {HIGHEST_RATE}, and for standard input (-) only"
         )
     file = FileSource(args.audio) if args.audio != "-" else None  # before the model is loaded
+    find_model(args)
     recognizer = build_recognizer(args)
     source = file or PipeSource(args.rate or recognizer.sample_rate)
     if not file and recognizer.left_chunks < 0:

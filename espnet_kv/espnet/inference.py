@@ -28,6 +28,7 @@ from espnet_kv.espnet.loading import (
     read_config,
     refuse_partial_loads,
 )
+from espnet_kv.espnet.packs import unpacked
 from espnet_kv.espnet.parser import check_search
 from espnet_kv.espnet.task import ASRTask, CachedDecodingTask
 
@@ -94,9 +95,13 @@ class Speech2Text(espnet.Speech2Text):
 
     @classmethod
     def from_pretrained(cls, model_tag: str | None = None, **options: Any) -> "Speech2Text":
-        """Build it from a tag of espnet_model_zoo, or from files as the constructor does."""
+        """Build it from a zip or a tag of espnet_model_zoo, or from files as the constructor does.
+
+        Raises:
+            UserError: see `espnet_kv.espnet.packs.unpacked` and the class.
+        """
         if model_tag is not None:
-            options |= espnet.download_pretrained(model_tag)
+            options |= unpacked(model_tag)
         return cls(**options)
 
     def __call__(self, speech: Any) -> Any:

@@ -13,6 +13,7 @@ import yaml
 from torch import Tensor, nn
 
 from espnet_kv.errors import ConfigError, UserError, is_out_of_memory, one_line
+from espnet_kv.names import plain_names
 
 if TYPE_CHECKING:
     from espnet2.text.abs_tokenizer import AbsTokenizer
@@ -166,7 +167,7 @@ def read_config(
     for key in keys:
         if not config.get(key):
             raise UserError(f"{file} is not a config.yaml of a trained model: it names no {key}")
-    return config
+    return plain_names(config)
 
 
 def find_files(config_file: Path | str, config: Mapping[str, Any]) -> dict[str, Any]:

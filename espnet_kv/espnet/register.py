@@ -14,6 +14,8 @@ import io
 import sys
 from multiprocessing.reduction import ForkingPickler
 
+from espnet_kv.names import REMARK
+
 # table of choices -> choice -> module:class
 CHOICES = {
     "encoder_choices": {
@@ -48,9 +50,20 @@ def register() -> None:
 def _fill_choices(module) -> None:
     for table_name, choices in CHOICES.items():
         table = getattr(module, table_name)
+        table.classes = _Choices(table.classes)
         for choice, target in choices.items():
             module_name, class_name = target.split(":")
             table.classes[choice] = getattr(importlib.import_module(module_name), class_name)
+
+
+class _Choices(dict):
+    """A table of choices whose names may have the remark of packs behind them."""
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(str(name).removesuffix(REMARK))
+
+    def __getitem__(self, name: str) -> type:
+        return super().__getitem__(name.removesuffix(REMARK))
 
 
 def _run_quietly(run_module, module) -> None:

@@ -18,6 +18,7 @@ from espnet_kv.espnet.loading import (
     read_config,
     refuse_partial_loads,
 )
+from espnet_kv.names import plain_names
 
 
 class ASRTask(ESPnetASRTask):
@@ -33,6 +34,7 @@ class ASRTask(ESPnetASRTask):
         Raises:
             ConfigError: a key of encoder_conf is not allowed.
         """
+        vars(args).update(plain_names(vars(args)))
         model = super().build_model(args)
         for module in model.modules():
             if isinstance(module, KVEncoder | KVTransformerDecoder):

@@ -8,7 +8,6 @@ that our stages look for, and lengths, test sets, texts and decoding options as 
 """
 
 import argparse
-import math
 import os
 import re
 import shlex
@@ -17,48 +16,30 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from espnet_kv.cli import command
-from espnet_kv.config import load_yaml
 from espnet_kv.errors import UserError
-from espnet_kv.files import write_text
+from espnet_kv.recipe.asr_sh import asr_sh_call
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.options import STAGES, parse, parser
 from espnet_kv.recipe.plan import plan
 from espnet_kv.recipe.pool import end_groups, terminate_on_signals
 from espnet_kv.recipe.scoring import publish
-from espnet_kv.recipe.train import default_gpus
 
 LAST = 13
-"""The last stage that asr.sh drives; its later ones pack and upload."""
+"""The last stage that asr.sh drives; its 14 and 15 pack and upload, see packing.py."""
 LINKS = ("asr.sh", "scripts", "pyscripts", "steps", "utils")
 OUR_DATA = "librispeech_100"
 """The corpus that asr.sh is driven for; the recipe's others are our own driver's."""
 
 CARRIED = {"corpus", "corpus_dir", "librispeech", "download_dir", "allow_pipes", "overlay"}
-CARRIED |= {"dry_run", "profile_args", "results"}
+CARRIED |= {"dry_run", "profile_args", "results", "skip_packing", "skip_upload_hf", "hf_repo"}
 """Options of ours alone that have their meaning in stages of asr.sh too, or in ours after it."""
 NO_MEANING = {
     "train_nj": "asr.sh trains one model after the other",
     "datadir": "asr.sh keeps data directories in data/",
 }
 """Other options of ours alone, which only the default of is taken, and why."""
-AS_GIVEN = (
-    *("nj", "inference_nj", "gpu_inference", "dumpdir", "expdir", "audio_format", "fs"),
-    *("token_type", "nbpe", "bpemode", "bpe_char_cover", "lang", "train_set", "valid_set"),
-    *("use_lm", "lm_config", "lm_args", "inference_lm", "use_ngram", "ngram_num"),
-    *("asr_args", "feats_normalize", "inference_asr_model"),
-    *("use_streaming", "inference_config", "inference_args"),
-)
-"""Options of both drivers that asr.sh gets as our driver has them."""
-SPLIT = {"python", "local_data_opts", "speed_perturb_factors", "test_sets"}
-SPLIT |= {"asr_args", "lm_args", "inference_args"}
-"""Options of several words; asr.sh, which does not quote, splits others at spaces, too."""
-UNFIT = r"""[*?"'`$\\;&|<>]"""
-"""Characters by which asr.sh, whose options go through eval, means something else."""
 NAMED_BY_US = {
     "asr_exp": "give --asr_tag or --expdir",
     "asr_stats_dir": "give --expdir",
@@ -72,9 +53,6 @@ NAMED_BY_US = {
     "download_model": "give its experiment with --convert_from, or call ./asr.sh",
     "use_k2": "decoding with k2 has no cache; call ./asr.sh",
     "use_maskctc": "the recipe's models are no Mask-CTC models",
-    "skip_packing": "stage 14 is profiling here; pack with ./asr.sh --stage 14",
-    "skip_upload_hf": "stage 15 is the comparison here; upload with ./asr.sh --stage 15",
-    "hf_repo": "stage 15 is the comparison here; upload with ./asr.sh --stage 15",
 }
 """Options of asr.sh alone that cannot be given here, and what to do instead."""
 UNKNOWN = """
@@ -123,22 +101,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _check_more_options(args)
     if args.stage <= LAST:
         _add_tools(args, more)
-        calls = commands(layout, more)
-        if args.dry_run:
-            print(*map(shlex.join, calls), sep="\n")
-        else:
-            for name in LINKS:
-                link(name, Path(template))
-            with terminate_on_signals():
-                for call in calls:
-                    _run(call)
-        if args.stop_stage >= LAST and not args.dry_run:
-            places = [layout.decoded(c, name) for c in args.asr_config for name in args.test_sets]
-            scored = [place for place in places if (place / "score_wer/result.txt").is_file()]
-            if scored:
-                publish(layout, scored)
+    calls = commands(layout, more)
+    if args.dry_run:
+        for call in calls:
+            print(shlex.join(call))
+    else:
+        for name in LINKS:  # asr.sh packs and uploads, too
+            link(name, Path(template))
+        with terminate_on_signals():
+            for call in calls:
+                _run(call)
+    if args.stage <= LAST <= args.stop_stage and not args.dry_run:
+        places = [layout.decoded(c, name) for c in args.asr_config for name in args.test_sets]
+        scored = [place for place in places if (place / "score_wer/result.txt").is_file()]
+        if scored:
+            publish(layout, scored)
     if args.stop_stage > LAST:
-        ours["stage"] = str(max(args.stage, LAST + 1))
+        if args.stage <= LAST:
+            ours["stage"] = str(LAST + 1)
         sys.stdout.flush()
         os.execv("./kv_asr.sh", ["./kv_asr.sh", *_as_words(ours)])
 
@@ -214,74 +194,8 @@ def commands(layout: Layout, more: Mapping[str, str]) -> list[list[str]]:
         begin = first if not done else max(first, 11 if stats in done else 10)
         done.add(stats)
         if begin <= last:
-            options = {"stage": begin, "stop_stage": last, **_values(layout, config), **more}
-            words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-            calls.append(["./asr.sh", *words])
+            calls.append(asr_sh_call(layout, config, begin, last, more))
     return calls
-
-
-def _values(layout: Layout, config: Path) -> dict[str, Any]:
-    """Option of asr.sh -> its value for one training configuration."""
-    args = layout.args
-    train, valid = layout.dump(layout.train_set), layout.dump(args.valid_set)
-    transcripts = f"data/{args.train_set}/text"
-    low = max(args.min_wav_duration, layout.shortest_seconds)
-    values = {
-        "python": f"{python()} -m espnet_kv",
-        "local_data_opts": _stage_1(args),
-        "ngpu": default_gpus(args.ngpu),
-        "speed_perturb_factors": " ".join(map(str, args.speed_perturb_factors))
-        if layout.perturbed
-        else "",
-        # asr.sh drops what has just so many samples, too
-        "min_wav_duration": (math.ceil(low * args.fs) - 0.5) / args.fs,
-        "max_wav_duration": (math.floor(args.max_wav_duration * args.fs) + 1.5) / args.fs,
-        "asr_config": _with_overlay(layout, config),
-        "asr_exp": layout.asr_exp(config),
-        "asr_stats_dir": layout.stats(config),
-        "lm_exp": layout.lm_exp,
-        "lm_stats_dir": layout.lm_stats,
-        "ngram_exp": layout.ngram.parent,
-        "inference_ngram": layout.ngram.name,
-        "inference_tag": layout.inference_name,
-        # asr.sh's own default goes before that of the configuration
-        "batch_size": load_yaml(args.inference_config).get("batch_size", 1),
-        "test_sets": " ".join(args.test_sets),
-        "bpe_train_text": transcripts,
-        # the token list of characters is made of the first one, too
-        "lm_train_text": transcripts if args.token_type == "char" else train / "text",
-        "lm_dev_text": valid / "text",
-    }
-    for name in AS_GIVEN:
-        value = getattr(args, name)
-        values[name] = str(value).lower() if isinstance(value, bool) else value
-    for name, value in values.items():
-        unfit = UNFIT if name in SPLIT else rf"{UNFIT}|\s"
-        if found := re.search(unfit, str(value)):
-            raise UserError(f"--{name} {value}: asr.sh cannot take {found[0]!r} in it")
-    return values
-
-
-def python() -> str:
-    """What asr.sh, which splits it at spaces, calls this Python."""
-    return "python3" if re.search(r"\s", sys.executable) else sys.executable
-
-
-def _stage_1(args: argparse.Namespace) -> str:
-    """Options of local/data.sh; a copy of the corpus is named in the environment."""
-    if args.corpus_dir is not None:
-        os.environ["LIBRISPEECH"] = str(args.corpus_dir.absolute())
-    return f"--nj {args.nj} --download_dir {args.download_dir}"
-
-
-def _with_overlay(layout: Layout, config: Path) -> Path:
-    if layout.args.overlay is None:
-        return config
-    file = layout.args.expdir / "configs" / f"{config.stem}_{layout.args.overlay.stem}.yaml"
-    text = yaml.safe_dump(layout.model_config(config), sort_keys=False, allow_unicode=True)
-    if not layout.args.dry_run:
-        write_text(file, text)
-    return file
 
 
 def _check(args: argparse.Namespace, more: dict[str, str], theirs: Mapping[str, str]) -> None:

@@ -17,6 +17,7 @@ from espnet_kv.recipe import conversion
 from espnet_kv.recipe.corpora import CORPORA, name_sources
 from espnet_kv.recipe.format import AUDIO_FORMATS
 from espnet_kv.recipe.jobs import check_gpus, cores
+from espnet_kv.recipe.publishing import NAMES, check_publishing, repository, stage_number
 
 STAGES = {
     1: "data preparation",
@@ -34,6 +35,8 @@ STAGES = {
     13: "scoring",
     14: "profiling of cache, time and memory",
     15: "comparison of the profiled models",
+    16: "packing",
+    17: "upload to the Hugging Face Hub",
 }
 LAST_STAGE = max(STAGES)
 COPIES = {
@@ -108,11 +111,14 @@ def _share(text: str) -> float:
 
 def parser() -> argparse.ArgumentParser:
     """The parser behind `run.sh --help`."""
-    stages = "\n".join(f"  {number:2d}  {name}" for number, name in STAGES.items())
+    called = {number: f" ({name})" for name, number in NAMES.items()}
+    stages = "\n".join(f"  {n:2d}  {what}{called.get(n, '')}" for n, what in STAGES.items())
     p = Parser(
         prog="run.sh",
         description="Train, decode and score speech recognition models with small KV caches.",
-        epilog=f"stages:\n{stages}",
+        epilog=f"stages, by number or by the name in brackets:\n{stages}\n"
+        "16 and 17 run with --skip_packing false and --skip_upload_hf false, or if --stage is one "
+        "of\nthem. They are stages 14 and 15 of asr.sh, which runs them inside an ESPnet checkout.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -126,8 +132,8 @@ def parser() -> argparse.ArgumentParser:
         group.add_argument(f"--{name}", default=default, help=text + suffix, **kwargs)
 
     g = p.add_argument_group("what runs")
-    add(g, "stage", 1, "first stage", type=int)
-    add(g, "stop_stage", LAST_STAGE, "last stage", type=int)
+    add(g, "stage", 1, "first stage", type=stage_number)
+    add(g, "stop_stage", LAST_STAGE, "last stage", type=stage_number)
     some = whole(1, 10_000)
     add(g, "nj", min(32, cores()), "parallel jobs of data stages", type=some)
     add(g, "inference_nj", min(32, cores()), "parallel jobs of decoding", type=some)
@@ -243,6 +249,12 @@ def parser() -> argparse.ArgumentParser:
         type=_more_options,
     )
 
+    g = p.add_argument_group("packing and upload")
+    own = "(default: true, unless --stage"
+    add(g, "skip_packing", None, f"leave stage 16 out {own} pack)", type=true_or_false)
+    add(g, "skip_upload_hf", None, f"leave stage 17 out {own} upload)", type=true_or_false)
+    add(g, "hf_repo", "", "repository USER/NAME of the Hugging Face Hub", type=repository)
+
     g = p.add_argument_group("results")
     add(
         g,
@@ -287,6 +299,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if args.convert_from is not None:
         # stages go by configurations: those of the experiments that the conversion makes
         args.asr_config = [exp / "config.yaml" for exp in conversion.experiments(args)]
+    check_publishing(args)
     configs = () if args.convert_from else args.asr_config
     for path in (*configs, args.inference_config, args.overlay):
         if path is not None and not path.is_file():

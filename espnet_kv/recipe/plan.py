@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from espnet_kv.recipe import conversion, data, decode, lm, profiling, scoring, train
+from espnet_kv.recipe import conversion, data, decode, lm, packing, profiling, scoring, train
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.steps import Step
 
 
 def plan(layout: Layout) -> list[Step]:
-    """The steps of stages 1 to 15 for the options; dependencies come first."""
+    """The steps of stages 1 to 17 for the options; dependencies come first."""
     args = layout.args
     prepare = data.prepare_step(layout)
     perturb = data.perturb_step(layout, prepare)
@@ -61,6 +61,7 @@ def plan(layout: Layout) -> list[Step]:
         before = [formatted[args.test_sets[0]], *last[config]]
         profiles.append(profiling.profile_step(layout, config, before))
         rates.append(profiling.rates_step(layout, config, profiles[-1]))
+    packs = {config: packing.pack_step(layout, config, last[config]) for config in args.asr_config}
     return [
         prepare,
         perturb,
@@ -79,6 +80,8 @@ def plan(layout: Layout) -> list[Step]:
         *profiles,
         *rates,
         profiling.compare_step(layout, []),
+        *packs.values(),
+        *(packing.upload_step(layout, config, step) for config, step in packs.items()),
     ]
 
 

@@ -28,14 +28,16 @@ def write_results(expdir: Path, out: Path, header: Iterable[str] = ()) -> None:
     Raises:
         UserError: there are no scores, or `out`, a result or a run.json is damaged.
     """
-    experiments = [
-        section
-        for exp in sorted(expdir.glob("asr_*"))
-        if (section := _experiment(exp, f"{expdir.name}/{exp.name}"))
-    ]
-    if not experiments:
+    experiments = sorted(expdir.glob("asr_*"))
+    if not any(True for exp in experiments for _ in scored_sets(exp)):
         raise UserError(f"{expdir} holds no scores: decode and score first (stages 12 and 13)")
-    parts = ["# RESULTS", _environments(out.parent), "\n".join(header), *experiments]
+    write_page(out, header, experiments)
+
+
+def write_page(out: Path, header: Iterable[str], experiments: Iterable[Path]) -> None:
+    """Write versions, `header` and the scores of `experiments` into `out`; see `write_results`."""
+    sections = [_experiment(exp, f"{exp.parent.name}/{exp.name}") for exp in experiments]
+    parts = ["# RESULTS", _environments(out.parent), "\n".join(header), *sections]
     generated = "\n\n".join(part for part in parts if part)
     write_text(out, _placed(out, f"{BEGIN}\n{generated}\n{END}"))
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from espnet_kv.encoder.streaming import subsampling
 from espnet_kv.errors import ArgumentError, UserError
 from espnet_kv.espnet.loading import load_tokenizer
+from espnet_kv.espnet.packs import unpacked
 from espnet_kv.espnet.task import ASRTask
 from espnet_kv.streaming.ctc import CTCHypothesis, build_search
 from espnet_kv.streaming.endpoint import Endpointer
@@ -130,6 +131,20 @@ class StreamingRecognizer:
         )
         self.peak_nbytes: dict[str, int] = {}  # maximum of `nbytes_by_kind` over all streams
         self.reset()
+
+    @classmethod
+    def from_pretrained(cls, model_tag: str, **options: Any) -> "StreamingRecognizer":
+        """The recognizer of a packed model: a zip, or a tag that espnet_model_zoo knows.
+
+        Args:
+            model_tag: path of the zip, or the tag.
+            **options: as those of the class, but for the two files.
+
+        Raises:
+            UserError: see `espnet_kv.espnet.packs.unpacked` and the class.
+        """
+        files = unpacked(model_tag)
+        return cls(files["asr_train_config"], files["asr_model_file"], **options)
 
     @property
     def sample_rate(self) -> int:

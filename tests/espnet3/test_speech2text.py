@@ -13,6 +13,7 @@ from small_models import TOKENS, save, speech
 from espnet_kv.bin.asr_inference import Speech2Text
 from espnet_kv.decoder.transformer import KVTransformerDecoder
 from espnet_kv.errors import UserError
+from espnet_kv.espnet import inference
 from espnet_kv.espnet.ctc_prefix import FastCTCPrefixScorer
 from espnet_kv.espnet.inference import replaced
 
@@ -88,11 +89,9 @@ def test_it_takes_espnets_arguments_by_place_and_name(models):
         Speech2Text(**files, beam_width=3)
 
 
-def test_a_model_tag_is_downloaded_by_espnet(models, monkeypatch):
+def test_a_packed_model_is_found_by_its_tag(models, monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        espnet, "download_pretrained", lambda tag: asked.append(tag) or models["mla"]
-    )
+    monkeypatch.setattr(inference, "unpacked", lambda tag: asked.append(tag) or models["mla"])
     assert type(Speech2Text.from_pretrained("someone/model", beam_size=2)) is Speech2Text
     assert asked == ["someone/model"]
 

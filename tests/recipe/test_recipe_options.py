@@ -7,7 +7,7 @@ import pytest
 from espnet_kv.config import load_yaml
 from espnet_kv.recipe.content import Content
 from espnet_kv.recipe.layout import Layout
-from espnet_kv.recipe.options import NEUTRAL, PLACES, parse, parser
+from espnet_kv.recipe.options import LAST_STAGE, NEUTRAL, PLACES, parse, parser
 from espnet_kv.recipe.plan import plan
 from espnet_kv.recipe.runner import forecast
 from espnet_kv.recipe.steps import Steps
@@ -87,6 +87,10 @@ RERUNS = {
     "inference_args": ("--beam_size 2", {12, 13}),
     "inference_asr_model": ("valid.acc.best.pth", {12, 13, 14}),
     "profile_args": ("--utterances 5", {14}),
+    # packing and upload: see test_packing.py
+    "skip_packing": ("false", {16}),
+    "skip_upload_hf": ("false", None),  # needs --hf_repo
+    "hf_repo": ("me/model", None),  # depends on nothing unless there is an upload
     # conversions: see test_conversions
     "convert_from": ("exp/source", None),
     "attention_type": ("mla", None),
@@ -125,7 +129,7 @@ def stages(*options: str) -> set[int]:
     """The stages of which a step would run or be refused with these options."""
     args = parse(list(options))
     judge = Steps(Content(args.dumpdir / "memory", keep=False))
-    said = list(forecast(plan(Layout(args)), judge, range(1, 16)))
+    said = list(forecast(plan(Layout(args)), judge, range(1, LAST_STAGE + 1)))
     rerun = {step.stage for step, what in said if not what.startswith(("up to", "skipped"))}
     always = {step.stage for step, what in said if what == "would run: always done"}
     others = {
