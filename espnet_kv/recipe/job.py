@@ -45,6 +45,7 @@ class Job:
     epochs: number of training epochs; 0 where there are none to show.
     after: called in the run when the job has ended well; a UserError is a failure of the job.
     fresh: it starts with nothing loaded, also on the CPU (its memory is measured).
+    output: its --output_dir, where that holds nothing but what this command writes.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Job:
     epochs: int = 0
     after: Callable[[], None] = lambda: None
     fresh: bool = False
+    output: Path | None = None
 
 
 @dataclass

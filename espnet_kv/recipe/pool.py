@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -152,10 +153,20 @@ def most_at_once() -> int:
     return PER_CORE * cores()
 
 
+CLUSTER: ContextVar[Any] = ContextVar("CLUSTER", default=None)
+"""The cluster (`cluster.Cluster`) that does the work in the place of processes of this machine."""
+
+
+def split[Item](jobs: Sequence[Item], nj: int) -> list[Sequence[Item]]:
+    """Consecutive chunks of up to 16 jobs, some for each of `nj` processes."""
+    size = max(1, min(16, len(jobs) // (4 * nj)))
+    return [jobs[start : start + size] for start in range(0, len(jobs), size)]
+
+
 def parallel_map[Item, Result](
     work: Callable[[Item], Result], jobs: Sequence[Item], nj: int
 ) -> Iterator[Result]:
-    """Yield `work(job)` for every job, in order, computed by `nj` processes.
+    """Yield `work(job)` for every job, in order, computed by `nj` processes, or by a cluster.
 
     Workers end when the caller stops early, when an exception comes, and with the run. At most
     some chunks per worker are computed ahead of what was yielded.
@@ -163,15 +174,17 @@ def parallel_map[Item, Result](
     Raises:
         UserError: `work` raised an exception (its message), or a worker process was killed.
     """
+    if cluster := CLUSTER.get():
+        yield from cluster.map(work, jobs, nj)
+        return
     if nj <= 1 or len(jobs) < 2:
         for job in jobs:
-            result, failure = _outcome(work, [job])
+            result, failure = outcome(work, [job])
             yield from result
             if failure is not None:
                 raise failure
         return
-    size = max(1, min(16, len(jobs) // (4 * nj)))
-    chunks = [jobs[start : start + size] for start in range(0, len(jobs), size)]
+    chunks = split(jobs, nj)
     workers: list[_Worker] = []
     done: dict[int, tuple[list[Result], UserError | None]] = {}
     try:
@@ -186,8 +199,8 @@ def parallel_map[Item, Result](
                         given += 1
                 busy = {worker.pipe: worker for worker in workers if worker.chunk is not None}
                 for pipe in wait(list(busy)):
-                    chunk, outcome = busy[pipe].take()  # type: ignore[index]
-                    done[chunk] = outcome
+                    chunk, answer = busy[pipe].take()  # type: ignore[index]
+                    done[chunk] = answer
             results, failure = done.pop(wanted)
             yield from results
             if failure is not None:
@@ -260,10 +273,10 @@ def _serve(pipe: Connection, work: Callable) -> None:
     end_with_parent()
     with suppress(EOFError, BrokenPipeError):
         while True:
-            pipe.send(_outcome(work, pipe.recv()))
+            pipe.send(outcome(work, pipe.recv()))
 
 
-def _outcome(work: Callable, jobs: Sequence[Any]) -> tuple[list[Any], UserError | None]:
+def outcome(work: Callable, jobs: Sequence[Any]) -> tuple[list[Any], UserError | None]:
     """The results of `jobs`, up to the first that failed."""
     results: list[Any] = []
     try:
