@@ -173,6 +173,10 @@ class Cluster:
             told = f" ({lost} gone: what they were at is done again)" if lost else ""
             print(f"  cluster: {len(workers)} workers{told}", flush=True)
             self._workers, self._alone_since = workers, now
+        if not workers and self._options.refused:
+            raise UserError(
+                f"{self._options.where}: the scheduler refused a job: {self._options.refused[0]}"
+            )
         if not workers and now - self._alone_since > self._options.wait:
             raise UserError(
                 f"--cluster {self._options.kind}: there has been no worker for "

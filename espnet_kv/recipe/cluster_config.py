@@ -46,7 +46,8 @@ class Options:
 
     kind: one of CLASSES. where: the file, as messages name it. start: starts it.
     gpus: of each worker. wait: seconds for which there may be no worker.
-    threads_per_job: torch threads of a command.
+    threads_per_job: torch threads of a command. refused: why the scheduler takes no jobs, as soon
+    as that is known.
     """
 
     kind: str
@@ -55,6 +56,7 @@ class Options:
     gpus: int = 0
     wait: float = 600.0
     threads_per_job: int = 1
+    refused: list[str] = field(default_factory=list)
 
 
 def read(kind: str, file: Path | None) -> Options:
@@ -92,16 +94,18 @@ def read(kind: str, file: Path | None) -> Options:
             "worker of several threads"
         )
     rest = {key: value for key, value in given.items() if key not in OWN}
+    refused: list[str] = []
     options = Options(
         kind,
         where,
-        lambda: _start(kind, make, where, rest, gpus, given.get("n_workers"), adapt),
+        lambda: _start(kind, make, where, rest, gpus, given.get("n_workers"), adapt, refused),
         gpus,
         number.above_zero("wait", _WAIT.get(kind, 600.0)),
         number.whole("threads_per_job", 1, 1),
+        refused,
     )
     if kind not in ("local", "ssh"):
-        _check_job(make, where, _arguments(kind, rest, gpus))
+        _check_job(make, where, arguments(kind, rest, gpus))
     return options
 
 
@@ -136,41 +140,41 @@ def _known(kind: str, make: Any) -> set[str]:
     return (names | own) - refused
 
 
-def _arguments(kind: str, given: Mapping[str, Any], gpus: int) -> dict[str, Any]:
+def arguments(kind: str, given: Mapping[str, Any], gpus: int) -> dict[str, Any]:
     """The arguments of Dask's class: those given, and those that the recipe needs."""
-    arguments = dict(given)
+    made = dict(given)
     path = os.environ.get("PYTHONPATH", "")
     # relative to where the run is, which a worker does not know when it starts
     path = os.pathsep.join(os.path.abspath(part) for part in path.split(os.pathsep) if part)
     if kind == "local":
-        arguments |= {"processes": True, "silence_logs": logging.CRITICAL}
-        arguments.setdefault("dashboard_address", None)
-        arguments |= {"resources": {"GPU": gpus}} if gpus else {}
+        made |= {"processes": True, "silence_logs": logging.CRITICAL}
+        made.setdefault("dashboard_address", None)
+        made |= {"resources": {"GPU": gpus}} if gpus else {}
     elif kind == "ssh":
         if path:
             python = f"env {shlex.quote(f'PYTHONPATH={path}')} {shlex.quote(sys.executable)}"
-            arguments.setdefault("remote_python", python)
+            made.setdefault("remote_python", python)
         worker = {"resources": {"GPU": gpus}} if gpus else {}
-        arguments["worker_options"] = worker | (given.get("worker_options") or {})
+        made["worker_options"] = worker | (given.get("worker_options") or {})
     else:
         lines = [f"cd {shlex.quote(os.getcwd())}"]
         lines += [f"export PYTHONPATH={shlex.quote(path)}"] if path else []
-        arguments["job_script_prologue"] = [*lines, *(given.get("job_script_prologue") or [])]
+        made["job_script_prologue"] = [*lines, *(given.get("job_script_prologue") or [])]
         scheduler = {"dashboard": False, "dashboard_address": ":0"}
-        arguments["scheduler_options"] = scheduler | (given.get("scheduler_options") or {})
+        made["scheduler_options"] = scheduler | (given.get("scheduler_options") or {})
         if gpus:
             more = given.get("worker_extra_args") or []
-            arguments["worker_extra_args"] = [*more, "--resources", f"GPU={gpus}"]
-        arguments["silence_logs"] = logging.CRITICAL
-    return arguments
+            made["worker_extra_args"] = [*more, "--resources", f"GPU={gpus}"]
+        made["silence_logs"] = logging.CRITICAL
+    return made
 
 
-def _check_job(make: Any, where: str, arguments: Mapping[str, Any]) -> None:
+def _check_job(make: Any, where: str, given: Mapping[str, Any]) -> None:
     """Let Dask make the script of a job, which checks the values, before any work."""
     of_job = set().union(*(inspect.signature(c).parameters for c in make.job_cls.__mro__[:-2]))
     try:
         make.job_cls(
-            "tcp://scheduler", "worker", **{k: v for k, v in arguments.items() if k in of_job}
+            "tcp://scheduler", "worker", **{k: v for k, v in given.items() if k in of_job}
         ).job_script()
     except Exception as error:
         raise UserError(f"{where}: {_first_line(error)}") from error
@@ -184,34 +188,50 @@ def _start(
     gpus: int,
     n_workers: int | None,
     adapt: Mapping[str, int] | None,
+    refused: list[str],
 ) -> Any:
     """Start a cluster.
 
     Raises:
         UserError: it cannot be started.
     """
-    arguments = _arguments(kind, given, gpus)
+    options = arguments(kind, given, gpus)
     if kind == "local":
-        arguments["n_workers"] = n_workers
+        options["n_workers"] = n_workers
     command = kind not in ("local", "ssh") and shlex.split(make.job_cls.submit_command)[0]
     if command and shutil.which(command) is None:
         raise UserError(
             f"--cluster {kind} needs the command {command}, which is not here: start the recipe on "
             "a machine from which jobs are submitted"
         )
+    if command:
+        options["job_cls"] = _telling(make.job_cls, refused)
     cluster = None
     try:
-        cluster = make(**arguments)
+        cluster = make(**options)
         if adapt is not None:
             cluster.adapt(**adapt)
         elif command:
             cluster.scale(n_workers)
-            cluster.sync(cluster._correct_state)  # raises what the scheduler said to the jobs
         return cluster
     except Exception as error:
         if cluster is not None:
             cluster.close()
         raise UserError(f"{where}: the cluster cannot be started: {one_line(error)}") from error
+
+
+def _telling(job_cls: Any, refused: list[str]) -> Any:
+    """A class of jobs that adds to `refused` what the scheduler says against one; Dask drops it."""
+
+    class Telling(job_cls):
+        async def _submit_job(self, script: str) -> Any:
+            try:
+                return await super()._submit_job(script)
+            except Exception as error:
+                refused.append(one_line(str(error).rpartition("stderr:")[2]))
+                raise
+
+    return Telling
 
 
 def _first_line(error: Exception) -> str:
