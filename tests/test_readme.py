@@ -51,6 +51,7 @@ RECIPE_RUNS = of_kind(r"(\w+=\S+ )*\./run(_all)?\.sh\b")
 HELP = of_kind(r"python -m .* --help$")
 CODE = of_kind("python -c ")
 OURS = [c for c in of_kind(r"python -m espnet_kv\.bin\.") if c not in HELP]
+LAUNCHED = of_kind("(torchrun|srun) ")
 PLACES = of_kind("(cd|cp|pip install) ")
 
 
@@ -65,7 +66,7 @@ def test_there_are_commands():
 
 
 def test_every_command_is_tried():
-    tried = {*MAKE, *RECIPE_RUNS, *HELP, *CODE, *OURS, *PLACES}
+    tried = {*MAKE, *RECIPE_RUNS, *HELP, *CODE, *OURS, *LAUNCHED, *PLACES}
     assert set(COMMANDS) == tried, set(COMMANDS) - tried
 
 
@@ -119,6 +120,19 @@ def test_options_of_our_commands_are_understood(command):
     module = importlib.import_module(words[2])
     parser = getattr(module, "get_parser", None) or module.parser
     parser().parse_args(words[3:])
+
+
+@pytest.mark.parametrize("command", LAUNCHED)
+def test_options_of_distributed_training_are_understood(command):
+    from espnet_kv.espnet.training import ASRTraining
+
+    launcher, _, options = command.partition(" -m espnet_kv.bin.asr_train ")
+    known = ASRTraining.get_parser()._option_string_actions
+    assert options and {w for w in options.split() if w.startswith("--")} <= set(known)
+    if launcher.startswith("torchrun"):
+        from torch.distributed.run import get_args_parser
+
+        get_args_parser().parse_args([*launcher.split()[1:], "script"])
 
 
 @pytest.mark.parametrize("command", PLACES)

@@ -164,6 +164,7 @@ def arguments(kind: str, given: Mapping[str, Any], gpus: int) -> dict[str, Any]:
         made["scheduler_options"] = scheduler | (given.get("scheduler_options") or {})
         if gpus:
             more = given.get("worker_extra_args") or []
+            made.setdefault("processes", 1)  # Dask would make several of many cores
             made["worker_extra_args"] = [*more, "--resources", f"GPU={gpus}"]
         made["silence_logs"] = logging.CRITICAL
     return made
@@ -174,7 +175,9 @@ def _check_job(make: Any, where: str, given: Mapping[str, Any]) -> None:
     of_job = set().union(*(inspect.signature(c).parameters for c in make.job_cls.__mro__[:-2]))
     try:
         make.job_cls(
-            "tcp://scheduler", "worker", **{k: v for k, v in given.items() if k in of_job}
+            "tcp://scheduler",
+            "worker",
+            **{k: v for k, v in given.items() if k in of_job - {"security"}},
         ).job_script()
     except Exception as error:
         raise UserError(f"{where}: {_first_line(error)}") from error

@@ -84,7 +84,7 @@ def perturb_speed(
         write_text(partial / "dropped", dropped_lines(dropped))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Copy:
     utt: str
     factor: float
@@ -92,7 +92,7 @@ class _Copy:
     path: Path
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Job:
     """One recording and the copies to make of the utterances in it."""
 

@@ -99,6 +99,7 @@ class TestConfiguration:
         monkeypatch.setenv("PYTHONPATH", "lib")
         given = yaml.safe_load((REPO / "conf/cluster/slurm.yaml").read_text())
         given = {key: value for key, value in given.items() if key not in cluster_config.OWN}
+        del given["processes"]
         given |= {"account": "speech", "job_extra_directives": ["--gres=gpu:2"]}
         with SLURMCluster(**cluster_config.arguments("slurm", given, 2)) as made:
             script = made.job_script().splitlines()
@@ -108,7 +109,8 @@ class TestConfiguration:
         start = script.index(f"cd {tmp_path}")
         assert script[start + 1] == f"export PYTHONPATH={tmp_path}/lib"
         assert script[-1].startswith(f"{sys.executable} -m distributed.cli.dask_worker tcp://")
-        assert "--nthreads 8" in script[-1] and "--resources GPU=2" in script[-1]
+        assert "--nthreads 8 " in script[-1] and "--nworkers" not in script[-1]
+        assert "--resources GPU=2" in script[-1]
 
 
 @pytest.fixture(scope="module")
