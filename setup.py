@@ -52,6 +52,13 @@ setup(
         "espeakng-loader",  # the voice of the embedded corpus
     ],
     extras_require={
+        # --cluster: the first two come with ESPnet's extra `train` today
+        "cluster": [
+            "dask[distributed]",
+            "distributed",
+            "dask-jobqueue",
+            "asyncssh",
+        ],
         "dev": [
             "pytest",
             "pytest-xdist",

@@ -54,6 +54,7 @@ CODE = of_kind("python -c |python -m espnet_kv doctor")
 OURS = [c for c in of_kind(r"python -m espnet_kv\.bin\.") if c not in HELP]
 ESPNET3_RUNS = of_kind(r"(\w+=\S+ )*python run\.py ")  # tests/espnet3/test_espnet3_recipe.py
 WRITTEN = of_kind("python -m espnet_kv recipe ")
+LAUNCHED = of_kind("(torchrun|srun) ")
 PLACES = of_kind("(cd|cp|pip install) ")
 
 
@@ -68,7 +69,7 @@ def test_there_are_commands():
 
 
 def test_every_command_is_tried():
-    tried = {*MAKE, *RECIPE_RUNS, *HELP, *CODE, *OURS, *ESPNET3_RUNS, *WRITTEN, *PLACES}
+    tried = {*MAKE, *RECIPE_RUNS, *HELP, *CODE, *OURS, *ESPNET3_RUNS, *WRITTEN, *LAUNCHED, *PLACES}
     assert set(COMMANDS) == tried, set(COMMANDS) - tried
 
 
@@ -132,6 +133,19 @@ def working_directory(tmp_path_factory) -> Path:
         ended = run(shlex.split(command), cwd=here)
         assert ended.returncode == 0, ended.stderr
     return here
+
+
+@pytest.mark.parametrize("command", LAUNCHED)
+def test_options_of_distributed_training_are_understood(command):
+    from espnet_kv.espnet.training import ASRTraining
+
+    launcher, _, options = command.partition(" -m espnet_kv.bin.asr_train ")
+    known = ASRTraining.get_parser()._option_string_actions
+    assert options and {w for w in options.split() if w.startswith("--")} <= set(known)
+    if launcher.startswith("torchrun"):
+        from torch.distributed.run import get_args_parser
+
+        get_args_parser().parse_args([*launcher.split()[1:], "script"])
 
 
 @pytest.mark.parametrize("command", PLACES)

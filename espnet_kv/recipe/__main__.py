@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 
 from espnet_kv.cli import command
+from espnet_kv.recipe import cluster
 from espnet_kv.recipe.content import Content
 from espnet_kv.recipe.counts import count_sets, table
 from espnet_kv.recipe.layout import Layout
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         UserError: bad options or bad input.
     """
     args = parse(arguments)
+    workers = cluster.read(vars(args))
     layout = Layout(args)
     steps = plan(layout)
     judge = Steps(Content(args.dumpdir / MEMORY, args.nj, keep=not args.dry_run))
@@ -38,11 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     parallel = {11: args.train_nj, 12: args.inference_nj, 14: 1}
     start = time.monotonic()
-    with terminate_on_signals():
+    with terminate_on_signals(), cluster.opened(workers):
         for stage in stages:
             print(f"{time.strftime('%H:%M:%S')} stage {stage}: {STAGES[stage]}", flush=True)
             of_stage = [step for step in steps if step.stage == stage]
-            run_steps(of_stage, judge, parallel.get(stage, args.nj), args.command)
+            with cluster.used_in(stage, workers):
+                run_steps(of_stage, judge, parallel.get(stage, args.nj), args.command)
     print(table(count_sets(layout)))
     print(f"{time.strftime('%H:%M:%S')} done in {time.monotonic() - start:.0f} s", flush=True)
 

@@ -6,7 +6,9 @@ import math
 import os
 import re
 import subprocess
+import uuid
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import quote
 
@@ -224,6 +226,28 @@ def _output(command: str) -> bytes:
     if not done.stdout:
         raise AudioError(f"empty audio: the command wrote nothing: {command.strip()}")
     return done.stdout
+
+
+def write_audio(path: Path, samples: np.ndarray, rate: int) -> None:
+    """Write 16-bit samples (T,) to a file in one step, in the format of its suffix.
+
+    A cluster may have a second worker write the same file, where the first one does not answer.
+    `remove_unfinished` takes away what a worker that was killed left behind.
+    """
+    import soundfile
+
+    partial = path.with_name(f"{_UNFINISHED}{uuid.uuid4().hex}{path.suffix}")
+    soundfile.write(partial, samples, rate, subtype="PCM_16")
+    os.replace(partial, path)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove from `folder` and those below it what `write_audio` has not ended."""
+    for partial in folder.rglob(f"{_UNFINISHED}*"):
+        partial.unlink(missing_ok=True)
+
+
+_UNFINISHED = ".unfinished-"
 
 
 def _decode_ark(path: str, offset: int) -> tuple[np.ndarray, int]:

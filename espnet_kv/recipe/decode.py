@@ -58,7 +58,8 @@ def decode_step(layout: Layout, config_file: Path, name: str, before: Sequence[S
         for n in range(1, count + 1):
             key_file = log_dir / f"keys.{n}.scp"
             write_keys(key_file, part_of(keys, n, count))
-            more = [f"--key_file={key_file}", f"--output_dir={log_dir / f'output.{n}'}"]
+            output = log_dir / f"output.{n}"
+            more = [f"--key_file={key_file}", f"--output_dir={output}"]
             made.append(
                 Job(
                     f"{exp.name} {name} {n}/{count}",
@@ -66,6 +67,7 @@ def decode_step(layout: Layout, config_file: Path, name: str, before: Sequence[S
                     [*common, *more, *split_options(args.inference_args)],
                     log_dir / f"asr_inference.{n}.log",
                     int(args.gpu_inference),
+                    output=output,
                 )
             )
         return made

@@ -110,7 +110,7 @@ def format_audio(
         write_text(partial / "dropped", dropped_lines(dropped))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Job:
     """One recording: `parts` are the utterances in it."""
 
@@ -122,7 +122,7 @@ class _Job:
     allow_pipes: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Formatted:
     utt: str
     encoded: bytes = b""

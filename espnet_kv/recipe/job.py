@@ -45,6 +45,7 @@ class Job:
     epochs: number of training epochs; 0: no epochs to show.
     after: called in the run after the job has succeeded; a UserError is a failure of the job.
     fresh: start a new process, also on the CPU, e.g. to measure its memory.
+    output: its --output_dir, if that directory holds only what this command writes.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Job:
     epochs: int = 0
     after: Callable[[], None] = lambda: None
     fresh: bool = False
+    output: Path | None = None
 
 
 @dataclass

@@ -6,20 +6,29 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 
 from espnet_kv.errors import UserError
 from espnet_kv.recipe.job import CUDA_DEVICES, Job, Running
-from espnet_kv.recipe.pool import cores, end_groups, most_at_once, terminate_on_signals
+from espnet_kv.recipe.pool import CLUSTER, cores, end_groups, most_at_once, terminate_on_signals
 
-__all__ = ["Job", "check_gpus", "cores", "run_jobs", "terminate_on_signals", "visible_gpus"]
+__all__ = [
+    "Job",
+    "check_gpus",
+    "cores",
+    "gpu_names",
+    "run_jobs",
+    "terminate_on_signals",
+    "visible_gpus",
+]
 
 # device files of the drivers of NVIDIA, Jetson, AMD and WSL
 _DEVICE_FILES = ("/dev/nvidia*", "/dev/nvhost*", "/dev/nvmap", "/dev/kfd", "/dev/dxg")
 
 
 def run_jobs(jobs: Sequence[Job], parallel: int, threads: int | None = None) -> None:
-    """Run `jobs`, at most `parallel` at a time, and show progress.
+    """Run `jobs`, at most `parallel` at a time, or on a cluster, and show progress.
 
     If one fails, the others still finish, so that a rerun has only the failed job to do. All jobs
     end with the run. Jobs on GPUs wait until enough GPUs are free.
@@ -32,12 +41,28 @@ def run_jobs(jobs: Sequence[Job], parallel: int, threads: int | None = None) -> 
     """
     if not jobs:
         return
+    cluster, failures = CLUSTER.get(), list[str]()
+    endings = cluster.run(jobs) if cluster else _run_here(jobs, parallel, threads)
+    with closing(endings):
+        for done, (job, failure) in enumerate(endings, 1):
+            if failure:
+                failures.append(failure)
+            state = "failed" if failure else "done"
+            print(f"  {job.name}: {state} ({done}/{len(jobs)})", flush=True)
+    if failures:
+        count = f" ({len(failures)} of {len(jobs)} jobs failed)" if len(jobs) > 1 else ""
+        raise UserError(failures[0] + count)
+
+
+def _run_here(
+    jobs: Sequence[Job], parallel: int, threads: int | None
+) -> Generator[tuple[Job, str]]:
+    """Run jobs on this machine; yield each with its failure, or nothing, as it ends."""
     check_gpus(max(job.gpus for job in jobs), "ngpu")
-    free = _gpu_names() if any(job.gpus for job in jobs) else []
+    free = gpu_names() if any(job.gpus for job in jobs) else []
     parallel = max(1, min(parallel, len(jobs), most_at_once()))
     threads = threads or max(1, cores() // parallel)
-    waiting, running, failures = list(jobs), list[Running](), list[str]()
-    done = 0
+    waiting, running = list(jobs), list[Running]()
     try:
         while waiting or running:
             while len(running) < parallel and (job := _first_that_fits(waiting, free)):
@@ -53,19 +78,12 @@ def run_jobs(jobs: Sequence[Job], parallel: int, threads: int | None = None) -> 
                 failure = process.finish(status)
                 running.remove(process)
                 free = [*process.devices, *free]
-                done += 1
-                if failure:
-                    failures.append(failure)
-                state = "failed" if failure else "done"
-                print(f"  {process.job.name}: {state} ({done}/{len(jobs)})", flush=True)
+                yield process.job, failure
     finally:
         end_groups(
             [process.pid for process in running],
             lambda: [process.poll() for process in running],
         )
-    if failures:
-        count = f" ({len(failures)} of {len(jobs)} jobs failed)" if len(jobs) > 1 else ""
-        raise UserError(failures[0] + count)
 
 
 def _first_that_fits(waiting: Sequence[Job], free: Sequence[str]) -> Job | None:
@@ -100,7 +118,7 @@ def check_gpus(ngpu: int, option: str) -> None:
         raise UserError(f"{option} {ngpu}: torch finds {there} here{hidden}: give {way_out}")
 
 
-def _gpu_names() -> list[str]:
+def gpu_names() -> list[str]:
     """Names of the available GPUs for CUDA_VISIBLE_DEVICES."""
     count, given = visible_gpus(), os.environ.get(CUDA_DEVICES)
     if given is None:

@@ -14,6 +14,7 @@ import humanfriendly
 from espnet_kv.cli import Parser, true_or_false, whole
 from espnet_kv.errors import UserError
 from espnet_kv.recipe import conversion
+from espnet_kv.recipe.cluster_config import CLASSES
 from espnet_kv.recipe.corpora import CORPORA, name_sources
 from espnet_kv.recipe.format import AUDIO_FORMATS
 from espnet_kv.recipe.jobs import check_gpus, cores
@@ -57,6 +58,8 @@ NEUTRAL = {
     "inference_nj": "how much runs at once",
     "train_nj": "how much runs at once",
     "gpu_inference": "where decoding runs",
+    "cluster": "where it runs",
+    "cluster_config": "where it runs",
     "allow_pipes": "whether commands in wav.scp are refused",
     "download_dir": "where downloads are kept",
     "results": "where the tables go",
@@ -141,6 +144,8 @@ def parser() -> argparse.ArgumentParser:
     ngpu = "GPUs of one training; 0 = CPU (default: 1 if there is one)"
     add(g, "ngpu", None, ngpu, type=whole(0))
     add(g, "gpu_inference", False, "decode on the GPU")
+    add(g, "cluster", None, "run on workers: " + ", ".join(CLASSES), choices=CLASSES)
+    add(g, "cluster_config", None, "their YAML, see conf/cluster", type=_path_or_none)
     add(g, "dumpdir", Path("dump"), "formatted audio", type=Path)
     add(g, "expdir", Path("exp"), "experiments", type=Path)
     add(g, "datadir", Path("data"), "Kaldi data directories", type=Path)
@@ -320,7 +325,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         )
     if args.stage <= 11 <= args.stop_stage and args.ngpu:
         check_gpus(args.ngpu, "--ngpu")
-    if args.stage <= 12 <= args.stop_stage and args.gpu_inference:
+    if args.stage <= 12 <= args.stop_stage and args.gpu_inference and not args.cluster:
         check_gpus(1, "--gpu_inference")
     args.results = args.results or args.expdir / "RESULTS.md"
     args.command = shlex.join(["./run.sh", *(sys.argv[1:] if arguments is None else arguments)])

@@ -11,8 +11,10 @@ from espnet_kv.recipe.audio import (
     AudioError,
     audio_file,
     read_recording,
+    remove_unfinished,
     resample,
     to_int16,
+    write_audio,
 )
 from espnet_kv.recipe.datadir import DataDir, Segment, add_data, dropped_lines, require_conserved
 from espnet_kv.recipe.pool import parallel_map
@@ -73,6 +75,7 @@ def perturb_speed(
                 for table in (perturbed.wav_scp, perturbed.text, perturbed.utt2spk):
                     table.pop(utt, None)
         counter.close()
+        remove_unfinished(partial)
         warn_each(label, notes, "copies were made of audio that had to be converted")
         warn_each(label, dropped, f"of {len(copies)} copies cannot be made")
         refuse_mostly_dropped(label, dropped, len(copies))
@@ -81,7 +84,7 @@ def perturb_speed(
         write_text(partial / "dropped", dropped_lines(dropped))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Copy:
     utt: str
     factor: float
@@ -89,7 +92,7 @@ class _Copy:
     path: Path
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Job:
     """One recording and the copies to make of the utterances in it."""
 
@@ -122,8 +125,6 @@ def _check(src: Path, dst: Path, factors: list[float]) -> None:
 
 def _perturb(job: _Job) -> list[tuple[str, str]]:
     """Write the copies of one recording; return (reason of failure, notes) of each copy."""
-    import soundfile
-
     try:
         whole = read_recording(job.entry, allow_pipes=job.allow_pipes)
     except AudioError as error:
@@ -138,8 +139,6 @@ def _perturb(job: _Job) -> list[tuple[str, str]]:
             continue
         # Resample as if the input had a rate higher by the factor; only the ratio matters.
         samples = resample(recording.samples, round(1000 * copy.factor), 1000)
-        soundfile.write(
-            copy.path, to_int16(samples), recording.rate, format="FLAC", subtype="PCM_16"
-        )
+        write_audio(copy.path, to_int16(samples), recording.rate)
         outcomes.append(("", ", ".join(recording.notes)))
     return outcomes

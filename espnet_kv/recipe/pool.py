@@ -14,7 +14,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -82,6 +84,7 @@ def keyboard_blocked() -> Iterator[None]:
 
     The run itself receives them when the block ends.
     """
+    resource_tracker.ensure_running()  # started within, it would let the signals through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
         yield
@@ -152,10 +155,20 @@ def most_at_once() -> int:
     return PER_CORE * cores()
 
 
+CLUSTER: ContextVar[Any] = ContextVar("CLUSTER", default=None)
+"""The cluster (`cluster.Cluster`) that does the work in the place of processes of this machine."""
+
+
+def split[Item](jobs: Sequence[Item], nj: int) -> list[Sequence[Item]]:
+    """Consecutive chunks of up to 16 jobs, some for each of `nj` processes."""
+    size = max(1, min(16, len(jobs) // (4 * nj)))
+    return [jobs[start : start + size] for start in range(0, len(jobs), size)]
+
+
 def parallel_map[Item, Result](
     work: Callable[[Item], Result], jobs: Sequence[Item], nj: int
 ) -> Iterator[Result]:
-    """Yield `work(job)` for every job, in order, computed by `nj` processes.
+    """Yield `work(job)` for every job, in order, computed by `nj` processes, or by a cluster.
 
     Workers end when the caller stops early, at an exception, and with the run. A worker computes
     at most a few chunks ahead of the yielded results.
@@ -163,15 +176,17 @@ def parallel_map[Item, Result](
     Raises:
         UserError: `work` raised an exception (its message), or a worker process was killed.
     """
+    if cluster := CLUSTER.get():
+        yield from cluster.map(work, jobs, nj)
+        return
     if nj <= 1 or len(jobs) < 2:
         for job in jobs:
-            result, failure = _outcome(work, [job])
+            result, failure = outcome(work, [job])
             yield from result
             if failure is not None:
                 raise failure
         return
-    size = max(1, min(16, len(jobs) // (4 * nj)))
-    chunks = [jobs[start : start + size] for start in range(0, len(jobs), size)]
+    chunks = split(jobs, nj)
     workers: list[_Worker] = []
     done: dict[int, tuple[list[Result], UserError | None]] = {}
     try:
@@ -186,8 +201,8 @@ def parallel_map[Item, Result](
                         given += 1
                 busy = {worker.pipe: worker for worker in workers if worker.chunk is not None}
                 for pipe in wait(list(busy)):
-                    chunk, outcome = busy[pipe].take()  # type: ignore[index]
-                    done[chunk] = outcome
+                    chunk, answer = busy[pipe].take()  # type: ignore[index]
+                    done[chunk] = answer
             results, failure = done.pop(wanted)
             yield from results
             if failure is not None:
@@ -260,10 +275,10 @@ def _serve(pipe: Connection, work: Callable) -> None:
     end_with_parent()
     with suppress(EOFError, BrokenPipeError):
         while True:
-            pipe.send(_outcome(work, pipe.recv()))
+            pipe.send(outcome(work, pipe.recv()))
 
 
-def _outcome(work: Callable, jobs: Sequence[Any]) -> tuple[list[Any], UserError | None]:
+def outcome(work: Callable, jobs: Sequence[Any]) -> tuple[list[Any], UserError | None]:
     """The results of `jobs` up to the first failure, and that failure."""
     results: list[Any] = []
     try:

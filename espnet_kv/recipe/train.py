@@ -52,7 +52,8 @@ def stats_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Ste
                 options[f"{mode}_shape_file"] = [str(file)]
             more = [config_option(new / f"stats.{n}.yaml", options), *split_options(args.asr_args)]
             log = args.expdir / f"{out.name}.log" / f"{part.name}.log"
-            made.append(Job(f"{out.name} {n}/{count}", "espnet_kv.bin.asr_train", more, log))
+            name = f"{out.name} {n}/{count}"
+            made.append(Job(name, "espnet_kv.bin.asr_train", more, log, output=part))
         return made
 
     def build() -> None:

@@ -33,6 +33,8 @@ RERUNS = {
     "train_nj": ("2", set()),
     "ngpu": ("0", {14}),  # times and memory are those of the device
     "gpu_inference": ("false", set()),
+    "cluster": ("local", set()),
+    "cluster_config": ("conf/cluster/local.yaml", set()),
     "dry_run": ("true", set()),
     "allow_pipes": ("true", set()),
     "download_dir": ("elsewhere", set()),

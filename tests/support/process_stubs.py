@@ -77,6 +77,13 @@ def family(file: str, code: str = SLEEPER) -> None:
     time.sleep(300)
 
 
+def make(option: str) -> None:
+    """Write a file into the folder that the option names, `--output_dir=FOLDER`."""
+    folder = Path(option.removeprefix("--output_dir="))
+    folder.mkdir(parents=True)
+    (folder / "made").touch()
+
+
 def square(number: int) -> int:
     """Work for `parallel_map`."""
     return number * number

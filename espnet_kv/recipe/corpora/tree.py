@@ -12,6 +12,7 @@ import numpy as np
 
 from espnet_kv.cli import progress
 from espnet_kv.errors import UserError
+from espnet_kv.recipe.audio import remove_unfinished, write_audio
 from espnet_kv.recipe.pool import parallel_map
 
 SAMPLE_RATE = 16000
@@ -82,6 +83,7 @@ def build_tree[Item: Utterance](
         with progress(name, len(utterances)) as counter:
             for _ in parallel_map(partial(_write, render, new), utterances, nj):
                 counter.update()
+        remove_unfinished(new)
         (new / f"{name}.json").write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
         if tree.exists():
             shutil.rmtree(tree)
@@ -93,6 +95,4 @@ def build_tree[Item: Utterance](
 def _write[Item: Utterance](
     render: Callable[[Item], np.ndarray], tree: Path, utterance: Item
 ) -> None:
-    import soundfile
-
-    soundfile.write(tree / utterance.path, render(utterance), SAMPLE_RATE, subtype="PCM_16")
+    write_audio(tree / utterance.path, render(utterance), SAMPLE_RATE)
