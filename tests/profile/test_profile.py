@@ -18,7 +18,7 @@ from espnet_kv.attention.latent import MultiHeadLatentAttention
 from espnet_kv.cache import Footprint
 from espnet_kv.errors import UserError
 from espnet_kv.espnet.register import CHOICES
-from espnet_kv.profile import analytic, cache_bytes, growth, macs, memory
+from espnet_kv.profile import analytic, cache_bytes, growth, macs
 from espnet_kv.profile.beam_search import Recognizer, measure_decoder, watch
 from espnet_kv.profile.latency import Streamer, time_chunks, time_hour
 from espnet_kv.profile.run import attention_label
@@ -383,21 +383,3 @@ class TestGrowth:
             growth.encode(tone_subject, tones().clip(s), s)["offline_bytes"] for s in (2, 2, 8)
         )
         assert short == again < long
-
-
-class TestMemory:
-    SIZE = 64 * 2**20
-
-    def run(self):
-        x = torch.ones(self.SIZE // 4)
-        y = torch.ones(self.SIZE // 8)
-        del x
-        return torch.ones(self.SIZE // 8) + y[0]
-
-    def test_the_peak_of_tensors_is_exact(self):
-        del [torch.ones(2 * self.SIZE // 4)][:]  # an earlier and higher peak
-        small = 64 * 4  # numbers that are added, and their padding
-        assert 0 <= memory.peak_bytes("cpu", self.run) - 3 * self.SIZE // 2 <= small
-
-    def test_the_peak_of_the_process_is_near_it(self):
-        assert memory.peak_resident_bytes(self.run) > 0.9 * self.SIZE
