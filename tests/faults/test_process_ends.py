@@ -72,7 +72,7 @@ def test_nothing_is_left_of_a_run_that_was_ended(what, number, tmp_path):
     run = subprocess.Popen(
         [sys.executable, script.name],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}"},
+        env=os.environ | {"PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests/support'}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

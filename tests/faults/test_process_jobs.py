@@ -24,7 +24,7 @@ STUBS = process_stubs.__name__
 def light_server(monkeypatch):
     """The server of these tests loads nothing, and fresh processes find the stubs."""
     monkeypatch.setattr(job_module, "PRELOAD", [])
-    path = f"{REPO}{os.pathsep}{REPO / 'tests'}"
+    path = f"{REPO}{os.pathsep}{REPO / 'tests/support'}"
     monkeypatch.setenv("PYTHONPATH", path)
 
 
