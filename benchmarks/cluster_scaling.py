@@ -60,14 +60,8 @@ def main() -> None:
                 rows.append(found)
                 print(
                     f"{stage:5d} {count:10d} {found['hours']:5.2f} {found['wall_s']:6.1f} "
-<<<<<<< HEAD
-                    f"{found['cpu_s']:5.1f} {found['driver_s']:8.1f} "
-                    f"{found['driver_MB']:9.0f} {found['worker_MB']:9.0f} "
-                    f"{found['job_MB']:6.0f}",
-=======
                     f"{found['cpu_s']:5.1f} {found['driver_s']:8.1f} {found['driver_MB']:9.0f} "
                     f"{found['worker_MB']:9.0f} {found['job_MB']:6.0f}",
->>>>>>> cluster
                     flush=True,
                 )
     print(f"load {os.getloadavg()[0]:.1f} at the end")
