@@ -38,6 +38,8 @@ CARRIED |= {"dry_run", "profile_args", "results", "skip_packing", "skip_upload_h
 NO_MEANING = {
     "train_nj": "asr.sh trains one model after the other",
     "datadir": "asr.sh keeps data directories in data/",
+    "cluster": "asr.sh starts jobs as its cmd.sh says",
+    "cluster_config": "asr.sh starts jobs as its cmd.sh says",
 }
 """Other options of ours alone, which only the default of is taken, and why."""
 NAMED_BY_US = {
