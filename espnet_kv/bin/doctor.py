@@ -74,7 +74,7 @@ def findings() -> Iterator[tuple[str, str]]:
 
 def requirements() -> tuple[list[str], dict[str, list[str]]]:
     """What pip installs with the package, and with each of its extras; as in requires.txt."""
-    setup = Path(__file__).parents[1] / "setup.py"
+    setup = Path(__file__).parents[2] / "setup.py"
     if setup.exists():  # a clone, which may be newer than what pip has noted of it
         return _of_setup(setup)
     listed = metadata.requires("espnet_kv") or []

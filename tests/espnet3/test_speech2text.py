@@ -99,7 +99,7 @@ def test_a_packed_model_is_found_by_its_tag(models, monkeypatch):
 FAULTS = [
     ({"beam_size": 6}, "^beam_size 6 is more than the 5 tokens"),
     ({"beam_size": 2, "nbest": 3}, "^nbest 3 is more than beam_size 2:"),
-    ({"ctc_weight": 1.5}, "^ctc_weight 1.5: allowed are 0 to 1"),
+    ({"ctc_weight": 1.5}, "^ctc_weight 1.5: allowed: 0 to 1"),
     ({"lm_file": "lm.pth"}, "^lm_file needs lm_train_config"),
     ({"time_sync": "yes"}, 'argument "time_sync"'),
     ({"asr_model_file": "nowhere.pth"}, "nowhere.pth does not exist"),
@@ -140,12 +140,12 @@ def test_threads_do_not_see_each_others_classes(models):
     own, inside, go = espnet.ASRTask, threading.Event(), threading.Event()
 
     def hold() -> None:
-        with replaced(espnet, {"ASRTask": "held"}):
+        with replaced(espnet, ASRTask="held"):
             inside.set()
             go.wait(20)
 
     def add() -> None:
-        with replaced(espnet, {"ASRTask": "added"}):
+        with replaced(espnet, ASRTask="added"):
             pass
 
     threads = [threading.Thread(target=hold), threading.Thread(target=add)]
