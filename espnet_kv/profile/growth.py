@@ -71,12 +71,13 @@ def _unwarned() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def stream(subject: Subject, samples: Tensor, seconds: Sequence[float]) -> Iterator[Row]:
+def stream(subject: Subject, sound: Sound, seconds: Sequence[float]) -> Iterator[Row]:
     """One stream through features and encoder, measured after each of these lengths.
 
-    Its memory is what the stream holds between two chunks and the peak of the last chunk.
+    Its memory is what the stream holds between two chunks and the peak of the next chunk.
     """
-    samples = samples.to(subject.device)
+    more = (1 + len(seconds)) * subject.chunk_seconds  # the chunks that memory is measured in
+    samples = sound.clip(seconds[-1] + more).to(subject.device)
     size = round(subject.chunk_seconds * subject.sample_rate)
     process = psutil.Process()
     with torch.no_grad(), undisturbed():
@@ -94,7 +95,7 @@ def stream(subject: Subject, samples: Tensor, seconds: Sequence[float]) -> Itera
             return spent if state.frames[0] > before else None
 
         for length in seconds:
-            while fed + size < round(length * subject.sample_rate):
+            while fed < round(length * subject.sample_rate):
                 if (spent := feed()) is not None:
                     times.append(spent)
             chunk_ms = median(times[-LAST_CHUNKS:]) if times else None
@@ -130,17 +131,16 @@ class Task:
         def one(length: float) -> Iterator[Row]:
             yield encode(subject, self.sound.clip(length), length)
 
-        longest = self.sound.clip(self.seconds[-1])
         return [
             *(partial(one, length) for length in self.seconds),
-            lambda: stream(subject, longest, self.seconds),
+            lambda: stream(subject, self.sound, self.seconds),
         ]
 
     def warm_up(self, subject: Subject) -> None:
         """Run everything once on a little audio."""
         samples = self.sound.clip(WARM_UP_SECONDS)
         encode(subject, samples, WARM_UP_SECONDS)
-        list(stream(subject, samples, [WARM_UP_SECONDS]))
+        list(stream(subject, self.sound, [WARM_UP_SECONDS]))
 
 
 def measure(task: Task, subject: Subject, say: Callable[[str], None]) -> tuple[str, list[Row]]:

@@ -265,7 +265,7 @@ class MemoryLength(Part):
     offline_bytes: Count | None = None
     """the encoder over the whole audio, by torch's allocator"""
     streaming_bytes: Count | None = None
-    """a stream with its last chunk, by torch's allocator"""
+    """a stream with its next chunk, by torch's allocator"""
     offline_rss_bytes: int | None = None
     """the same, by the growth of the process's resident set"""
     streaming_rss_bytes: int | None = None

@@ -141,7 +141,7 @@ class TestRefusals:
             (("--config", "conf/no.yaml", "--output", "x"), "conf/no.yaml does not exist"),
             (("--config", "{repo}/conf/decode_asr.yaml", "--output", "x"), "names no encoder"),
             (("--config", "{repo}/conf/train_asr_conformer_mla.yaml"), "give --output"),
-            (("--asr_model_file", "x.pth"), "both --asr_train_config and --asr_model_file"),
+            (("--asr_model_file", "x.pth"), "give --asr_train_config and --asr_model_file, or"),
             (("--experiment", "x", "--config", "y"), "give one of"),
             (("--experiment", "x", "--overlay", "y"), "--overlay goes with --config"),
             (("--lengths", "5 x"), "--lengths: could not convert"),

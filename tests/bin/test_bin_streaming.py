@@ -133,7 +133,10 @@ class TestDecoding:
             (["--chunk_size", "0"], "--chunk_size 0"),
             (["--beam_size", "many"], "beam_size: invalid int value: 'many'"),
             (["--key_file", "nothing.scp"], "nothing.scp does not exist"),
-            (["--simulate_chunk_ms", "5", "--sim_chunk_length", "5"], "give one of them"),
+            (
+                ["--simulate_chunk_ms", "5", "--sim_chunk_length", "5"],
+                "give one",
+            ),
             (["--config", "nothing.yaml"], "No such file: nothing.yaml"),
             (["--asr_model_file", "nothing.pth"], "nothing.pth does not exist"),
         ],

@@ -86,7 +86,7 @@ def test_words_are_the_same_in_text_tokens_and_scoring(tmp_path, space):
     assert "".join(pieces).replace("\u2581", " ").split() == ["ONE", "TWO"]
     list_characters([f"A{space}B"], tmp_path / "char")
     tokens = (tmp_path / "char" / "tokens.txt").read_text().splitlines()
-    assert tokens == ["<blank>", "<unk>", "<space>", "A", "B", "<sos/eos>"]
+    assert tokens == ["<blank>", "<unk>", "A", "<space>", "B", "<sos/eos>"]
 
 
 @pytest.mark.parametrize(
