@@ -6,13 +6,17 @@ It needs sox and sclite, as asr.sh does.
 """
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import yaml
-from espnet_checkout import put_recipe, run, set_up
+from espnet_checkout import REPO, put_recipe, run, set_up
 
 from espnet_kv.recipe.checkout import SCTK
 from espnet_kv.recipe.corpora.synth import SynthOptions, generate
@@ -100,6 +104,28 @@ def test_streaming(asr1):
     decoding = "decode_asr_streaming_asr_model_valid.acc.ave"
     assert rows(asr1, decoding) == ["test_clean"]
     assert read_scored_set(asr1 / EXPS[1] / decoding / "test_clean").streaming
+
+
+LOAD = """
+import sys
+import numpy, espnet_kv
+from espnet2.bin.asr_inference import Speech2Text
+model = Speech2Text.from_pretrained(sys.argv[1], beam_size=2)
+print(type(model.asr_model.encoder).__name__, len(model(numpy.zeros(16000, "float32"))))
+"""
+
+
+def test_a_pack_of_asr_sh_loads_in_a_fresh_process(asr1, tmp_path):
+    work(asr1, "--stage", "pack", "--stop_stage", "pack", "--asr_config", LINEAR)
+    (pack,) = (asr1 / EXPS[1]).glob("*.zip")
+    with zipfile.ZipFile(pack) as opened:
+        card = opened.read("README.md").decode()
+    assert "import espnet_kv" in card and "test_clean" in card
+    call = [sys.executable, "-c", LOAD, str(pack)]
+    env = os.environ | {"PYTHONPATH": str(REPO)}
+    ended = subprocess.run(call, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert ended.stdout.split() == ["KVConformerEncoder", "1"]
 
 
 @pytest.mark.parametrize("audio_format", ["flac.ark", "flac"])
