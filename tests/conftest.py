@@ -1,5 +1,6 @@
 """Shared by all tests: seeds, threads, and poisoned memory that shows missing writes."""
 
+import logging
 import random
 
 import pytest
@@ -20,6 +21,14 @@ def _seeds():
     """Make module weights and dropout reproducible in any order of tests."""
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _log_level():
+    """Commands set the level of the root logger; the next test finds it as it was."""
+    level = logging.root.level
+    yield
+    logging.root.setLevel(level)
 
 
 @pytest.fixture

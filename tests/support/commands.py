@@ -50,6 +50,7 @@ class Forked:
         # the parent of the tests may ignore it, e.g. a shell in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
         logging.root.handlers.clear()  # pytest's handlers would prevent the command's
+        logging.root.setLevel(logging.WARNING)  # as in a new process; other tests set levels
         try:
             for n in range(3):
                 if given[n] is None:
