@@ -1,6 +1,7 @@
 """Training configurations: a YAML of conf/ and an overlay that replaces some of its keys."""
 
 import itertools
+import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from espnet_kv.errors import UserError
+from espnet_kv.errors import UserError, one_line
 from espnet_kv.names import plain_names
 
 
@@ -26,6 +27,25 @@ def load_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected keys and values, found {type(content).__name__}")
+    return content
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON mapping beside a model; empty if the file does not exist.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not file.exists():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{file} is damaged ({one_line(error)}): remove it, or make it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is damaged: expected keys and values")
     return content
 
 

@@ -11,11 +11,9 @@ from espnet_kv.bin.model_options import LANGUAGE_MODEL, MODEL, find_model
 from espnet_kv.bin.streaming_options import check_device
 from espnet_kv.cli import command
 from espnet_kv.errors import UserError, one_line
-from espnet_kv.espnet.parser import check_search, extended
+from espnet_kv.espnet.parser import PAIRS, check_search, extended
 from espnet_kv.files import check_writable, new_entries
 
-# the first of a pair is of no use without the second
-PAIRS = (("lm_file", "lm_train_config"), ("lm_train_config", "lm_file"))
 FILES = ("asr_train_config", "asr_model_file", "lm_train_config", "lm_file", "ngram_file")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 

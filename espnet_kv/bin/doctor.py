@@ -25,7 +25,7 @@ TOOLS = {
     "lmplz": "--use_ngram true (build KenLM: https://github.com/kpu/kenlm)",
 }
 """Optional programs -> what needs them, and where they come from."""
-SCTK = "/usr/lib/sctk/bin"
+SCTK = Path("/usr/lib/sctk/bin")
 """Where Debian's package sctk has sclite, outside of everybody's PATH."""
 OK, NOTE, ERROR = "ok", "note", "error"
 

@@ -1,7 +1,6 @@
 """Profile one model: cache bytes, time, memory, error rates, into one JSON (docs/profile.md)."""
 
 import argparse
-import json
 import logging
 import re
 import shlex
@@ -13,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from espnet_kv.bin.model_options import add_model_options, find_model
 from espnet_kv.cli import Parser, command, true_or_false, whole
-from espnet_kv.config import load_config, load_yaml
-from espnet_kv.errors import ConfigError, UserError, one_line
+from espnet_kv.config import load_config, load_yaml, read_json
+from espnet_kv.errors import ConfigError, UserError
 from espnet_kv.files import check_writable
 from espnet_kv.profile.schema import write_profile
 from espnet_kv.scores import read_scores
@@ -276,7 +275,7 @@ def _profile_target(args: argparse.Namespace) -> ProfileTarget:
         args.asr_model_file = args.experiment / args.inference_asr_model
     find_model(args, kind=Path)
     experiment = args.asr_train_config.parent
-    run = _json(experiment / "run.json")
+    run = read_json(experiment / "run.json")
     paths |= {
         "experiment": str(experiment),
         "config": run.get("config") or str(args.asr_train_config),
@@ -326,22 +325,7 @@ def _validation_set(subject: "Subject") -> Path:
 
 
 def _provenance(experiment: Path | None) -> Mapping[str, Any] | None:
-    return None if experiment is None else _json(experiment / "conversion.json") or None
-
-
-def _json(file: Path) -> Mapping[str, Any]:
-    """Read a JSON mapping beside a model; empty if the file does not exist."""
-    if not file.exists():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{file} is damaged ({one_line(error)}): remove it, or make it again"
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} is damaged: expected keys and values")
-    return content
+    return None if experiment is None else read_json(experiment / "conversion.json") or None
 
 
 def _text(path: Path | None) -> str | None:

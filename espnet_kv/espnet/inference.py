@@ -29,7 +29,7 @@ from espnet_kv.espnet.loading import (
     refuse_partial_loads,
 )
 from espnet_kv.espnet.packs import unpacked
-from espnet_kv.espnet.parser import check_search
+from espnet_kv.espnet.parser import PAIRS, check_search
 from espnet_kv.espnet.task import ASRTask, CachedDecodingTask
 
 _SIGNATURE = inspect.signature(espnet.Speech2Text)
@@ -196,7 +196,7 @@ def too_short_result(nbest: int, enh_s2t_task: bool, speech2text: Any) -> list:
 def _check(given: Mapping[str, Any]) -> None:
     """Refuse arguments that ESPnet would ignore, or reject long after the start."""
     check_search(argparse.Namespace(**given))
-    for name, other in (("lm_file", "lm_train_config"), ("lm_train_config", "lm_file")):
+    for name, other in PAIRS:
         if given[name] is not None and given[other] is None:
             raise ArgumentError(name, f"needs {other}")
 

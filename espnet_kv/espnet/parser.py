@@ -12,6 +12,8 @@ from espnet2.utils import config_argparse
 from espnet_kv.cli import HelpFormatter
 from espnet_kv.errors import ArgumentError, UserError, one_line
 
+PAIRS = (("lm_file", "lm_train_config"), ("lm_train_config", "lm_file"))
+"""The first option of a pair has no effect without the second."""
 COUNTS = {
     "beam_size": (1, 10_000),
     "nbest": (1, 10_000),

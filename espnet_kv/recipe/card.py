@@ -1,10 +1,9 @@
 """The card of a packed model: how to load it, and what was measured of it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from espnet_kv.errors import UserError, one_line
+from espnet_kv.config import read_json
 from espnet_kv.profile.schema import Profile, read_profile
 from espnet_kv.scores import read_scores
 
@@ -70,8 +69,8 @@ def figures(exp: Path) -> str:
     if len(parts) == 1:
         parts.append("Nothing of this model was measured.")
     origins: dict[str, dict[str, Any]] = {
-        "Trained": _json(exp / "run.json"),
-        "Converted": _json(exp / "conversion.json"),
+        "Trained": read_json(exp / "run.json"),
+        "Converted": read_json(exp / "conversion.json"),
         "Profiled": {} if profile is None else profile.settings.model_dump(),
     }
     for what, record in origins.items():
@@ -117,16 +116,3 @@ def _error_rates(exp: Path) -> list[str]:
 def _profile(exp: Path) -> Profile | None:
     file = exp / "profile/profile.json"
     return read_profile(file) if file.exists() else None
-
-
-def _json(file: Path) -> dict[str, Any]:
-    """The keys of a file of an experiment; none where there is no such file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is damaged ({one_line(error)}): make it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} is damaged: expected keys and values")
-    return content

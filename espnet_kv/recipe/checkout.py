@@ -17,6 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from espnet_kv.bin.doctor import SCTK
 from espnet_kv.cli import command
 from espnet_kv.errors import UserError
 from espnet_kv.recipe.asr_sh import asr_sh_call
@@ -66,8 +67,6 @@ for name in sys.argv[3:]:
         sys.exit(f"unknown {name}")
 """
 """Exits with a name that a parser does not know; argparse takes the beginning of one, too."""
-SCTK = Path("/usr/lib/sctk/bin")
-"""Where Debian's package sctk has sclite, outside of everybody's PATH."""
 
 
 @command

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 from espnet_checkout import REPO, put_recipe, run, set_up
+from synth_recipe import TINY
 
 from espnet_kv.recipe.checkout import SCTK
 from espnet_kv.recipe.corpora.synth import SynthOptions, generate
@@ -24,18 +25,7 @@ from espnet_kv.scores import KINDS, read_scored_set
 
 pytestmark = [pytest.mark.checkout, pytest.mark.slow]
 
-TINY = {
-    "encoder_conf": {"output_size": 16, "attention_heads": 2, "num_blocks": 1, "linear_units": 16},
-    "decoder_conf": {"attention_heads": 2, "linear_units": 16, "num_blocks": 1},
-    "frontend_conf": {"n_mels": 20, "hop_length": 256},
-    "num_workers": 0,
-    "batch_bins": 400000,
-    "accum_grad": 1,
-    "max_epoch": 1,
-    "keep_nbest_models": 1,
-    "use_amp": False,
-    "use_matplotlib": False,
-}
+OVERLAY = TINY | {"max_epoch": 1, "keep_nbest_models": 1}
 OPTIONS = ["--overlay", "tiny.yaml", "--nbpe", "60", "--test_sets", "test_clean dev"]
 OPTIONS += ["--speed_perturb_factors", "0.9 1.0", "--nj", "2", "--inference_nj", "2"]
 OPTIONS += ["--inference_config", "conf/decode_asr_fast.yaml"]
@@ -60,7 +50,7 @@ def asr1(egs2) -> Path:
     asr1 = put_recipe(egs2)
     generate(egs2 / "corpus/LibriSpeech", SynthOptions(train=24, dev=6, test=6), 2)
     set_up(asr1)
-    (asr1 / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    (asr1 / "tiny.yaml").write_text(yaml.safe_dump(OVERLAY))
     work(asr1, "--stage", "1", "--stop_stage", "13", "--asr_config", f"{MHA} {LINEAR}")
     return asr1
 

@@ -10,23 +10,17 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import yaml
+from synth_recipe import REPO, TINY
 
 from espnet_kv.recipe.__main__ import main
 
-REPO = Path(__file__).parents[2]
 RATE = 16000
 WORDS = ("ONE", "TWO", "THREE", "FOUR")
-OVERLAY = {
+OVERLAY = TINY | {
     "encoder_conf": {"output_size": 8, "attention_heads": 2, "num_blocks": 1, "linear_units": 8},
     "decoder_conf": {"attention_heads": 2, "linear_units": 8, "num_blocks": 1},
-    "frontend_conf": {"n_mels": 20, "hop_length": 256},
-    "num_workers": 0,
-    "batch_bins": 400000,
-    "accum_grad": 1,
     "max_epoch": 1,
     "keep_nbest_models": 1,
-    "use_amp": False,
-    "use_matplotlib": False,
     "use_tensorboard": False,
 }
 LM = {
