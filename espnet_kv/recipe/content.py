@@ -64,6 +64,8 @@ class Content:
             for path, seen in status.items()
             if seen is not None and self._known.get(names[path], [None])[0] != seen
         }
+        if label:
+            _wait_until_settled(new.values())
         now = time.time_ns()
         counter = progress(label, len(new)) if label and len(new) > 1 else None
         with ThreadPoolExecutor(self._threads) as pool, counter or nullcontext():
@@ -84,6 +86,14 @@ def audio_files(data_dir: Path) -> list[Path]:
     """The sorted audio files in a data directory's wav.scp, without duplicates and commands."""
     data = DataDir.read(data_dir, allow_pipes=True)
     return sorted({Path(file) for entry in data.wav_scp.values() if (file := file_of(entry))})
+
+
+def _wait_until_settled(seen: Iterable[list[int]]) -> None:
+    """Wait until files written a moment ago are old enough for their hashes to be stored."""
+    age = time.time_ns() - max((max(times[1:3]) for times in seen), default=0)
+    # no wait for files dated in the future: their hashes are never stored
+    if 0 <= age <= TICK_NS:
+        time.sleep((TICK_NS - age) / 1e9 + 0.001)
 
 
 def _status(path: Path) -> list[int] | None:

@@ -139,6 +139,16 @@ class TestContent:
         assert Content(tmp_path / "memory.json").of_audio(tmp_path) == before
         assert Content(tmp_path / "none").of_audio(tmp_path / "none") == MISSING
 
+    def test_hashes_of_audio_written_a_moment_ago_are_stored_for_good(self, tmp_path):
+        (tmp_path / "wav.scp").write_text(f"a {tmp_path}/a.wav\n")
+        (tmp_path / "utt2spk").write_text("a s\n")
+        (tmp_path / "a.wav").write_bytes(b"audio")
+        memory = tmp_path / "memory.json"
+        Content(memory).of_audio(tmp_path)
+        written = memory.stat().st_mtime_ns
+        Content(memory).of_audio(tmp_path)
+        assert memory.stat().st_mtime_ns == written
+
     @pytest.mark.parametrize("content", ["", "[1]", "{"])
     def test_a_damaged_memory_is_forgotten(self, tmp_path, content):
         (tmp_path / "memory.json").write_text(content)
