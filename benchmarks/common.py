@@ -82,11 +82,18 @@ def synchronize(device: str) -> None:
 
 
 def timed(device: str, run: Callable, *operands) -> float:
-    """Seconds of one run."""
-    begin = time.perf_counter()
+    """Seconds of one run: of the CPU with one thread, else of the clock.
+
+    Other processes of the machine change the time of the CPU less than that of the clock.
+    """
+    import torch
+
+    one_thread = device == "cpu" and torch.get_num_threads() == 1
+    now = time.process_time if one_thread else time.perf_counter
+    begin = now()
     run(*operands)
     synchronize(device)
-    return time.perf_counter() - begin
+    return now() - begin
 
 
 def rounds(
