@@ -46,6 +46,8 @@ class Model(Part):
     attention_conf: Options = {}
     attention_label: str
     """the attention's own name for itself, options included: mla r64"""
+    attention_colour_slot: Count | None = None
+    """the attention's place in tables and its colour in figures; null: the next free one"""
     decoder: str | None = None
     """transformer, ... (without kv_)"""
     self_attention_type: str | None = None
