@@ -348,7 +348,9 @@ def read_profile(path: Path) -> Profile:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({one_line(error)})") from error
     except ValidationError as error:
-        raise UserError(f"{path}: {_explain(error)}: profile again (stage 14)") from error
+        raise UserError(
+            f"{path}: {_explain(error)}: remove it and profile again (stage 14)"
+        ) from error
 
 
 def read_profiles(paths: Iterable[Path]) -> list[Profile]:
