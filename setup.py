@@ -78,7 +78,7 @@ setup(
             "espnet_kv_stream = espnet_kv.bin.stream:main",
             "espnet_kv_profile = espnet_kv.bin.profile:main",
             "espnet_kv_convert = espnet_kv.bin.convert:main",
-            "espnet_kv_recipe = espnet_kv.recipe.__main__:main",
+            "espnet_kv_recipe = espnet_kv.bin.recipe:main",
         ]
     },
 )

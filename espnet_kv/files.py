@@ -23,18 +23,11 @@ def new_directory(dst: Path) -> Iterator[Path]:
         OSError: names `dst` if the system names no file.
     """
     # resolved, because `.` and `..` have no name
-    partial = dst.resolve().with_name(f".{dst.resolve().name}.partial")
-    with naming(dst):
-        if partial.is_dir():  # of a run that was killed
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-            if dst.is_dir():
-                shutil.rmtree(dst)
-            partial.rename(dst)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    with _partial_directory(dst.resolve().with_name(f".{dst.resolve().name}.partial"), dst) as new:
+        yield new
+        if dst.is_dir():
+            shutil.rmtree(dst)
+        new.rename(dst)
 
 
 @contextmanager
@@ -46,21 +39,30 @@ def new_entries(dst: Path) -> Iterator[Path]:
     Raises:
         OSError: names `dst` if the system names no file.
     """
-    is_new, partial = not dst.exists(), dst / ".partial"
+    is_new = not dst.exists()
+    with _partial_directory(dst / ".partial", dst) as new:
+        try:
+            yield new
+            for entry in sorted(new.iterdir()):
+                if (dst / entry.name).is_dir():
+                    shutil.rmtree(dst / entry.name)
+                entry.replace(dst / entry.name)
+        finally:
+            if is_new and [*dst.iterdir()] == [new]:
+                shutil.rmtree(dst)
+
+
+@contextmanager
+def _partial_directory(partial: Path, dst: Path) -> Iterator[Path]:
+    """Yield an empty directory, of which nothing is left at the end; see `naming` for `dst`."""
     with naming(dst):
         if partial.is_dir():  # of a run that was killed
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
         try:
             yield partial
-            for entry in sorted(partial.iterdir()):
-                if (dst / entry.name).is_dir():
-                    shutil.rmtree(dst / entry.name)
-                entry.replace(dst / entry.name)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-            if is_new and not any(dst.iterdir()):
-                dst.rmdir()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import pytest
 import soundfile
 import yaml
@@ -50,7 +51,8 @@ def of_kind(pattern: str) -> list[str]:
 MAKE = of_kind("make ")
 RECIPE_RUNS = of_kind(r"(\w+=\S+ )*\./run(_all)?\.sh\b")
 HELP = of_kind(r"python -m .* --help$")
-CODE = of_kind("python -c |python -m espnet_kv doctor")
+CODE = of_kind("python -c ")
+DOCTOR = of_kind("python -m espnet_kv doctor")
 OURS = [c for c in of_kind(r"python -m espnet_kv\.bin\.") if c not in HELP]
 ESPNET3_RUNS = of_kind(r"(\w+=\S+ )*python run\.py ")  # tests/espnet3/test_espnet3_recipe.py
 WRITTEN = of_kind("python -m espnet_kv recipe ")
@@ -69,7 +71,18 @@ def test_there_are_commands():
 
 
 def test_every_command_is_tried():
-    tried = {*MAKE, *RECIPE_RUNS, *HELP, *CODE, *OURS, *ESPNET3_RUNS, *WRITTEN, *LAUNCHED, *PLACES}
+    tried = {
+        *MAKE,
+        *RECIPE_RUNS,
+        *HELP,
+        *CODE,
+        *DOCTOR,
+        *OURS,
+        *ESPNET3_RUNS,
+        *WRITTEN,
+        *LAUNCHED,
+        *PLACES,
+    }
     assert set(COMMANDS) == tried, set(COMMANDS) - tried
 
 
@@ -101,10 +114,9 @@ def _any_sources(paths, datadir):
     return {path.name: path.resolve() for path in paths}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", HELP)
 def test_help_commands_run(command):
-    ended = run(shlex.split(command))
+    ended = commands.run(commands.run_module, *shlex.split(command)[2:])
     assert ended.returncode == 0, ended.stderr
     ours = {"asr_train": "kv_conformer", "report": "--expdir", "convert": "--kv_rank"}
     assert ours.get(command.split()[-2].rsplit(".", 1)[-1], "--cache_dtype") in ended.stdout
@@ -115,6 +127,12 @@ def test_one_liners_run(command):
     ended = run(shlex.split(command))
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.strip()
+
+
+@pytest.mark.parametrize("command", DOCTOR)
+def test_the_installation_is_looked_over(command):
+    ended = commands.run(commands.run_module, *shlex.split(command)[2:])
+    assert ended.returncode == 0 and "everything required is there" in ended.stdout, ended.stderr
 
 
 @pytest.mark.parametrize("command", OURS)
@@ -209,14 +227,18 @@ def test_every_python_block_is_a_snippet():
     assert {s.id for s in snippets()} >= {"README.md-1", "docs/streaming.md-1"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("code", "shown"), snippets())
 def test_python_snippets_run(code, shown, directory_of_a_reader, monkeypatch):
-    """As scripts of their own; a text block right below is what they print."""
+    """As scripts of their own; a text block right below is what they print.
+
+    They run in forks that have loaded ESPnet and this package, so their imports are looked at.
+    """
+    assert "espnet2" not in code or re.search(r"^(import|from) espnet_kv\b", code, re.M)
     monkeypatch.setenv("HOME", str(directory_of_a_reader))  # where packs are unpacked
+    monkeypatch.chdir(directory_of_a_reader)
     script = directory_of_a_reader / "snippet.py"
     script.write_text(code, encoding="utf-8")
-    ended = run(["python", str(script)], directory_of_a_reader)
+    ended = commands.run(commands.run_script, str(script))
     assert ended.returncode == 0, ended.stderr
     if shown is not None:
         assert ended.stdout == shown

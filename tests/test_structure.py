@@ -256,3 +256,13 @@ def test_every_package_that_is_imported_is_declared():
     wanted = {names.get(top, top).replace("_", "-") for top in others}
     missing = wanted - {name.replace("_", "-") for name in declared}
     assert not missing, f"setup.py lacks {sorted(missing)}"
+
+
+def test_a_console_script_is_the_module_of_its_name():
+    """`espnet_kv_NAME` is `python -m espnet_kv.bin.NAME`, as docs/install.md says."""
+    scripts = re.findall(r'^\s+"espnet_kv_(\w+) = (.+)"', (REPO / "setup.py").read_text(), re.M)
+    assert {name for name, _ in scripts} >= {"asr_train", "stream", "recipe"}
+    assert {f"espnet_kv.bin.{name}:main" for name, _ in scripts} == {what for _, what in scripts}
+    assert all(f"espnet_kv.bin.{name}" in MODULES for name, _ in scripts)
+    page = (REPO / "docs/install.md").read_text()
+    assert set(re.findall(r"`espnet_kv_(\w+)`", page)) == {name for name, _ in scripts}

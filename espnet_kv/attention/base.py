@@ -48,7 +48,8 @@ class Attention(nn.Module):
     pos_emb in both cases. While an encoder or decoder runs with a cache, the module reads its
     state from the `CacheStep` of the context instead.
 
-    A subclass defines its options, its state, the footprint of that state and its label.
+    A subclass defines its options, its state, the footprint of that state, its label and its
+    colour.
 
     Args:
         sizes: heads and model size.
@@ -58,6 +59,8 @@ class Attention(nn.Module):
     Attributes:
         options: keyword arguments that a user may set in attention_conf.
         espnet_options: options of ESPnet's attention modules that this module also accepts.
+        colour_slot: place in tables and colour in figures (index of `report.comparison.PALETTE`);
+            None: the next free one.
         state_index: index of this module's state in `CacheStep.states`; set by the encoder or
             decoder.
         cross: True for attention to the encoder output, False for self-attention; set by the
@@ -66,6 +69,7 @@ class Attention(nn.Module):
 
     options: tuple[str, ...] = ()
     espnet_options: tuple[str, ...] = ()
+    colour_slot: int | None = None
     state_index: int
     cross: bool = False
 

@@ -26,6 +26,7 @@ class GroupedQueryAttention(SoftmaxAttention):
     """
 
     options: tuple[str, ...] = ("num_kv_heads",)
+    colour_slot: int | None = 1
 
     def __init__(
         self,
@@ -87,6 +88,7 @@ class MultiHeadAttention(GroupedQueryAttention):
 
     options = ("cache",)
     espnet_options = ("zero_triu", "qk_norm")
+    colour_slot = 0
 
     def __init__(
         self,

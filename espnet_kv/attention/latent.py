@@ -28,6 +28,7 @@ class MultiHeadLatentAttention(SoftmaxAttention):
     """
 
     options = ("kv_rank",)
+    colour_slot = 2
 
     def __init__(
         self,

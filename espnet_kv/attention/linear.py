@@ -84,6 +84,7 @@ class LinearAttention(Attention):
     """
 
     options = ("feature_map", "decay")
+    colour_slot = 3
 
     def __init__(
         self,

@@ -21,12 +21,35 @@ if TYPE_CHECKING:
 
 # keys of the feature statistics in a checkpoint
 STATISTICS = ("normalize.mean", "normalize.std")
+TOO_LARGE_STEPS = "lower lr in optim_conf or set use_amp: false"
+
+
+class DamagedError(Exception):
+    """A file of torch.save cannot be read: it is missing, truncated or damaged."""
+
+
+def load_tensors(file: Path | str) -> Any:
+    """Load a file of `torch.save` on the CPU, without running code in it.
+
+    Files of torch before 1.6, which are not zip files, can be read too. Tensors of a zip file are
+    mapped into memory and read only when they are used.
+
+    Raises:
+        DamagedError: the file cannot be read; its __cause__ is the reason.
+    """
+    try:
+        return torch.load(
+            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+        )
+    except Exception as error:  # damaged bytes can cause any exception
+        if is_out_of_memory(error):
+            raise
+        first = next(iter(str(error).splitlines()), "").split(". ")[0].strip()
+        raise DamagedError(f"{type(error).__name__}: {one_line(first)}") from error
 
 
 def read_checkpoint(file: Path | str) -> dict[str, Tensor]:
-    """Load the parameters and buffers of a model file on the CPU, without running code in it.
-
-    Files of torch before 1.6, which are not zip files, can be read too.
+    """Load the parameters and buffers of a model file; see `load_tensors`.
 
     Raises:
         UserError: the file is missing, damaged or not a model file.
@@ -41,14 +64,11 @@ def read_checkpoint(file: Path | str) -> dict[str, Tensor]:
     with path.open("rb"):  # raises errors of the system; below, any exception means damage
         pass
     try:
-        # with mmap, tensors of a zip file are read only when they are used
-        state = torch.load(
-            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-        )
-    except Exception as error:  # damaged bytes can cause any exception
-        if is_out_of_memory(error):
-            raise
-        raise _damaged(file, error) from error
+        state = load_tensors(file)
+    except DamagedError as error:
+        raise UserError(
+            f"{file} is not a model file, or it is damaged ({error}): copy or train it again"
+        ) from error
     for wrapper in ("module", "state_dict"):  # DeepSpeed, Lightning
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
@@ -64,29 +84,36 @@ def read_checkpoint(file: Path | str) -> dict[str, Tensor]:
     return dict(state)
 
 
-def _damaged(file: Path | str, error: Exception) -> UserError:
-    first = next(iter(str(error).splitlines()), "").split(". ")[0].strip()
-    return UserError(
-        f"{file} is not a model file, or it is damaged ({type(error).__name__}: "
-        f"{one_line(first)}): copy or train it again"
-    )
+def not_finite(state: Mapping[str, Any]) -> list[str]:
+    """Keys of a state dict with nan or inf in their tensors."""
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    return [key for key, value in tensors.items() if not value.isfinite().all()]
+
+
+def refuse_not_finite(state: Mapping[str, Any], file: Path | str) -> None:
+    """Check that the tensors of a model file are finite.
+
+    Raises:
+        UserError: names the file and the first such parameter or buffer.
+    """
+    if wrong := not_finite(state):
+        raise UserError(
+            f"{file}: {wrong[0]} holds nan or inf: the training diverged: use the model of an "
+            f"earlier epoch, or {TOO_LARGE_STEPS}, remove {Path(file).parent} and train again"
+        )
 
 
 def check_finite(model: nn.Module, file: Path | str) -> None:
     """Check that a model has no NaN, and no infinite parameters.
 
     Raises:
-        UserError: names the file and the first such parameter or buffer.
+        UserError: see `refuse_not_finite`.
     """
-    for key, value in model.state_dict().items():
-        if isinstance(value, Tensor) and value.is_floating_point() and value.isnan().any():
-            raise UserError(
-                f"{file}: {key} holds NaN: the training diverged; use the model of an earlier "
-                "epoch, or train again with a lower learning rate"
-            )
-    for key, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise UserError(f"{file}: {key} holds infinity: the training diverged; train again")
+    learnt = dict(model.named_parameters())
+    # a buffer may hold inf on purpose, as a mask does
+    refuse_not_finite(
+        {k: v for k, v in model.state_dict().items() if k in learnt or v.isnan().any()}, file
+    )
 
 
 class LoadGuard:

@@ -2,8 +2,6 @@
 
 import contextlib
 import os
-import pickle
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,14 +9,10 @@ from typing import Any
 import torch
 
 from espnet_kv.errors import UserError
+from espnet_kv.espnet.loading import TOO_LARGE_STEPS, not_finite
 from espnet_kv.files import new_file
 
 CHECKPOINT, PREVIOUS = "checkpoint.pth", "checkpoint.previous.pth"
-TOO_LARGE_STEPS = "lower lr in optim_conf or set use_amp: false"
-
-
-class DamagedError(Exception):
-    """A model file cannot be read: it is truncated or damaged."""
 
 
 @contextlib.contextmanager
@@ -102,42 +96,3 @@ def refuse_diverged(states: Mapping[str, Any], path: Path) -> None:
 
 def _is_finite(value: Any) -> bool:
     return bool(torch.isfinite(torch.as_tensor(value)).all())
-
-
-def not_finite(state: Mapping[str, Any]) -> list[str]:
-    """Keys of a state dict with nan or inf in their tensors."""
-    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
-    return [key for key, value in tensors.items() if not torch.isfinite(value).all()]
-
-
-def read(path: Path) -> Any:
-    """Load a file of `torch.save` on the CPU, memory-mapped if possible.
-
-    Raises:
-        DamagedError: the file is missing, truncated or damaged.
-    """
-    try:
-        is_zip = zipfile.is_zipfile(path)  # torch < 1.6 wrote another format
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError) as error:
-        raise DamagedError(f"{path} cannot be read: {error}") from error
-    except pickle.UnpicklingError as error:
-        raise DamagedError(f"{path} is damaged or holds more than tensors: {error}") from error
-
-
-def check_finite(path: Path) -> None:
-    """Check that a model file can be read and its weights are finite.
-
-    Raises:
-        UserError: the file is missing or damaged, or has nan or inf in its weights.
-    """
-    try:
-        state = read(path)
-    except DamagedError as error:
-        raise UserError(f"{path} is missing or damaged: train it again") from error
-    state = state.get("model", state) if isinstance(state, Mapping) else {}
-    if wrong := not_finite(state):
-        raise UserError(
-            f"{path} holds weights that are nan or inf ({wrong[0]} and {len(wrong) - 1} others): "
-            f"{TOO_LARGE_STEPS}, remove {path.parent} and train again"
-        )

@@ -15,14 +15,8 @@ from espnet2.train.reporter import Reporter
 
 from espnet_kv.cli import HelpFormatter
 from espnet_kv.errors import UserError
-from espnet_kv.espnet.saving import (
-    CHECKPOINT,
-    PREVIOUS,
-    DamagedError,
-    read,
-    refuse_diverged,
-    safe_saves,
-)
+from espnet_kv.espnet.loading import DamagedError, load_tensors
+from espnet_kv.espnet.saving import CHECKPOINT, PREVIOUS, refuse_diverged, safe_saves
 from espnet_kv.espnet.task import TrainingTask
 
 
@@ -107,15 +101,15 @@ def _whole_checkpoint(directory: Path) -> dict[str, Any] | None:
     if not checkpoint.exists() and not previous.exists():
         return None
     try:
-        return read(checkpoint)
+        return load_tensors(checkpoint)
     except DamagedError as error:
         damaged = error
     if checkpoint.exists():
         kept = directory / "checkpoint.damaged.pth"
         os.replace(checkpoint, kept)
-        _warn(f"{checkpoint} cannot be read ({_short(damaged)}), it is kept as {kept.name}")
+        _warn(f"{checkpoint} cannot be read ({damaged}), it is kept as {kept.name}")
     try:
-        states = read(previous)
+        states = load_tensors(previous)
     except DamagedError:
         _warn(f"{directory} has no other checkpoint: the training starts again from epoch 1")
         return None
@@ -140,7 +134,7 @@ def _mend_model(directory: Path, epoch: int, last: int, states: dict[str, Any]) 
     """Restore a missing or truncated model of an epoch from a checkpoint of that epoch."""
     file = directory / f"{epoch}epoch.pth"
     try:
-        read(file)
+        load_tensors(file)
         return
     except DamagedError as error:
         damaged = error
@@ -148,25 +142,20 @@ def _mend_model(directory: Path, epoch: int, last: int, states: dict[str, Any]) 
     with_previous = directory / PREVIOUS
     if epoch != last and with_previous.exists():
         try:
-            sources.append(read(with_previous))
+            sources.append(load_tensors(with_previous))
         except DamagedError as error:
-            logging.info("%s", error)
+            logging.info("%s: %s", with_previous, error)
     for source in sources:
         if source["reporter"]["epoch"] == epoch:
             with safe_saves():
                 torch.save(source["model"], file)
             _warn(f"{file} was missing or cut, it is written again from the checkpoint")
             return
-    what = "is missing" if not file.exists() else f"cannot be read ({_short(damaged)})"
+    what = "is missing" if not file.exists() else f"cannot be read ({damaged})"
     raise UserError(
         f"{file} {what}, and the average of the best epochs needs it: put it back, give a smaller "
         f"keep_nbest_models, or remove {directory} to train again"
     )
-
-
-def _short(error: Exception) -> str:
-    message = " ".join(str(error.__cause__).split())
-    return message if len(message) <= 100 else message[:96] + " ..."
 
 
 def _link(link: Path, target: str) -> None:

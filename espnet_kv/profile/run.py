@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from espnet_kv.attention import Attention
+from espnet_kv.attention import ATTENTIONS, Attention
 from espnet_kv.cache.codec import FLOATS
 from espnet_kv.decoder.transformer import KVTransformerDecoder
 from espnet_kv.errors import UserError
@@ -141,6 +141,7 @@ def _pick(row: Mapping[str, Any], part: type[schema.Part]) -> dict[str, Any]:
 
 def _model(subject: Subject, macs_per_second: float) -> schema.Model:
     conf = subject.args.encoder_conf
+    attention_type = conf.get("attention_type", "mha")
     decoder = subject.model.decoder
     counted: dict[str, Any] = {**macs.parameters(subject.model)}
     attention: dict[str, Any] = {}
@@ -151,9 +152,10 @@ def _model(subject: Subject, macs_per_second: float) -> schema.Model:
             attention[f"{place}_attention_label"] = attention_label(decoder, place == "src")
     return schema.Model(
         encoder=cache_bytes.encoder_name(subject),
-        attention_type=conf.get("attention_type", "mha"),
+        attention_type=attention_type,
         attention_conf=conf.get("attention_conf") or {},
         attention_label=attention_label(subject.encoder),
+        attention_colour_slot=ATTENTIONS[attention_type].colour_slot,
         decoder=None if decoder is None else str(subject.args.decoder).removeprefix("kv_"),
         **attention,
         weights="trained" if subject.source.trained else "random",

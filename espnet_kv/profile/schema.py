@@ -46,6 +46,8 @@ class Model(Part):
     attention_conf: Options = {}
     attention_label: str
     """the attention's own name for itself, options included: mla r64"""
+    attention_colour_slot: Count | None = None
+    """the attention's place in tables and its colour in figures; null: the next free one"""
     decoder: str | None = None
     """transformer, ... (without kv_)"""
     self_attention_type: str | None = None
@@ -346,7 +348,9 @@ def read_profile(path: Path) -> Profile:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({one_line(error)})") from error
     except ValidationError as error:
-        raise UserError(f"{path}: {_explain(error)}: profile again (stage 14)") from error
+        raise UserError(
+            f"{path}: {_explain(error)}: remove it and profile again (stage 14)"
+        ) from error
 
 
 def read_profiles(paths: Iterable[Path]) -> list[Profile]:

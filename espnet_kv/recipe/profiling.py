@@ -1,14 +1,18 @@
 """Stages 14 and 15: profiles of all models, and their comparison."""
 
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from espnet_kv.config import load_yaml
 from espnet_kv.errors import UserError
-from espnet_kv.files import write_text
-from espnet_kv.profile.schema import SCHEMA, read_profiles
+from espnet_kv.profile.schema import (
+    SCHEMA,
+    Profile,
+    read_profile,
+    read_profiles,
+    write_profile,
+)
 from espnet_kv.recipe.decode import require_model
 from espnet_kv.recipe.jobs import Job
 from espnet_kv.recipe.layout import Layout
@@ -123,12 +127,11 @@ def _search_configs(layout: Layout) -> tuple[Path, Path]:
 
 def _refresh_scores(exp: Path, decoding: str) -> None:
     file = exp / "profile" / "profile.json"
-    try:
-        profile = json.loads(file.read_text(encoding="utf-8"))
-        # keep the decodings in the profile, for the kind that this run does not decode
-        named = {row["decoding"] for kind in profile["wer"].values() for row in kind.values()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is damaged: remove it and profile again (stage 14)") from error
+    profile = read_profile(file)
+    content = profile.model_dump(by_alias=True)
+    # keep the decodings in the profile, for the kind that this run does not decode
+    named = {row["decoding"] or "" for sets in content["wer"].values() for row in sets.values()}
     wer = read_scores(exp, [decoding, *sorted(named)])
-    if wer != profile["wer"]:
-        write_text(file, json.dumps(profile | {"wer": wer}, indent=1) + "\n")
+    refreshed = Profile.model_validate(content | {"wer": wer})
+    if refreshed != profile:
+        write_profile(file, refreshed.model_dump(by_alias=True))

@@ -181,11 +181,11 @@ def _finish_training(layout: Layout, exp: Path) -> None:
 
 
 def check_models(exp: Path) -> None:
-    """Raise UserError if an averaged model of an experiment is not finite."""
-    from espnet_kv.espnet.saving import check_finite  # loads torch
+    """Raise UserError if an averaged model of an experiment is damaged or not finite."""
+    from espnet_kv.espnet.loading import read_checkpoint, refuse_not_finite  # loads torch
 
     for model in exp.glob("*.ave.pth"):
-        check_finite(model)
+        refuse_not_finite(read_checkpoint(model), model)
 
 
 def last_epoch(config: Mapping[str, Any], more: str) -> int:

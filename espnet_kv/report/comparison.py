@@ -1,5 +1,6 @@
 """The models of a report: order, names, colours, and the settings in which they differ."""
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,9 +13,8 @@ from espnet_kv.profile.schema import Profile
 # Okabe and Ito's palette, which colour-blind readers can tell apart, on dark ground too
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a68c9", "#a6761d", "#56b4e9", "#8a8a00")
 MARKERS = ("o", "s", "D", "^", "P", "X", "v", "*")
-# these keep their place, colour and marker in every report; others follow by name
+# these keep their place and marker in every report; others follow by name
 ENCODERS = ("conformer", "branchformer", "e_branchformer", "transformer")
-ATTENTIONS = ("mha", "gqa", "mla", "linear")
 ORIGINS = {
     "trained": "trained from scratch",
     "converted": "converted",
@@ -76,14 +76,16 @@ class Notes:
 
 def entries(profiles: Sequence[Profile]) -> list[Entry]:
     """The models by encoder, attention and origin, then the largest cache first."""
-    encoders = _known_first(ENCODERS, [p.model.encoder for p in profiles])
-    attentions = _known_first(ATTENTIONS, [p.model.attention_type for p in profiles])
+    used = {profile.model.encoder for profile in profiles}
+    encoders = [*ENCODERS, *sorted(used - set(ENCODERS))]
+    slots = _colour_slots(profiles)
 
     def place(profile: Profile) -> tuple[Any, ...]:
         model, cache = profile.model, profile.bounded()
         return (
             encoders.index(model.encoder),
-            attentions.index(model.attention_type),
+            slots[model.attention_type],
+            model.attention_type,
             list(ORIGINS).index(origin(profile)),
             -(cache.allocated.attention if cache else 0),
             profile.name,
@@ -94,15 +96,20 @@ def entries(profiles: Sequence[Profile]) -> list[Entry]:
         Entry(
             profile,
             name,
-            PALETTE[attentions.index(profile.model.attention_type) % len(PALETTE)],
+            PALETTE[slots[profile.model.attention_type] % len(PALETTE)],
             MARKERS[encoders.index(profile.model.encoder) % len(MARKERS)],
         )
         for profile, name in zip(profiles, _names(profiles), strict=True)
     ]
 
 
-def _known_first(known: Sequence[str], used: Sequence[str]) -> list[str]:
-    return [*known, *sorted(set(used) - set(known))]
+def _colour_slots(profiles: Sequence[Profile]) -> dict[str, int]:
+    """attention_type -> its slot; types without one take the free ones in the order of names."""
+    own = {
+        profile.model.attention_type: profile.model.attention_colour_slot for profile in profiles
+    }
+    free = (slot for slot in itertools.count() if slot not in own.values())
+    return {name: next(free) if slot is None else slot for name, slot in sorted(own.items())}
 
 
 def by_encoder(models: Sequence[Entry]) -> dict[str, list[Entry]]:

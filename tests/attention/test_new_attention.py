@@ -13,12 +13,14 @@ from espnet_kv.bin import report
 from espnet_kv.cache import Footprint
 from espnet_kv.decoder.transformer import KVTransformerDecoder
 from espnet_kv.profile.run import attention_label
+from espnet_kv.report.comparison import PALETTE
 
 
 class SharedAttention(SoftmaxAttention):
     """One head of keys, which serve as values too, projected from `width` stored numbers."""
 
     options = ("width",)
+    colour_slot = 6
 
     def __init__(self, sizes, dropout_rate, rel_pos, zero_triu=False, *, width: int = 6):
         super().__init__(sizes, dropout_rate, rel_pos, zero_triu)
@@ -93,15 +95,19 @@ def test_its_bytes_and_label_are_known_from_a_configuration():
 
 
 def test_it_stands_in_tables_and_figures(tmp_path):
-    """The profile records its label; the report has no line about it."""
-    label = attention_label(streaming("kv_conformer", **YAML))
-    new = make_profile(model__attention_type="shared", model__attention_label=label)
-    paths = [write_profile(tmp_path / f"{n}.json", p) for n, p in enumerate([new, *eight()])]
+    """The profile records its label and its colour; the report has no line about it."""
+    new = make_profile(
+        model__attention_type="shared",
+        model__attention_label=attention_label(streaming("kv_conformer", **YAML)),
+        model__attention_colour_slot=SharedAttention.colour_slot,
+    )
+    paths = [write_profile(tmp_path / f"{n}.json", p) for n, p in enumerate([new, *eight()[:2]])]
     assert report.main([*map(str, paths), "--output", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out/comparison.csv").read_text()
     assert "\nconformer shared 5," in text
     for name in ("wer_cache", "cache_growth"):
-        assert ">shared 5<" in (tmp_path / f"out/figures/{name}.svg").read_text()
+        drawn = (tmp_path / f"out/figures/{name}.svg").read_text()
+        assert ">shared 5<" in drawn and PALETTE[6] in drawn
 
 
 def test_a_decoder_takes_it():

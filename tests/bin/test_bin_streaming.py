@@ -233,18 +233,18 @@ class TestStream:
         assert (ended.returncode, ended.stdout) == (0, "B\n")
 
     def test_it_works_within_a_pipeline(self, model, folder):
+        """cat FILE | stream - | cat."""
         (folder / "x.raw").write_bytes(pcm("AB__BA"))
-        command = f'"{sys.executable}" -m espnet_kv.bin.stream {" ".join(model)} - | cat'
-        with (folder / "x.raw").open("rb") as raw:
-            ended = subprocess.run(
-                ["bash", "-o", "pipefail", "-c", f"cat | {command}"],
-                stdin=raw,
-                cwd=REPO,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-                capture_output=True,
-                text=True,
-            )
-        assert (ended.returncode, ended.stdout) == (0, "AB\nBA\n"), ended.stderr
+        before = subprocess.Popen(["cat", folder / "x.raw"], stdout=subprocess.PIPE)
+        after = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        given, taken = before.stdout.fileno(), after.stdin.fileno()
+        child = Forked(stream.main, [*model, "-"], stdin=given, stdout=taken)
+        before.stdout.close()
+        after.stdin.close()
+        told = child.stderr.read()
+        assert os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1]) == 0, told
+        assert after.stdout.read() == "AB\nBA\n"
+        assert before.wait() == after.wait() == 0
 
     def test_another_rate_of_standard_input(self, model):
         data = soxr.resample(speech("ABA").numpy(), RATE, 32000)

@@ -235,8 +235,11 @@ class TestRefused:
         ],
         ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
     )
-    def test_before_anything_is_done(self, asr1, tools, options, line):
-        ended = run(asr1, *options, PATH=tools)
+    def test_before_anything_is_done(self, asr1, tools, options, line, monkeypatch):
+        monkeypatch.chdir(asr1)
+        monkeypatch.setenv("PATH", tools)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        ended = call(driver.main, str(asr1.parents[1] / "TEMPLATE/asr1"), *options)
         assert re.search(line, said(ended))
         assert not (asr1 / "asr.sh").exists() and not (asr1 / "pwned").exists()
 

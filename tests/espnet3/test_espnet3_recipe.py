@@ -180,7 +180,8 @@ def test_stages_run_again_only_where_something_has_changed(trained):
 @pytest.mark.slow
 def test_the_other_attentions_and_the_other_encoder(tmp_path):
     recipe = copy(tmp_path)
-    models = {"mha": "conformer", "gqa": "branchformer", "linear": "branchformer"}
+    # gqa differs from mha by its configuration alone, which test_espnet3_data.py compares
+    models = {"mha": "conformer", "linear": "branchformer"}
     lines = []
     for attention, encoder in models.items():
         model = f"asr/train_asr_{encoder}_{attention}"
@@ -189,7 +190,7 @@ def test_the_other_attentions_and_the_other_encoder(tmp_path):
         )
         stages = (*PREPARE, "train", "infer", "measure")
         lines.append(words(stages, f"conf/training_{attention}.yaml"))
-    assert runs(recipe, *lines) == [None, None, None]
+    assert runs(recipe, *lines) == [None] * len(lines)
     for attention, encoder in models.items():
         exp = recipe / f"exp/training_{attention}"
         config = yaml.safe_load((exp / "config.yaml").read_text())

@@ -89,7 +89,7 @@ FAULTS = {
     "model cut": (cut_zip, "model.pth is not a model file, or it is damaged"),
     "model empty": (replaced("model.pth", b""), "model.pth is not a model file: it is empty"),
     "model is a directory": (replaced("model.pth", None), "model.pth .*directory"),
-    "model of NaN": (with_nan, "model.pth: encoder.after_norm.weight holds NaN"),
+    "model of NaN": (with_nan, "model.pth: encoder.after_norm.weight holds nan or inf"),
     "training state": (training_state, "model.pth is the state of a training.*valid.acc.ave"),
     "config empty": (replaced("config.yaml", b""), "config.yaml is not a config.yaml"),
     "config of something else": (replaced("config.yaml", b"beam_size: 3"), "names no encoder"),
@@ -233,7 +233,7 @@ LM_FAULTS = {
     "none": (lambda _: None, None),
     "cut": (replaced("lm.pth", b"PK"), "lm.pth is not a model file"),
     "other keys": (lm_of_other_keys, "lm.pth: the checkpoint does not fit .*missing keys: "),
-    "NaN": (lm_of_nan, "lm.pth: .* holds NaN"),
+    "NaN": (lm_of_nan, "lm.pth: .* holds nan or inf"),
     "ASR config": (lambda f: edit(f, lm=None), "config.yaml .*names no lm"),
     "unknown key": (lambda f: edit(f, lm_conf={"units": 8}), "config.yaml.*units"),
     "other tokens": (

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import assert_one_line
+from commands import assert_one_line, run, run_module
 from small_encoders import OURS
 from small_models import CHUNKS, RATE, build, save, speech
 from streams import streaming
@@ -229,25 +229,33 @@ def test_calls_name_arguments_and_commands_options(folder, tmp_path, capsys):
     one_error(main([*others, "--chunk_size", "0"]), "--chunk_size 0: ", capsys)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        "asr_inference",
-        "asr_inference_streaming",
-        "asr_train",
-        "convert",
-        "lm_calc_perplexity",
-        "lm_train",
-        "profile",
-        "report",
-        "stream",
-    ],
+LIGHT = ("convert", "profile", "report", "stream")
+"""Commands whose options are their own: --help and wrong options need no torch."""
+ESPNETS = (
+    "asr_inference",
+    "asr_inference_streaming",
+    "asr_train",
+    "lm_calc_perplexity",
+    "lm_train",
 )
+"""Commands with options of ESPnet, whose parsers are in modules that load torch."""
+
+
+@pytest.mark.parametrize("name", LIGHT + ESPNETS)
 def test_help_says_what_helps(name):
-    """Also where ESPnet's own text holds a bare %; no default of None, no line of ESPnet's."""
-    ended = subprocess.run(
-        [sys.executable, "-m", f"espnet_kv.bin.{name}", "--help"], capture_output=True, text=True
-    )
-    assert ended.returncode == 0 and "--" in ended.stdout
+    """Also where ESPnet's own text holds a bare %; no default of None."""
+    ended = run(run_module, f"espnet_kv.bin.{name}", "--help")
+    assert ended.returncode == 0 and "--" in ended.stdout, ended.stderr
     assert "default: None" not in ended.stdout and not ended.stderr
+
+
+@pytest.mark.parametrize("name", [*LIGHT, "asr_inference"])
+def test_a_new_process_answers_at_once_and_without_a_line_of_espnets(name):
+    code = (
+        f"import runpy, sys\nsys.argv = ['x', '--help']\n"
+        f"try: runpy.run_module('espnet_kv.bin.{name}', run_name='__main__')\n"
+        f"finally: print('torch' in sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0 and "--" in ended.stdout and not ended.stderr
+    assert ended.stdout.endswith(f"{name not in LIGHT}\n")

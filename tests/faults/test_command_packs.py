@@ -175,8 +175,12 @@ class TestPacking:
         whole = config.read_text()
         (exp / "profile").mkdir()
         for file, content, text in (
-            (exp / "profile/profile.json", "{", "profile.json: .*: profile again"),
-            (exp / "profile/profile.json", '{"cache": 1}', "profile.json: .*: profile again"),
+            (exp / "profile/profile.json", "{", "profile.json: .*: remove it and profile again"),
+            (
+                exp / "profile/profile.json",
+                '{"cache": 1}',
+                "profile.json: .*: remove it and profile again",
+            ),
             (exp / "run.json", "[]", "run.json is damaged"),
             (config, whole + "bpemodel: gone/bpe.model\n", "bpemodel: gone/bpe.model is neither"),
             (config, "a: [", "config.yaml is not a YAML"),

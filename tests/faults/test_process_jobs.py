@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 import process_stubs
@@ -18,6 +19,14 @@ from espnet_kv.recipe.logs import parse_epoch
 
 REPO = Path(__file__).parents[2]
 STUBS = process_stubs.__name__
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_server():
+    """A server that has loaded ESPnet is not used here, nor that of these tests in others."""
+    forkserver._forkserver._stop()
+    yield
+    forkserver._forkserver._stop()
 
 
 @pytest.fixture(autouse=True)

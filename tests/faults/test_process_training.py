@@ -19,8 +19,8 @@ from small_training import lm_options, options, same, weights, write_data
 from espnet_kv.bin import asr_train, lm_train
 from espnet_kv.errors import UserError
 from espnet_kv.espnet import saving
-from espnet_kv.espnet.saving import check_finite
 from espnet_kv.espnet.training import ASRTraining  # the forks have ESPnet loaded, then
+from espnet_kv.recipe.train import check_models
 
 AVERAGE = "valid.acc.ave.pth"
 
@@ -62,13 +62,20 @@ def killed_while(saves: str, written: int = 100):
     return main
 
 
-@pytest.fixture
-def begun(data, tmp_path) -> Path:
-    """An experiment after its first two epochs."""
-    exp = tmp_path / "exp"
+@pytest.fixture(scope="module")
+def killed_in_epoch_3(data, tmp_path_factory) -> Path:
+    """An experiment with a checkpoint of its third epoch, but without the model."""
+    exp = tmp_path_factory.mktemp("killed") / "exp"
     ended = run(killed_while("3epoch.pth"), *options(data, exp))
     assert ended.returncode == 137, ended.stderr
-    (exp / "checkpoint.pth").unlink()  # its third epoch
+    return exp
+
+
+@pytest.fixture
+def begun(killed_in_epoch_3, tmp_path) -> Path:
+    """An experiment after its first two epochs."""
+    exp = Path(shutil.copytree(killed_in_epoch_3, tmp_path / "exp", symlinks=True))
+    (exp / "checkpoint.pth").unlink()
     (exp / saving.PREVIOUS).rename(exp / "checkpoint.pth")
     return exp
 
@@ -96,9 +103,10 @@ def test_a_training_killed_while_it_saved_ends_as_if_it_had_not_been(
         assert same(exp / file, undisturbed / file), file
 
 
-def test_epochs_are_not_lost_with_a_checkpoint_that_was_cut(data, undisturbed, tmp_path):
-    exp = tmp_path / "exp"
-    run(killed_while("3epoch.pth"), *options(data, exp))
+def test_epochs_are_not_lost_with_a_checkpoint_that_was_cut(
+    data, undisturbed, killed_in_epoch_3, tmp_path
+):
+    exp = Path(shutil.copytree(killed_in_epoch_3, tmp_path / "exp", symlinks=True))
     checkpoint = exp / "checkpoint.pth"
     os.truncate(checkpoint, checkpoint.stat().st_size // 2)
     said = finish(data, exp)
@@ -187,16 +195,18 @@ def test_a_checkpoint_that_holds_nan_is_not_gone_on_from(data, begun):
     assert_one_line(ended, r"the training diverged: \S+ holds nan or inf in epoch 2.*remove ")
 
 
-def test_a_model_file_is_checked(undisturbed, tmp_path):
-    check_finite(undisturbed / AVERAGE)
+def test_averaged_models_are_checked(undisturbed, tmp_path):
+    check_models(undisturbed)
     state = weights(undisturbed / AVERAGE)
     key = next(key for key, value in state.items() if value.is_floating_point())
     state[key] = state[key] * float("nan")
-    torch.save(state, tmp_path / "nan.pth")
-    (tmp_path / "cut.pth").write_bytes((undisturbed / AVERAGE).read_bytes()[:2000])
-    for name, said in (("nan", f"nan or inf.*{key}"), ("cut", "damaged"), ("none", "missing")):
-        with pytest.raises(UserError, match=rf"{name}\.pth .*{said}"):
-            check_finite(tmp_path / f"{name}.pth")
+    model = tmp_path / "nan.ave.pth"
+    torch.save(state, model)
+    with pytest.raises(UserError, match=rf"nan\.ave\.pth: {key} holds nan or inf.*remove "):
+        check_models(tmp_path)
+    model.write_bytes((undisturbed / AVERAGE).read_bytes()[:2000])
+    with pytest.raises(UserError, match=r"nan\.ave\.pth is not a model file, or it is damaged"):
+        check_models(tmp_path)
 
 
 def test_a_language_model_is_saved_as_safely(data, tmp_path):

@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+from profile_json import make_profile, write_profile
 from scored import score, score_as_asr_sh
 
 from espnet_kv.errors import UserError
+from espnet_kv.profile import schema
+from espnet_kv.profile.schema import read_profile
 from espnet_kv.recipe import profiling, runner
 from espnet_kv.recipe.__main__ import main
+from espnet_kv.recipe.jobs import Job
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.options import parse
 from espnet_kv.scores import read_scores
@@ -135,7 +139,7 @@ class TestStage:
             for job in jobs:
                 assert job.module == "espnet_kv.bin.profile" and job.fresh and parallel == 1
                 asked.append(list(job.arguments))
-                (job.log.parent / "profile.json").write_text('{"name": "x", "wer": {}}')
+                write_profile(job.log.parent / "profile.json", make_profile(wer={}))
                 job.after()
 
         monkeypatch.setattr(runner, "run_jobs", write)
@@ -171,12 +175,17 @@ class TestStage:
         assert main(options) == 0
         score(exp / "decode_asr_x/test_clean", 5.5, streaming=True)
         assert main(options) == 0
-        wer = json.loads((exp / "profile/profile.json").read_text())["wer"]
-        assert wer["streaming"]["test_clean"]["wer"] == 5.5
+        file = exp / "profile/profile.json"
+        profile = read_profile(file)
+        assert profile.wer["streaming"]["test_clean"].wer == 5.5
+        # the file is written as the profile command writes it
+        schema.write_profile(exp / "again.json", profile.model_dump(by_alias=True))
+        assert file.read_text() == (exp / "again.json").read_text()
         assert len(asked) == 1
 
-    def test_what_went_wrong_is_told(self, options, exp, capsys):
-        """The command itself, which cannot read this model."""
+    def test_what_went_wrong_is_told(self, options, exp, capsys, monkeypatch):
+        """The command itself, which cannot read this model; here in a fork."""
+        monkeypatch.setattr(profiling, "Job", lambda *arguments, fresh: Job(*arguments))
         assert main(options) == 1
         err = capsys.readouterr().err
         assert "profile.log" in err and err.startswith("error: ") and err.count("\n") == 1
@@ -186,7 +195,8 @@ class TestStage:
         assert main(options) == 0
         (exp / "profile/profile.json").write_text(content)
         assert main(options) == 1
-        assert "profile.json is damaged: remove it" in capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert "profile.json: " in err and "remove it and profile again (stage 14)" in err
 
     def test_an_untrained_model(self, options, exp, capsys):
         assert main([*options, "--inference_asr_model", "no.pth"]) == 1

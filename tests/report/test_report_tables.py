@@ -7,9 +7,10 @@ import re
 import pytest
 from profile_json import eight, make_profile, write_profile
 
+from espnet_kv.attention import ATTENTIONS
 from espnet_kv.errors import UserError
 from espnet_kv.profile.schema import read_profiles
-from espnet_kv.report.comparison import compare, entries
+from espnet_kv.report.comparison import PALETTE, compare, entries
 from espnet_kv.report.table import MISSING, comparison_csv, joined, markdown, placed, plain, tables
 
 
@@ -109,12 +110,26 @@ def test_models_are_ordered_by_encoder_and_attention(report):
 
 
 def test_attentions_have_colours_of_their_own(report):
-    """Also those that this package does not know, and always the same for those that it does."""
-    new = [make_profile(model__attention_type=f"new{n}", model__attention_label="x") for n in "ab"]
-    made = report([*eight()[:4], *new])
+    """Those of their slots in every report; without a slot one that no other has."""
+
+    def new(name: str, slot: int | None) -> dict:
+        return make_profile(
+            model__attention_type=name,
+            model__attention_label="x",
+            model__attention_colour_slot=slot,
+        )
+
+    made = report([new("b", None), new("a", None), new("c", 5), *eight()[:4]])
+    types = [entry.profile.model.attention_type for entry in made.models]
+    assert types == ["mha", "gqa", "mla", "linear", "a", "c", "b"]  # 4, 5, 6
     colours = [entry.colour for entry in made.models]
-    assert len(set(colours)) == 6
+    assert colours == list(PALETTE[:7])
     assert [report([p]).models[0].colour for p in eight()[:4]] == colours[:4]
+
+
+def test_attentions_of_this_package_have_slots_of_their_own():
+    slots = [attention.colour_slot for attention in ATTENTIONS.values()]
+    assert slots == list(range(len(slots)))
 
 
 def test_the_label_of_an_attention_is_its_name(report):

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -82,6 +83,18 @@ class Forked:
 def run(main, *arguments: str, data: bytes = b"") -> subprocess.CompletedProcess:
     """Run main(arguments) in a fork with `data` on standard input, and return its end."""
     return Forked(main, arguments).finish(data)
+
+
+def run_module(words: list[str]) -> None:
+    """What `python -m` does with these words."""
+    sys.argv = words
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+
+
+def run_script(words: list[str]) -> None:
+    """What `python` does with these words, beginning with a file."""
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
 
 
 def assert_one_line(ended: subprocess.CompletedProcess, said: str) -> None:

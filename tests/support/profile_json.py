@@ -86,6 +86,7 @@ def make_profile(
             "attention_type": attention,
             "attention_conf": CONF.get(attention, {}),
             "attention_label": LABELS.get(attention, attention),
+            "attention_colour_slot": list(NUMBERS).index(attention),
             "decoder": "transformer",
             "self_attention_type": "mha",
             "self_attention_conf": {},
