@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pairwise import pairwise
 from small_encoders import OURS, assert_close, build, encode, encoders, position_conf, positions
 from streams import STREAMED, Feeder, streaming, utterances
 
@@ -18,17 +17,12 @@ lefts = pytest.mark.parametrize("left", [0, 2, -1], ids=["left0", "left2", "all"
 
 
 @encoders
-@pairwise(
-    attention=STREAMED,
-    left={"left0": 0, "left2": 2, "all": -1},
-    chunk=[1, 4, 16],
-    frames={"one": [10], "three": [14, 9, 14]},
-)
+@streamed
+@lefts
+@pytest.mark.parametrize("chunk", [1, 4, 16])
+@pytest.mark.parametrize("frames", [[10], [14, 9, 14]], ids=["one", "three"])
 def test_a_stream_is_one_pass(name, attention, chunk, left, frames):
-    """The last chunk is a ragged one, and streams of a batch end at different times.
-
-    Any three values meet in `test_any_split` and in test_stream_fuzz.py.
-    """
+    """The last chunk is a ragged one, and streams of a batch end at different times."""
     encoder = streaming(name, chunk, left, **attention)
     lengths = [chunk * 4 + 3 if n == 14 else n for n in frames]
     Feeder(encoder, utterances(*lengths)).run(size=11).check()
