@@ -1,8 +1,9 @@
 """The cache of a decoder or language model in beam search.
 
-It holds vectors of each token and, for a decoder, of each encoded utterance. Each layer has one store for the tokens of all hypotheses. A hypothesis is a list of slots, so
-selecting, dropping and forking hypotheses copies no cached vectors. When the store is full, tokens
-that belong to no live hypothesis are removed.
+It holds vectors of each token and, for a decoder, of each encoded utterance. Each layer has one
+store for the tokens of all hypotheses. A hypothesis is a list of slots, so selecting, dropping and
+forking hypotheses copies no cached vectors. When the store is full, tokens that belong to no live
+hypothesis are removed.
 
 Shape letters: B utterances, K hypotheses of each, N = B K, L tokens, M slots, T encoder frames.
 """
@@ -85,14 +86,14 @@ class Hypothesis:
     """The state of one hypothesis.
 
     Attributes:
-        search: the caches shared with other hypotheses.
+        search: the TokenSearch, the caches shared with other hypotheses.
         row: number of the utterance.
         path: (L,), slots of the tokens; updated when the store is compacted.
         sums: (H, f, d_v + 1) of each layer with linear attention, None for other layers; empty
             before the first token.
     """
 
-    search: "TokenSearch"
+    search: Any
     row: int
     path: Tensor
     sums: Sequence[Any] = ()

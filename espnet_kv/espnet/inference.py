@@ -42,9 +42,9 @@ class Speech2Text(espnet.Speech2Text):
     """espnet2.bin.asr_inference.Speech2Text with strict loading and a search with true caches.
 
     Arguments, results and scores are ESPnet's: nbest tuples of text, tokens, token ids and
-    hypothesis. A stock `transformer` decoder or language model becomes kv_transformer. Feature statistics and the
-    tokenizer may also be beside the model. Short audio and a dtype of 16 bits work. ESPnet's
-    inference module is restored when the object is complete.
+    hypothesis. A stock `transformer` decoder or language model becomes kv_transformer. Feature
+    statistics and the tokenizer may also be beside the model. Short audio and a dtype of 16 bits
+    work. ESPnet's inference module is restored when the object is complete.
 
     Args:
         *args: as ESPnet's.

@@ -87,9 +87,7 @@ class KVTransformerLM(TransformerLM):
         batch_size = x.size(0) if x is not None and x.dim() == 3 else 1
         attentions = [layer.self_attn for layer in self.encoder.encoders]
         weight = self.encoder.after_norm.weight  # not quantised
-        search = TokenSearch(
-            attentions, batch_size, self.cache_dtype, weight.dtype, weight.device
-        )
+        search = TokenSearch(attentions, batch_size, self.cache_dtype, weight.dtype, weight.device)
         return search.first()
 
     def score(
@@ -120,21 +118,19 @@ class KVTransformerLM(TransformerLM):
         Returns:
             (N, V) log-probabilities and N new states.
         """
-        first = states[0]
-        if first is None:
-            first = self.batch_init_state(None)
-            states = [first] * len(ys)
+        first = states[0] or self.batch_init_state(None)
+        hypotheses = [first if state is None else state for state in states]
         search = first.search
         exist = ys != 0
         for position in range(len(first.path), ys.size(1)):  # a primer has more than one
             x = self._embed(ys[:, position], position).view(search.batch_size, -1, self._size)
-            step, paths = search.begin(states, exist[:, : position + 1])
+            step, paths = search.begin(hypotheses, exist[:, : position + 1])
             with active_step(step):
                 for layer in self.encoder.encoders:
                     x = layer(x, None)[0]  # (B, K, D)
-            states = search.end(step, paths)
+            hypotheses = search.end(step, paths)
         hidden = self.encoder.after_norm(x.flatten(0, 1))  # (N, D)
-        return torch.log_softmax(self.decoder(hidden), dim=-1), list(states)
+        return torch.log_softmax(self.decoder(hidden), dim=-1), hypotheses
 
     @property
     def _size(self) -> int:

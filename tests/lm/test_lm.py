@@ -225,7 +225,11 @@ def test_the_same_seed_starts_with_espnets_weights():
     weights = []
     for name in ("transformer", "kv_transformer"):
         torch.manual_seed(3)
-        conf = LMTask.get_default_config() | {"lm": name, "lm_conf": SIZES, "token_list": ["a"] * VOCABULARY}
+        conf = LMTask.get_default_config() | {
+            "lm": name,
+            "lm_conf": SIZES,
+            "token_list": ["a"] * VOCABULARY,
+        }
         model = LMTask.build_model(argparse.Namespace(**conf))
         weights.append(model.state_dict())
     assert weights[0].keys() == weights[1].keys()

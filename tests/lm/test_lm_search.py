@@ -55,9 +55,7 @@ def test_search_with_other_lengths(cls, ratios):
 def test_search_of_utterances_of_unequal_lengths(beam, ctc_weight):
     x, lengths = torch.randn(4, 20, SIZE), torch.tensor([20, 13, 16, 7])
     results = [
-        search(decoder, beam, ctc_weight, language_model=lm)(
-            x, maxlenratio=0.5, x_lengths=lengths
-        )
+        search(decoder, beam, ctc_weight, language_model=lm)(x, maxlenratio=0.5, x_lengths=lengths)
         for decoder, lm in sides(pos_enc="sinusoidal")
     ]
     for one, other in zip(*results, strict=True):

@@ -26,9 +26,10 @@ def recipe(tmp_path_factory) -> Path:
     )
     (asr1 / "conf").symlink_to(REPO / "conf")
     (asr1 / "tiny.yaml").write_text(yaml.safe_dump(TINY))
-    (asr1 / "tiny_lm.yaml").write_text(
-        (REPO / "conf/train_lm_small.yaml").read_text().replace("max_epoch: 10", "max_epoch: 1")
-    )
+    lm = yaml.safe_load((REPO / "conf/train_lm_small.yaml").read_text())
+    lm |= {"lm": "kv_transformer", "max_epoch": 1}
+    lm["lm_conf"] |= {"attention_type": "gqa", "attention_conf": {"num_kv_heads": 2}}
+    (asr1 / "tiny_lm.yaml").write_text(yaml.safe_dump(lm))
     return asr1
 
 
