@@ -194,7 +194,6 @@ def test_espnets_commands_know_it(data, tmp_path):
     config = yaml.safe_load((tmp_path / "exp/config.yaml").read_text())
     assert config["lm"] == "kv_transformer"
     assert config["lm_conf"]["attention_type"] == "linear"
-    assert config["lm_conf"]["dropout_rate"] == 0.1  # a default of ESPnet's class
     options = {
         "output_dir": tmp_path / "ppl",
         "data_path_and_name_and_type": f"{data}/text,text,text",
