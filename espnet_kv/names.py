@@ -9,8 +9,11 @@ REMARK = " (pip install espnet_kv; import espnet_kv)"
 ESPnet without this package names the choice that it does not know, and with it the remedy.
 """
 
+NAMED = ("encoder", "decoder", "lm")
+"""Keys of configurations that may name our classes."""
+
 
 def plain_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with the names of its encoder and decoder without REMARK."""
-    names = {key: config[key] for key in ("encoder", "decoder") if isinstance(config.get(key), str)}
+    """A configuration with the names of its classes without REMARK."""
+    names = {key: config[key] for key in NAMED if isinstance(config.get(key), str)}
     return {**config, **{key: name.removesuffix(REMARK) for key, name in names.items()}}

@@ -188,15 +188,18 @@ def test_benchmark_commands_name_options_that_exist(page, monkeypatch):
 @pytest.mark.parametrize("block", blocks("yaml"))
 def test_the_yaml_examples_build(block):
     from espnet2.tasks.asr import decoder_choices, encoder_choices
+    from espnet2.tasks.lm import lm_choices
 
     config = yaml.safe_load(block)
-    assert {"encoder", "decoder"} & set(config)
+    assert {"encoder", "decoder", "lm"} & set(config)
     if "encoder" in config:
         conf = {"num_blocks": 1, "rel_pos_type": "latest"} | config["encoder_conf"]
         encoder_choices.get_class(config["encoder"])(80, **conf)
     if "decoder" in config:
         decoder = decoder_choices.get_class(config["decoder"])
         decoder(100, 256, **{"num_blocks": 1} | config["decoder_conf"])
+    if "lm" in config:
+        lm_choices.get_class(config["lm"])(100, **{"layer": 1} | config["lm_conf"])
 
 
 @pytest.fixture(scope="module")

@@ -144,11 +144,12 @@ def devices() -> Iterator[tuple[str, str]]:
 def registered() -> Iterator[tuple[str, str]]:
     """Whether ESPnet knows our classes."""
     try:
-        task = importlib.import_module("espnet2.tasks.asr")
+        tables: dict[str, Any] = {}
+        for task in ("asr", "lm"):
+            tables |= vars(importlib.import_module(f"espnet2.tasks.{task}"))
         for table, choices in CHOICES.items():
-            known = getattr(task, table).classes
-            missing = [name for name in choices if name not in known]
-            title = table.replace("_choices", "s of ESPnet")
+            missing = [name for name in choices if name not in tables[table].classes]
+            title = table.replace("lm_", "language model_").replace("_choices", "s of ESPnet")
             if missing:
                 yield ERROR, f"{title} lack {', '.join(missing)}: another espnet_kv is in the way?"
             else:

@@ -1,8 +1,9 @@
-"""The cache of a decoder in beam search: vectors of each token and of each encoded utterance.
+"""The cache of a decoder or language model in beam search.
 
-Each layer has one store for the tokens of all hypotheses. A hypothesis is a list of slots, so
-selecting, dropping and forking hypotheses copies no cached vectors. When the store is full, tokens
-that belong to no live hypothesis are removed.
+It holds vectors of each token and, for a decoder, of each encoded utterance. Each layer has one
+store for the tokens of all hypotheses. A hypothesis is a list of slots, so selecting, dropping and
+forking hypotheses copies no cached vectors. When the store is full, tokens that belong to no live
+hypothesis are removed.
 
 Shape letters: B utterances, K hypotheses of each, N = B K, L tokens, M slots, T encoder frames.
 """
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from espnet_kv.cache.state import FrameState, StateSpec, SumState
 from espnet_kv.cache.step import CacheStep
@@ -30,16 +31,23 @@ class StoreStep(CacheStep):
 
     Args:
         states: states of the self-attention modules.
-        memory: encoded utterances for cross-attention.
+        memory: encoded utterances for cross-attention; None: there is none.
         first: the first of the K slots for the new tokens.
         count: K.
         visible: (B, 1, K, S), added to the logits.
+        valid: (N, 1, 1, 1) bool, the new tokens that are visible; None: all.
     """
 
     def __init__(
-        self, states: Sequence[Any], memory: "Memory", first: int, count: int, visible: Tensor
+        self,
+        states: Sequence[Any],
+        memory: "Memory | None",
+        first: int,
+        count: int,
+        visible: Tensor,
+        valid: Tensor | None,
     ):
-        self.states, self.memory = states, memory
+        self.states, self.memory, self.valid = states, memory, valid
         self._write, self.read = slice(first, first + count), first + count
         self.visible = visible
 
@@ -75,17 +83,17 @@ class Memory(StoreStep):
 
 @dataclass(eq=False)
 class Hypothesis:
-    """The decoder state of one hypothesis.
+    """The state of one hypothesis.
 
     Attributes:
-        search: the caches shared with other hypotheses.
+        search: the TokenSearch, the caches shared with other hypotheses.
         row: number of the utterance.
         path: (L,), slots of the tokens; updated when the store is compacted.
         sums: (H, f, d_v + 1) of each layer with linear attention, None for other layers; empty
             before the first token.
     """
 
-    search: "Search"
+    search: Any
     row: int
     path: Tensor
     sums: Sequence[Any] = ()
@@ -96,39 +104,51 @@ class Hypothesis:
         return len(self.path) * self.search.token_nbytes + _nbytes(self.sums)
 
 
-class Search:
-    """The caches of a decoder for a batch of utterances.
+class TokenSearch:
+    """The cached tokens of a search, for the self-attention of a decoder or language model.
 
     Args:
-        decoder: the KVTransformerDecoder.
-        xs: (B, T, D) encoder output.
-        mask: (B, 1, T), frames that exist; None: all.
+        attentions: the self-attention module of each layer.
+        batch_size: B.
+        cache_dtype: see `espnet_kv.cache.codec`.
+        dtype, device: those of the model.
     """
 
-    def __init__(self, decoder: Any, xs: Tensor, mask: Tensor | None):
-        self._decoder = decoder
-        self.batch_size, self._dtype, self._device = len(xs), xs.dtype, xs.device
+    memory: "Memory | None" = None
+
+    def __init__(
+        self,
+        attentions: Sequence[Any],
+        batch_size: int,
+        cache_dtype: str | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        self._attentions = attentions
+        self.batch_size, self._dtype, self._device = batch_size, dtype, device
+        self._cache_dtype = cache_dtype
         self._slots, self._used = FIRST_SLOTS, 0
         self._living: weakref.WeakSet[Hypothesis] = weakref.WeakSet()
-        spec = self._make_spec(xs, FIRST_SLOTS)
-        self.states = [layer.self_attn.init_state(spec) for layer in decoder.decoders]
-        self._held = [0] * self.batch_size  # tokens in the store, of each utterance
-        self.replace_memory(xs, mask)
+        spec = self._make_spec(FIRST_SLOTS)
+        self.states = [attention.init_state(spec) for attention in attentions]
+        self._held = [0] * batch_size  # tokens in the store, of each utterance
 
-    def _make_spec(self, xs: Tensor, slots: int) -> StateSpec:
-        return StateSpec(len(xs), slots, self._decoder.cache_dtype, xs.dtype, xs.device)
+    def _make_spec(self, slots: int) -> StateSpec:
+        return StateSpec(self.batch_size, slots, self._cache_dtype, self._dtype, self._device)
 
-    def replace_memory(self, xs: Tensor, mask: Tensor | None) -> None:
-        """Replace the encoder output by (B, T, D), e.g. when it has grown."""
-        self.frames = xs.size(1)
-        spec = self._make_spec(xs, self.frames)
-        states = [
-            layer.src_attn.init_cross_state(xs, spec, mask) for layer in self._decoder.decoders
-        ]
-        self.memory = Memory(states, self.frames, None if mask is None else mask[:, None].ne(0))
+    def first(self) -> Hypothesis:
+        """The hypothesis without tokens."""
+        return Hypothesis(self, 0, torch.zeros(0, dtype=torch.long, device=self._device))
 
-    def begin(self, hypotheses: Sequence[Hypothesis]) -> tuple[StoreStep, Tensor]:
+    def begin(
+        self, hypotheses: Sequence[Hypothesis], exist: Tensor | None = None
+    ) -> tuple[StoreStep, Tensor]:
         """Begin the step of one more token for N hypotheses, K of each utterance.
+
+        Args:
+            hypotheses: before the step.
+            exist: (N, L) bool, the tokens of each hypothesis, the new one included, that are
+                visible; None: all.
 
         Returns:
             The step and the paths (N, L) of the hypotheses after it.
@@ -147,8 +167,13 @@ class Search:
         paths = torch.cat([torch.stack([h.path for h in hypotheses]), new], dim=1)
         size = (len(hypotheses), self._used)
         hidden = torch.full(size, -torch.inf, dtype=self._dtype, device=device)
-        visible = hidden.scatter_(1, paths, 0.0).view(b, 1, count, self._used)
-        return StoreStep(states, self.memory, first, count, visible), paths
+        if exist is None:
+            visible, valid = hidden.scatter_(1, paths, 0.0), None
+        else:
+            bias = hidden.new_zeros(paths.shape).masked_fill(~exist, -torch.inf)
+            visible, valid = hidden.scatter_(1, paths, bias), exist[:, -1, None, None, None]
+        visible = visible.view(b, 1, count, self._used)
+        return StoreStep(states, self.memory, first, count, visible, valid), paths
 
     def _sums(self, hypotheses: Sequence[Hypothesis], index: int) -> SumState:
         """The sums of N hypotheses as one new state."""
@@ -200,14 +225,9 @@ class Search:
         return sum(state.frame_nbytes for state in self._stores)
 
     def nbytes_by_kind(self) -> dict[str, int]:
-        """Bytes in use: {"self": tokens and sums, "cross": encoded utterances}."""
+        """Bytes in use: {"self": tokens and sums}."""
         sums = sum(_nbytes(hypothesis.sums) for hypothesis in self._living)
-        own = sum(state.nbytes(self._held) for state in self._stores)
-        frames = [self.frames] * self.batch_size
-        return {
-            "self": own + sums,
-            "cross": sum(state.nbytes(frames) for state in self.memory.states),
-        }
+        return {"self": sum(state.nbytes(self._held) for state in self._stores) + sums}
 
     def capacity_by_kind(self) -> dict[str, int]:
         """Bytes allocated, by the kinds of `nbytes_by_kind`.
@@ -217,8 +237,17 @@ class Search:
         """
         own = [tensor for state in self.states for tensor in state.tensors]
         sums = [x for hypothesis in self._living for x in hypothesis.sums if x is not None]
-        cross = [tensor for state in self.memory.states for tensor in state.tensors]
-        return {"self": _storage_nbytes([*own, *sums]), "cross": _storage_nbytes(cross)}
+        return {"self": _storage_nbytes([*own, *sums])}
+
+    def nbytes_analytic(self) -> dict[str, int]:
+        """The expected `nbytes_by_kind`, computed from the configuration of the model."""
+        own = self._footprint(self._attentions, self._held)
+        # the constant part is per hypothesis, not per utterance
+        constant = self._footprint(self._attentions, [0])
+        return {"self": own + (len(self._living) - self.batch_size) * constant}
+
+    def _footprint(self, attentions: Sequence[Any], held: Sequence[int]) -> int:
+        return sum(a.footprint.nbytes(held, self._cache_dtype, self._dtype) for a in attentions)
 
     @property
     def living(self) -> int:
@@ -230,16 +259,55 @@ class Search:
         """Tokens in the store, of each utterance."""
         return list(self._held)
 
-    def nbytes_analytic(self) -> dict[str, int]:
-        """The expected `nbytes_by_kind`, computed from the configuration of the decoder."""
-        layers, stored, dtype = self._decoder.decoders, self._decoder.cache_dtype, self._dtype
-        own = sum(layer.self_attn.footprint.nbytes(self._held, stored, dtype) for layer in layers)
-        # the constant part is per hypothesis, not per utterance
-        constant = sum(layer.self_attn.footprint.nbytes([0], stored, dtype) for layer in layers)
+
+class Search(TokenSearch):
+    """The caches of a decoder for a batch of utterances.
+
+    Args:
+        decoder: the KVTransformerDecoder.
+        xs: (B, T, D) encoder output.
+        mask: (B, 1, T), frames that exist; None: all.
+    """
+
+    memory: Memory
+
+    def __init__(self, decoder: Any, xs: Tensor, mask: Tensor | None):
+        attentions = [layer.self_attn for layer in decoder.decoders]
+        super().__init__(attentions, len(xs), decoder.cache_dtype, xs.dtype, xs.device)
+        self._cross = [layer.src_attn for layer in decoder.decoders]
+        self.replace_memory(xs, mask)
+
+    def replace_memory(self, xs: Tensor, mask: Tensor | None) -> None:
+        """Replace the encoder output by (B, T, D), e.g. when it has grown."""
+        self.frames = xs.size(1)
+        spec = self._make_spec(self.frames)
+        states = [attention.init_cross_state(xs, spec, mask) for attention in self._cross]
+        self.memory = Memory(states, self.frames, None if mask is None else mask[:, None].ne(0))
+
+    def nbytes_by_kind(self) -> dict[str, int]:
+        """Bytes in use: {"self": tokens and sums, "cross": encoded utterances}."""
         frames = [self.frames] * self.batch_size
-        cross = sum(layer.src_attn.footprint.nbytes(frames, stored, dtype) for layer in layers)
-        sums = (len(self._living) - self.batch_size) * constant
-        return {"self": own + sums, "cross": cross}
+        cross = sum(state.nbytes(frames) for state in self.memory.states)
+        return super().nbytes_by_kind() | {"cross": cross}
+
+    def capacity_by_kind(self) -> dict[str, int]:
+        cross = [tensor for state in self.memory.states for tensor in state.tensors]
+        return super().capacity_by_kind() | {"cross": _storage_nbytes(cross)}
+
+    def nbytes_analytic(self) -> dict[str, int]:
+        cross = self._footprint(self._cross, [self.frames] * self.batch_size)
+        return super().nbytes_analytic() | {"cross": cross}
+
+
+def transpose_weights(model: nn.Module) -> None:
+    """Transpose the memory layout of weights for products with few rows on a CPU.
+
+    BLAS then takes about half the time. Values do not change, but parameters are no longer
+    contiguous, so only decoding commands call this, and not training.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight.device.type == "cpu":
+            module.weight.data = module.weight.data.t().contiguous().t()
 
 
 def _storage_nbytes(tensors: Sequence[Tensor]) -> int:

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 from espnet2.asr.decoder.transformer_decoder import TransformerDecoder
-from torch import Tensor, nn
+from torch import Tensor
 
 from espnet_kv.attention import check_attention, layer_confs, replace_attention
 from espnet_kv.attention.base import HeadSizes
 from espnet_kv.attention.positions import at_positions
 from espnet_kv.cache.step import active_step
-from espnet_kv.decoder.search import Hypothesis, Search
+from espnet_kv.decoder.search import Hypothesis, Search, transpose_weights
 from espnet_kv.errors import ConfigError
 from espnet_kv.espnet.loading import refuse_partial_loads
 from espnet_kv.espnet.signatures import complete_arguments, with_arguments_of
@@ -86,14 +86,8 @@ class KVTransformerDecoder(TransformerDecoder):
         self.load_guard = refuse_partial_loads(self)
 
     def prepare_search(self) -> None:
-        """Transpose the memory layout of weights for products with few rows on a CPU.
-
-        BLAS then takes about half the time. Values do not change, but parameters are no longer
-        contiguous, so only decoding commands call this, and not training.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Linear) and module.weight.device.type == "cpu":
-                module.weight.data = module.weight.data.t().contiguous().t()
+        """Call `transpose_weights` before decoding."""
+        transpose_weights(self)
 
     def init_state(self, x: Tensor) -> Hypothesis:
         """Create the empty hypothesis for encoder output x (T, D)."""
@@ -109,7 +103,7 @@ class KVTransformerDecoder(TransformerDecoder):
         if xs_lengths is not None and int(min(xs_lengths)) < x.size(1):
             frames = torch.arange(x.size(1), device=x.device)
             mask = (frames < xs_lengths.to(x.device)[:, None])[:, None]  # (B, 1, T)
-        return Hypothesis(Search(self, x, mask), 0, x.new_zeros(0, dtype=torch.long))
+        return Search(self, x, mask).first()
 
     def score(self, ys: Tensor, state: Hypothesis | None, x: Tensor, return_hs: bool = False):
         """Score the next token of one hypothesis (ESPnet's ScorerInterface).
@@ -176,8 +170,7 @@ class KVTransformerDecoder(TransformerDecoder):
         # ESPnet expands one utterance to a view per hypothesis, but copies several
         if xs.stride(0) == 0 or len(xs) == 1:
             xs, xs_mask = xs[:1], None if xs_mask is None else xs_mask[:1]
-        search = Search(self, xs, xs_mask)
-        return [Hypothesis(search, 0, xs.new_zeros(0, dtype=torch.long))] * len(states)
+        return [Search(self, xs, xs_mask).first()] * len(states)
 
     def _embed(self, tokens: Tensor, position: int) -> Tensor:
         """Embed (N,) tokens at one position, or (N, mels) inputs -> (N, D)."""

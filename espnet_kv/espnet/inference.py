@@ -31,6 +31,8 @@ from espnet_kv.espnet.loading import (
 from espnet_kv.espnet.packs import unpacked
 from espnet_kv.espnet.parser import PAIRS, check_search
 from espnet_kv.espnet.task import ASRTask, CachedDecodingTask
+from espnet_kv.lm.transformer_lm import KVTransformerLM
+from espnet_kv.names import plain_names
 
 _SIGNATURE = inspect.signature(espnet.Speech2Text)
 _REPLACING = threading.RLock()
@@ -40,13 +42,14 @@ class Speech2Text(espnet.Speech2Text):
     """espnet2.bin.asr_inference.Speech2Text with strict loading and a search with true caches.
 
     Arguments, results and scores are ESPnet's: nbest tuples of text, tokens, token ids and
-    hypothesis. A stock `transformer` decoder becomes kv_transformer. Feature statistics and the
-    tokenizer may also be beside the model. Short audio and a dtype of 16 bits work. ESPnet's
-    inference module is restored when the object is complete.
+    hypothesis. A stock `transformer` decoder or language model becomes kv_transformer. Feature
+    statistics and the tokenizer may also be beside the model. Short audio and a dtype of 16 bits
+    work. ESPnet's inference module is restored when the object is complete.
 
     Args:
         *args: as ESPnet's.
-        kv_decoder: search with a cached decoder in place of a stock transformer decoder.
+        kv_decoder: search with a cached decoder and language model in place of stock `transformer`
+            ones.
         fast_ctc: compute CTC prefix scores of all frames at once.
         **options: as ESPnet's.
 
@@ -61,7 +64,7 @@ class Speech2Text(espnet.Speech2Text):
         bound.apply_defaults()
         given = bound.arguments
         _check(given)
-        lm_task = language_model_task(LMTask)
+        lm_task = language_model_task(LMTask, kv_decoder)
         ours = {
             "ASRTask": search_task(kv_decoder, given["partial_ar"]),
             "LMTask": lm_task,
@@ -146,16 +149,24 @@ def replaced(module: Any, **ours: Any) -> Iterator[Any]:
             vars(module).update(own)
 
 
-def language_model_task(espnet_task: Any) -> Any:
+def language_model_task(espnet_task: Any, cached: bool) -> Any:
     """Subclass ESPnet's LMTask with strict loading, as in our ASRTask.
 
     ESPnet silently leaves missing parameters at their random initialisation.
+
+    Args:
+        cached: build kv_transformer in place of ESPnet's `transformer`.
     """
 
     class LanguageModelTask(espnet_task):
         @classmethod
         def build_model(cls, args: Any) -> Any:
+            vars(args).update(plain_names(vars(args)))
+            if cached and args.lm == "transformer":
+                args.lm = "kv_transformer"
             model = super().build_model(args)
+            if isinstance(model.lm, KVTransformerLM):
+                model.lm.load_guard.remove()  # the guard of the whole model names all keys at once
             refuse_partial_loads(model)
             return model
 
@@ -177,6 +188,8 @@ def language_model_task(espnet_task: Any) -> Any:
                     raise UserError(f"{model_file}: {one_line(error)}") from error
                 raise
             check_finite(model, model_file)
+            if isinstance(model.lm, KVTransformerLM):
+                model.lm.prepare_search()
             cls.tokens = args.token_list
             return model, args
 

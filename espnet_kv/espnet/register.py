@@ -1,7 +1,7 @@
 """Registration of our classes with ESPnet, in any order of imports.
 
-ESPnet keeps its `--encoder` choices in module-level tables, one in `espnet2.tasks.asr` and a
-copy in ESPnet3. Loading ESPnet takes many seconds, so the tables are extended when ESPnet is
+ESPnet keeps the choices of `--encoder`, `--decoder` and `--lm` in module-level tables of its tasks,
+with a copy in ESPnet3. Loading ESPnet takes many seconds, so the tables are extended when ESPnet is
 imported and not when `espnet_kv` is imported.
 """
 
@@ -16,7 +16,7 @@ from multiprocessing.reduction import ForkingPickler
 
 from espnet_kv.names import REMARK
 
-# table of choices -> choice -> module:class
+# table of choices of a task -> choice -> module:class
 CHOICES = {
     "encoder_choices": {
         "kv_conformer": "espnet_kv.encoder.encoders:KVConformerEncoder",
@@ -27,8 +27,16 @@ CHOICES = {
     "decoder_choices": {
         "kv_transformer": "espnet_kv.decoder.transformer:KVTransformerDecoder",
     },
+    "lm_choices": {
+        "kv_transformer": "espnet_kv.lm.transformer_lm:KVTransformerLM",
+    },
 }
-TASK_MODULES = ("espnet2.tasks.asr", "espnet3.systems.esp2_asr.task")
+# module of ESPnet with tables -> its task, the last name that it defines
+TASKS = {
+    "espnet2.tasks.asr": "ASRTask",
+    "espnet3.systems.esp2_asr.task": "ASRTask",
+    "espnet2.tasks.lm": "LMTask",
+}
 ATTENTION_MODULE = "espnet2.legacy.nets.pytorch_backend.transformer.attention"
 
 
@@ -41,15 +49,16 @@ def register() -> None:
     if not any(isinstance(finder, _ModuleFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _ModuleFinder())
         ForkingPickler.register(argparse.Namespace, _reduce_namespace)
-    for name in TASK_MODULES:
+    for name, task in TASKS.items():
         # if the import of the module is still running, its loader calls _fill_choices
-        if hasattr(sys.modules.get(name), "ASRTask"):
+        if hasattr(sys.modules.get(name), task):
             _fill_choices(sys.modules[name])
 
 
 def _fill_choices(module) -> None:
     for table_name, choices in CHOICES.items():
-        table = getattr(module, table_name)
+        if (table := getattr(module, table_name, None)) is None:
+            continue
         table.classes = _Choices(table.classes)
         for choice, target in choices.items():
             module_name, class_name = target.split(":")
@@ -79,7 +88,7 @@ class _ModuleFinder(importlib.abc.MetaPathFinder):
     """Finds modules of ESPnet as usual, and extends the tables of its tasks after they have run."""
 
     def find_spec(self, fullname, path=None, target=None):
-        if fullname not in (*TASK_MODULES, ATTENTION_MODULE):
+        if fullname not in (*TASKS, ATTENTION_MODULE):
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:

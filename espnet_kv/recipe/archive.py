@@ -14,7 +14,7 @@ import yaml
 from espnet_kv.config import load_yaml
 from espnet_kv.errors import UserError
 from espnet_kv.espnet.register import CHOICES
-from espnet_kv.names import REMARK
+from espnet_kv.names import NAMED, REMARK
 
 OURS = {choice for choices in CHOICES.values() for choice in choices}
 
@@ -76,7 +76,7 @@ def add_card(made: Path, out: Path, card: str) -> None:
 
 
 def _with_remarks(config: dict[str, Any]) -> dict[str, Any]:
-    ours = [key for key in ("encoder", "decoder") if config.get(key) in OURS]
+    ours = [key for key in NAMED if config.get(key) in OURS]
     return config | {key: config[key] + REMARK for key in ours}
 
 

@@ -35,6 +35,7 @@ def test_an_environment_that_works(capsys):
     assert f"ok     espnet {metadata.version('espnet')}\n" in out
     assert "ok     encoders of ESPnet: kv_conformer, kv_branchformer," in out
     assert "ok     decoders of ESPnet: kv_transformer" in out
+    assert "ok     language models of ESPnet: kv_transformer" in out
     assert out.endswith("everything required is there\n") and "error" not in out
 
 

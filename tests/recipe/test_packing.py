@@ -151,7 +151,7 @@ class TestPack:
         (exp / "bpe.model").write_bytes(b"pieces")  # the recipe's copy; the data are gone
         lm = recipe / "exp/lm_y"
         for file, text in (
-            ("config.yaml", "lm: transformer\ntoken_list: [a]\n"),
+            ("config.yaml", "lm: kv_transformer\ntoken_list: [a]\n"),
             ("valid.loss.ave.pth", "weights"),
             ("perplexity_test_clean/ppl", "9.5\n"),
             ("images/loss.png", "picture"),
@@ -165,6 +165,8 @@ class TestPack:
         assert sorted(names(recipe / ZIP)) == sorted(wanted)
         meta = yaml.safe_load(held(recipe / ZIP, "meta.yaml"))
         assert meta["files"]["lm_file"] == "exp/lm_y/valid.loss.ave.pth"
+        config = yaml.safe_load(held(recipe / ZIP, "exp/lm_y/config.yaml"))
+        assert config["lm"] == f"kv_transformer{REMARK}"
 
     def test_it_is_packed_again_when_model_or_figures_changed(self, recipe, exp):
         changes = [

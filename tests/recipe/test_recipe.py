@@ -32,7 +32,9 @@ def recipe(tmp_path_factory) -> Path:
     (asr1 / "conf").symlink_to(REPO / "conf")
     (asr1 / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     lm = yaml.safe_load((REPO / "conf/train_lm_small.yaml").read_text())
-    (asr1 / "tiny_lm.yaml").write_text(yaml.safe_dump(lm | small_recipe.LM))
+    lm |= small_recipe.LM | {"lm": "kv_transformer"}
+    lm["lm_conf"] |= {"attention_type": "gqa", "attention_conf": {"num_kv_heads": 2}}
+    (asr1 / "tiny_lm.yaml").write_text(yaml.safe_dump(lm))
     return asr1
 
 

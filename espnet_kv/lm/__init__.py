@@ -1,0 +1,1 @@
+"""Language models with a choice of attention and a key/value cache."""
