@@ -67,6 +67,13 @@ for name in sys.argv[3:]:
         sys.exit(f"unknown {name}")
 """
 """Exits with a name that a parser does not know; argparse takes the beginning of one, too."""
+HELD = """
+exec 3<&0 </dev/null
+(exec >/dev/null 2>&1; read -r <&3; kill -KILL 0) &
+exec "$@" 3<&-
+"""
+"""Runs a command in a process group that is killed when standard input, a pipe, is closed: when
+the process that started it has ended, even by `kill -9`."""
 
 
 @command
@@ -291,12 +298,15 @@ def _run(call: Sequence[str]) -> None:
     Raises:
         UserError: it failed.
     """
-    process = subprocess.Popen(call, stdin=subprocess.DEVNULL, process_group=0)
+    held = ["bash", "-c", HELD, *call[:1], *call]
+    process = subprocess.Popen(held, stdin=subprocess.PIPE, process_group=0)
     try:
         status = process.wait()
     except BaseException:
         end_groups([process.pid], process.poll)
         raise
+    finally:
+        process.stdin.close()  # type: ignore[union-attr]
     if status:
         raise UserError(f"asr.sh ended with status {status}: what it said last stands above")
 

@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
-from commands import assert_one_line
+from commands import alive, assert_one_line, wait_until
 from commands import run as call
 from espnet_checkout import REPO, calls, put_recipe, run, stand_in
 
@@ -135,7 +136,14 @@ class TestCalls:
         assert not [path for path in made if path.parts[-1] in ("asr.sh", "exp", "configs")]
 
 
-def test_what_ends_the_run_ends_asr_sh(asr1, tools):
+def restore(number: int) -> None:
+    """Give a signal its default action, which whoever started the tests may have taken from it."""
+    if number != signal.SIGKILL:
+        signal.signal(number, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGHUP", "SIGKILL"])
+def test_what_ends_the_run_ends_asr_sh(asr1, tools, number):
     """asr.sh and what it started lead a process group of their own."""
     asr_sh = asr1.parents[1] / "TEMPLATE/asr1/asr.sh"
     asr_sh.write_text(asr_sh.read_text() + "sleep 600 & echo $! >pid; wait\n")
@@ -148,17 +156,21 @@ def test_what_ends_the_run_ends_asr_sh(asr1, tools):
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=partial(restore, signal.Signals[number]),
     )
     pid = asr1 / "pid"
     while not pid.exists() or not pid.read_text().strip():
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.Signals[number])
     _, errors = process.communicate(timeout=300)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert errors == "error: stopped by SIGTERM: the same command goes on from here\n"
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(pid.read_text()), 0)
+    if number == "SIGKILL":
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 128 + signal.Signals[number]
+        line = f"error: stopped by {number}: the same command goes on from here\n"
+        assert errors == line
+    assert wait_until(lambda: not alive(int(pid.read_text())), 5)
 
 
 class TestStagesAfterIts:
