@@ -218,7 +218,7 @@ def test_interrupted_format_leaves_the_old_dump(corpus: Path, tmp_path: Path, mo
             format_audio(corpus, dump)
     assert tree(dump) == before
     (tmp_path / ".dump.partial").mkdir()  # as a kill leaves it
-    (tmp_path / ".dump.partial" / "data_wav.ark").write_bytes(b"half")
+    (tmp_path / ".dump.partial" / "data_wav.1.ark").write_bytes(b"half")
     format_audio(corpus, dump)
     assert tree(dump) == before
     assert not (tmp_path / ".dump.partial").exists()
