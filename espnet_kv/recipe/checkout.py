@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from espnet_kv.bin.doctor import SCTK
@@ -27,6 +28,7 @@ from espnet_kv.recipe.plan import plan
 from espnet_kv.recipe.pool import end_groups, terminate_on_signals
 from espnet_kv.recipe.scoring import publish
 
+KENLM = "the Python package kenlm"
 LAST = 13
 """The last stage that asr.sh drives; its 14 and 15 pack and upload, see packing.py."""
 LINKS = ("asr.sh", "scripts", "pyscripts", "steps", "utils")
@@ -44,11 +46,6 @@ NO_MEANING = {
 }
 """Other options of ours alone, which only the default of is taken, and why."""
 NAMED_BY_US = {
-    "asr_exp": "give --asr_tag or --expdir",
-    "asr_stats_dir": "give --expdir",
-    "lm_exp": "give --lm_tag or --expdir",
-    "lm_stats_dir": "give --expdir",
-    "ngram_exp": "give --expdir",
     "inference_ngram": "give --ngram_num",
     "python": "set the variable python",
     "feats_type": "models with a KV cache are trained on audio, feats_type raw",
@@ -279,12 +276,13 @@ def _add_tools(args: argparse.Namespace, more: Mapping[str, str]) -> None:
         "sox": (set() if not args.speed_perturb_factors else {2, 3}, "apt-get install sox"),
         "lmplz": ({9}, "make -C ESPNET/tools kenlm.done"),
         "build_binary": ({9}, "make -C ESPNET/tools kenlm.done"),
+        KENLM: ({12} if args.use_ngram else set(), "make -C ESPNET/tools kenlm.done"),
         "sclite": ({13}, "apt-get install sctk, or make -C ESPNET/tools sctk.done"),
     }
     missing = {
         name: how
         for name, (where, how) in needed.items()
-        if where & stages and shutil.which(name) is None
+        if where & stages and (shutil.which(name) if name != KENLM else find_spec("kenlm")) is None
     }
     if missing:
         last = {name: min(needed[name][0] & stages) for name in missing}

@@ -4,12 +4,15 @@ import pickle
 import sqlite3
 from collections.abc import ItemsView, Iterator, MutableMapping
 
+CACHE = 500
+"""Kilobytes of a table that are kept in memory."""
+
 
 class Table[Value](MutableMapping[str, Value]):
     """A dictionary of picklable values by strings, which it lists in the order of code points.
 
-    It is a temporary database of SQLite, of which up to 2 MB are in memory. The rest is a file in
-    $TMPDIR, or /var/tmp, which is removed with the object. It must not be changed while its keys
+    It is a temporary database of SQLite. What does not fit into its cache is a file in $TMPDIR, or
+    /var/tmp, which is removed with the object. It must not be changed while its keys
     are listed.
     """
 
@@ -18,6 +21,7 @@ class Table[Value](MutableMapping[str, Value]):
         for command in (
             "PRAGMA journal_mode = OFF",
             "PRAGMA synchronous = OFF",
+            f"PRAGMA cache_size = -{CACHE}",
             "CREATE TABLE items (key TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID",
             "BEGIN",
         ):

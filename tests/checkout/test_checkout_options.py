@@ -17,7 +17,7 @@ from espnet_checkout import REPO, calls, put_recipe, run, stand_in
 
 from espnet_kv.recipe import asr_sh
 from espnet_kv.recipe import checkout as driver
-from espnet_kv.recipe.options import parse, parser
+from espnet_kv.recipe.options import DIRECTORIES, parse, parser
 from espnet_kv.recipe.pool import cores
 
 TOOLS = ("bash", "dirname", "env", "perl", "sox", "sclite", "cat", "pwd")
@@ -216,7 +216,7 @@ class TestRefused:
             (["--train_nj", "2"], "--train_nj: .* asr.sh trains one model after the other"),
             (["--datadir", "d"], "--datadir: .* keeps data directories in data/"),
             (["--python", "x"], "--python: set the variable python"),
-            (["--asr_exp", "exp/x"], "--asr_exp: give --asr_tag"),
+            (["--inference_ngram", "x"], "--inference_ngram: give --ngram_num"),
             (["--stage", "14", "--skip_eval", "true"], "--skip_eval: .* stages 1 to 13 only"),
             (["--corpus", "synth", "--skip_eval", "true"], "--skip_eval: .* --corpus synth"),
             (
@@ -275,6 +275,18 @@ class TestRefused:
         ended = call(driver.main, options[0], "--stage", "1", "--stop_stage", before)
         assert ended.returncode == 0, ended.stderr
 
+    def test_a_missing_kenlm_is_told_before_stage_1(self, asr1, tools, monkeypatch):
+        monkeypatch.setattr(driver, "find_spec", lambda name: None)
+        monkeypatch.chdir(asr1)
+        monkeypatch.setenv("PATH", tools)
+        options = [str(asr1.parents[1] / "TEMPLATE/asr1"), "--use_ngram", "true"]
+        ended = call(driver.main, *options, "--stop_stage", "13")
+        assert_one_line(ended, r"lmplz for stage 9 .*build_binary .*package kenlm for stage 12")
+        ended = call(driver.main, *options, "--stage", "12", "--stop_stage", "13")
+        assert "lmplz" not in ended.stderr and "kenlm for stage 12" in ended.stderr
+        ended = call(driver.main, *options, "--stop_stage", "8")
+        assert ended.returncode == 0, ended.stderr
+
     def test_every_option_of_ours_alone_is_sorted(self):
         """A new option of run.sh needs its word on what it means inside a checkout."""
         options = {action.dest for action in parser()._actions} - {"help"}
@@ -283,7 +295,7 @@ class TestRefused:
         other_corpora = {name for name in options if name.startswith(("synth_", "digits_"))}
         handed = set(asr_sh.AS_GIVEN) | {"stage", "stop_stage", "ngpu", "speed_perturb_factors"}
         handed |= {"min_wav_duration", "max_wav_duration", "asr_config", "test_sets"}
-        named = {"asr_tag", "lm_tag", "inference_tag"}
+        named = {"asr_tag", "lm_tag", "inference_tag", *DIRECTORIES}
         sorted_ones = driver.CARRIED | driver.NO_MEANING.keys() | conversion | other_corpora
         assert options == sorted_ones | handed | named
         assert not sorted_ones & handed

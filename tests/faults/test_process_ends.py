@@ -105,6 +105,14 @@ class TestPool:
         assert list(parallel_map(process_stubs.square, numbers, nj)) == [n * n for n in numbers]
 
     @pytest.mark.parametrize("nj", [1, 2])
+    def test_jobs_are_taken_when_there_is_room_for_them(self, nj):
+        taken = []
+        results = parallel_map(process_stubs.square, (taken.append(n) or n for n in range(99)), nj)
+        assert next(results) == 0
+        assert len(taken) <= 4 * nj + 2
+        assert list(results) == [n * n for n in range(1, 99)]
+
+    @pytest.mark.parametrize("nj", [1, 2])
     def test_an_exception_is_told_in_one_line_after_the_results_before_it(self, nj):
         results = []
         with pytest.raises(UserError, match=r"^ValueError: three is one too many$"):
