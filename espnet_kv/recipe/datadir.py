@@ -122,15 +122,12 @@ class DataDir:
         """
         speakers = self._like(self.utt2spk)
         for utt, speaker in self.utt2spk.items():
-            speakers[f"{speaker}\0{utt}"] = utt
-        by_speaker = groupby(in_order(speakers), key=lambda key: key.partition("\0")[0])
+            speakers[f"{speaker}\0{utt}"] = ""
         files: dict[str, Iterable[tuple[str, str]]] = {
             "wav.scp": _sorted(self.wav_scp),
             "text": _sorted(self.text),
             "utt2spk": _sorted(self.utt2spk),
-            "spk2utt": (
-                (name, " ".join(speakers[key] for key in keys)) for name, keys in by_speaker
-            ),
+            "spk2utt": ((name, " ".join(utts)) for name, utts in _grouped(speakers)),
         }
         if self.segments:
             files["wav.scp"] = _sorted(self._recordings())
@@ -182,11 +179,10 @@ class DataDir:
 
     def recordings(self) -> Iterator[tuple[str, list[str]]]:
         """Sorted wav.scp entries, each with its utterances, to decode each recording once."""
-        utts = self._like(self.wav_scp)
+        pairs = self._like(self.wav_scp)
         for utt, entry in self.wav_scp.items():
-            utts[f"{entry}\0{utt}"] = utt
-        for entry, keys in groupby(in_order(utts), key=lambda key: key.partition("\0")[0]):
-            yield entry, [utts[key] for key in keys]
+            pairs[f"{entry}\0{utt}"] = ""
+        return ((entry, list(utts)) for entry, utts in _grouped(pairs))
 
     @classmethod
     def combine(cls, dirs: Iterable["DataDir"]) -> "DataDir":
@@ -228,7 +224,9 @@ class DataDir:
                 dropped[utt] = "empty transcript"
             elif not self.utt2spk.get(utt):
                 dropped[utt] = "no speaker"
-        clean = self.subset(utt for utt in in_order(self.wav_scp) if utt not in dropped)
+        clean = self
+        if dropped:
+            clean = self.subset(utt for utt in in_order(self.wav_scp) if utt not in dropped)
         reasons = ", ".join(f"{n} {why}" for why, n in sorted(Counter(dropped.values()).items()))
         if not clean.wav_scp:
             raise UserError(f"{name}: no usable utterance ({reasons or 'the directory is empty'})")
@@ -277,6 +275,12 @@ def require_conserved(
 def in_order(table: Mapping[str, Any]) -> Iterable[str]:
     """The sorted keys of a table."""
     return table if isinstance(table, Table) else sorted(table)
+
+
+def _grouped(pairs: Mapping[str, Any]) -> Iterator[tuple[str, Iterator[str]]]:
+    """The sorted keys `NAME\\0UTTERANCE` of a table by their names."""
+    names = groupby(in_order(pairs), key=lambda key: key.partition("\0")[0])
+    return ((name, (key.partition("\0")[2] for key in keys)) for name, keys in names)
 
 
 def _sorted[Value](table: Mapping[str, Value]) -> Iterable[tuple[str, Value]]:

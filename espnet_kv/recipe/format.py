@@ -145,8 +145,9 @@ def _parts(data: DataDir, target: _Target) -> Iterator[_Part]:
     """Parts of whole recordings, of a size that depends on the data alone."""
     size = min(max(PART[0], len(data.wav_scp) // 256), PART[1])
     number, held, recordings = 1, 0, list[tuple[str, list[tuple[str, Segment | None]]]]()
+    segments = data.segments or {}
     for entry, utts in data.recordings():
-        recordings.append((entry, [(utt, data.segments.get(utt)) for utt in utts]))
+        recordings.append((entry, [(utt, segments.get(utt)) for utt in utts]))
         held += len(utts)
         if held >= size:
             yield _Part(number, recordings, target)

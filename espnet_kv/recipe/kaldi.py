@@ -4,7 +4,7 @@ import codecs
 import math
 import re
 import unicodedata
-from collections.abc import Container, Iterator, MutableMapping
+from collections.abc import Collection, Container, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def split_words(text: str) -> str:
 
 
 def entries(
-    file: Path, into: Container[str], *, may_be_empty: bool = False
+    file: Path, into: Collection[str], *, may_be_empty: bool = False
 ) -> Iterator[tuple[Path, int, str, str]]:
     """Read `KEY VALUE` lines: yields (file, line number, key, value, which may be empty).
 
@@ -55,7 +55,7 @@ def entries(
         UserError: the file is missing, empty or not UTF-8, a line is empty or has a control
             character, or its key is in `into`.
     """
-    blank, empty = 0, True
+    blank, empty, last = 0, True, chr(0x10FFFF) if into else ""
     for line, entry in enumerate(_lines(file), 1):
         if not entry.strip():
             blank = blank or line
@@ -72,9 +72,9 @@ def entries(
             raise UserError(
                 f"{file}:{line}: the id {_shown(key)} has an invisible character; remove it"
             )
-        if key in into:
+        if key <= last and key in into:  # most files are sorted
             raise UserError(f"{file}:{line}: utterance {key} occurs twice; keep one of the lines")
-        empty = False
+        empty, last = False, max(last, key)
         yield file, line, key, rest[0].strip() if rest else ""
     if empty and not may_be_empty:
         raise UserError(f"{file} is empty")

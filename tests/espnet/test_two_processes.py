@@ -112,8 +112,9 @@ class WholeBatchNorm(nn.BatchNorm1d):
         if not (self.training and distributed.is_initialized()):
             return super().forward(x)
         batch = x.transpose(0, 1).flatten(1)  # (C, B T)
-        sums = all_reduce(torch.stack([batch.sum(1), batch.square().sum(1)]))
-        mean, square = sums / (batch.shape[1] * distributed.get_world_size())
+        sums = torch.stack([batch.sum(1), batch.square().sum(1), torch.ones_like(batch).sum(1)])
+        total, squares, number = all_reduce(sums)
+        mean, square = total / number, squares / number
         scale = self.weight / (square - mean.square() + self.eps).sqrt()
         return (x - mean[:, None]) * scale[:, None] + self.bias[:, None]
 
