@@ -14,7 +14,7 @@ from espnet_kv.cli import progress
 from espnet_kv.files import new_file
 from espnet_kv.recipe.audio import file_of
 from espnet_kv.recipe.datadir import DataDir
-from espnet_kv.recipe.table import Table
+from espnet_kv.recipe.disk_table import Table
 
 MISSING = "missing"
 TICK_NS = 100_000_000

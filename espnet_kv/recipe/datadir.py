@@ -14,8 +14,8 @@ from typing import Any
 from espnet_kv.cli import warn_each
 from espnet_kv.errors import UserError
 from espnet_kv.recipe.audio import file_of
+from espnet_kv.recipe.disk_table import Table
 from espnet_kv.recipe.kaldi import Segment, entries, read_segments, read_speakers, split_words
-from espnet_kv.recipe.table import Table
 
 __all__ = ["DataDir", "Segment", "entries", "require_conserved", "write_lines"]
 

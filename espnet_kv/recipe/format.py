@@ -28,8 +28,8 @@ from espnet_kv.recipe.datadir import (
     require_conserved,
     write_lines,
 )
+from espnet_kv.recipe.disk_table import Table
 from espnet_kv.recipe.pool import parallel_map
-from espnet_kv.recipe.table import Table
 
 AUDIO_FORMATS = ("flac.ark", "wav.ark", "flac", "wav")
 PART = (16, 1024)

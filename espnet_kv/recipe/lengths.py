@@ -11,7 +11,7 @@ from espnet_kv.errors import UserError
 from espnet_kv.files import new_directory
 from espnet_kv.recipe.audio import AudioError, read_audio
 from espnet_kv.recipe.datadir import DataDir, add_data, entries, require_conserved, write_lines
-from espnet_kv.recipe.table import Table
+from espnet_kv.recipe.disk_table import Table
 
 SHORTEST = 0.1
 """Fewest seconds for which the usual subsampling (conv2d) has an output."""

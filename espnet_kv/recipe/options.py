@@ -67,16 +67,8 @@ NEUTRAL = {
 """Options on which no result depends, and what they are for instead."""
 DIRECTORIES = ("asr_exp", "asr_stats_dir", "lm_exp", "lm_stats_dir", "ngram_exp")
 """Directories below --expdir that may have names of their own, as in asr.sh."""
-PLACES = (
-    "datadir",
-    "dumpdir",
-    "expdir",
-    "lang",
-    "asr_tag",
-    "lm_tag",
-    "inference_tag",
-    *DIRECTORIES,
-)
+PLACES = {"datadir", "dumpdir", "expdir", "lang", "asr_tag", "lm_tag", "inference_tag"}
+PLACES |= set(DIRECTORIES)
 """Options that name outputs: another value makes other ones and leaves those that are there."""
 
 

@@ -18,8 +18,8 @@ from espnet_kv.recipe.audio import (
     write_audio,
 )
 from espnet_kv.recipe.datadir import DataDir, Segment, add_data, require_conserved, write_lines
+from espnet_kv.recipe.disk_table import Table
 from espnet_kv.recipe.pool import parallel_map
-from espnet_kv.recipe.table import Table
 
 
 def perturb_speed(

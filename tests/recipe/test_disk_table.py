@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from espnet_kv.recipe.datadir import DataDir
-from espnet_kv.recipe.table import Table
+from espnet_kv.recipe.disk_table import Table
 
 REPO = Path(__file__).parents[2]
 KEYS = st.text(st.characters(codec="utf-8"), max_size=5)
@@ -58,8 +58,8 @@ def test_a_data_directory_on_disk_writes_the_files_of_one_in_memory(tmp_path):
 
 MEASURE = r"""
 import re, sys
-from espnet_kv.recipe import table
-table.CACHE = 20
+from espnet_kv.recipe import disk_table
+disk_table.CACHE = 20
 from pathlib import Path
 from espnet_kv.recipe.content import Content
 from espnet_kv.recipe.format import format_audio
