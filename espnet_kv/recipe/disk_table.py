@@ -4,6 +4,8 @@ import pickle
 import sqlite3
 from collections.abc import ItemsView, Iterator, MutableMapping
 
+from espnet_kv.errors import UserError
+
 CACHE = 500
 """Kilobytes of a table that are kept in memory."""
 
@@ -17,7 +19,7 @@ class Table[Value](MutableMapping[str, Value]):
     """
 
     def __init__(self) -> None:
-        self._execute = sqlite3.connect("", isolation_level=None).execute
+        self._database = sqlite3.connect("", isolation_level=None)
         for command in (
             "PRAGMA journal_mode = OFF",
             "PRAGMA synchronous = OFF",
@@ -27,21 +29,30 @@ class Table[Value](MutableMapping[str, Value]):
         ):
             self._execute(command)
 
+    def _execute(self, command: str, *values: object) -> sqlite3.Cursor:
+        try:
+            return self._database.execute(command, values)
+        except sqlite3.OperationalError as error:
+            raise UserError(
+                f"a table of this run cannot be kept on disk ({error}): set TMPDIR to a folder "
+                "with more room"
+            ) from error
+
     def __getitem__(self, key: str) -> Value:
-        found = self._execute("SELECT value FROM items WHERE key = ?", (key,)).fetchone()
+        found = self._execute("SELECT value FROM items WHERE key = ?", key).fetchone()
         if found is None:
             raise KeyError(key)
         return pickle.loads(found[0])
 
     def __setitem__(self, key: str, value: Value) -> None:
-        self._execute("REPLACE INTO items VALUES (?, ?)", (key, pickle.dumps(value)))
+        self._execute("REPLACE INTO items VALUES (?, ?)", key, pickle.dumps(value))
 
     def __delitem__(self, key: str) -> None:
-        if not self._execute("DELETE FROM items WHERE key = ?", (key,)).rowcount:
+        if not self._execute("DELETE FROM items WHERE key = ?", key).rowcount:
             raise KeyError(key)
 
     def __contains__(self, key: object) -> bool:
-        return self._execute("SELECT 1 FROM items WHERE key = ?", (key,)).fetchone() is not None
+        return self._execute("SELECT 1 FROM items WHERE key = ?", key).fetchone() is not None
 
     def __iter__(self) -> Iterator[str]:
         return (key for (key,) in self._execute("SELECT key FROM items ORDER BY key"))

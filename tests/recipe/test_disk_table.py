@@ -10,6 +10,7 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
+from espnet_kv.errors import UserError
 from espnet_kv.recipe.datadir import DataDir
 from espnet_kv.recipe.disk_table import Table
 
@@ -31,6 +32,13 @@ def test_a_table_is_a_sorted_dictionary(pairs):
         with pytest.raises(KeyError):
             del table[key]
     assert not table
+
+
+def test_a_full_disk_is_told_with_the_way_out():
+    table = Table[str]()
+    table._execute("PRAGMA max_page_count = 3")
+    with pytest.raises(UserError, match=r"on disk \(.*disk is full\): set TMPDIR"):
+        table["key"] = "x" * 100_000
 
 
 def test_a_data_directory_on_disk_writes_the_files_of_one_in_memory(tmp_path):
