@@ -74,14 +74,17 @@ from espnet_kv.recipe.format import format_audio
 from espnet_kv.recipe.lengths import filter_lengths
 from espnet_kv.recipe.perturb import perturb_speed
 
+def kilobytes(name):
+    # getrusage knows the largest of the process before exec, too
+    return int(re.search(rf"{name}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+
 def main():
-    data = Path(sys.argv[1])
+    data, before = Path(sys.argv[1]), kilobytes("VmRSS")
     Content(data / "hashes").of_audio(data / "train")
     perturb_speed(data / "train", data / "train_sp", [1.0], 2)
     format_audio(data / "train_sp", data / "org", nj=2)
     filter_lengths(data / "org", data / "dump", 0, 30, shortest_seconds=0.001)
-    # getrusage knows the largest of the process before exec, too
-    print(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+    print(kilobytes("VmHWM") - before)
 
 if __name__ == "__main__":
     main()
