@@ -103,7 +103,8 @@ def test_memory_does_not_grow_with_the_number_of_utterances(tmp_path):
         audio = [train / f"{n:06d}-of-some-speaker.wav" for n in range(number)]
         for path in audio:
             path.hardlink_to(tmp_path / "a.wav")
-        values = {"wav.scp": audio, "text": ["A B"] * number, "utt2spk": ["s"] * number}
+        speakers = [f"speaker{n // 50}" for n in range(number)]
+        values = {"wav.scp": audio, "text": ["A B"] * number, "utt2spk": speakers}
         for name, column in values.items():
             lines = (f"some-speaker-{n:06d} {value}\n" for n, value in enumerate(column))
             (train / name).write_text("".join(lines))
@@ -117,4 +118,5 @@ def test_memory_does_not_grow_with_the_number_of_utterances(tmp_path):
         kilobytes.append(int(ended.stdout.splitlines()[-1]))
     growth = (kilobytes[1] - kilobytes[0]) / 4000
     print(kilobytes)
-    assert growth < 0.3, f"{growth} kB for each utterance: {kilobytes}"
+    # allocators and threads make differences of a megabyte; the tables alone would be 16
+    assert growth < 1, f"{growth} kB for each utterance: {kilobytes}"
