@@ -178,11 +178,14 @@ class DataDir:
         return (utt for utt, _ in groupby(both))
 
     def recordings(self) -> Iterator[tuple[str, list[str]]]:
-        """Sorted wav.scp entries, each with its utterances, to decode each recording once."""
-        pairs = self._like(self.wav_scp)
-        for utt, entry in self.wav_scp.items():
-            pairs[f"{entry}\0{utt}"] = ""
-        return ((entry, list(utts)) for entry, utts in _grouped(pairs))
+        """Entries of wav.scp with their utterances, to decode each recording once.
+
+        They are sorted by utterance, because paths depend on where the data lies.
+        """
+        firsts, pairs = self._like(self.wav_scp), self._like(self.wav_scp)
+        for utt, entry in _sorted(self.wav_scp):
+            pairs[f"{firsts.setdefault(entry, utt)}\0{utt}"] = ""
+        return ((self.wav_scp[first], list(utts)) for first, utts in _grouped(pairs))
 
     @classmethod
     def combine(cls, dirs: Iterable["DataDir"]) -> "DataDir":

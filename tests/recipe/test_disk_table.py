@@ -51,9 +51,9 @@ def test_a_data_directory_on_disk_writes_the_files_of_one_in_memory(tmp_path):
     for on_disk in (False, True):
         data = DataDir.read(source, on_disk=on_disk)
         assert list(data.recordings()) == [
-            ("/a-b/c.wav", ["s1-u3"]),
-            ("/a.wav", ["s1-u1", "s2-u4"]),
             ("/b.wav", ["r2"]),
+            ("/a.wav", ["s1-u1", "s2-u4"]),
+            ("/a-b/c.wav", ["s1-u3"]),
         ]
         clean, dropped = data.check("set")
         assert dict(dropped) == {"s1-u1": "empty transcript"}
