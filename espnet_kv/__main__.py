@@ -5,7 +5,7 @@
 replaces `python`, e.g. in ESPnet's `asr.sh --python "python3 -m espnet_kv"`. Where `espnet_kv.bin`
 has a command with the options and files of ESPnet's, it runs instead: models are saved atomically
 and loaded strictly, and decoding uses the cached decoder. ESPnet's streaming command is replaced
-only for models with an encoder of this package.
+only for models with an encoder of this package, and for `--model_tag`, which it does not know.
 
 `python -m espnet_kv recipe DIR` writes the recipe's files (espnet_kv.bin.recipe), and
 `python -m espnet_kv doctor` checks what is installed (espnet_kv.bin.doctor).
@@ -40,7 +40,7 @@ def main() -> None:
         module = arguments[1]
         package, _, name = module.rpartition(".")
         ours = package == "espnet2.bin" and name in OURS
-        if ours and (name != STREAMING or _encoder_is_ours(arguments[2:])):
+        if ours and (name != STREAMING or _is_for_ours(arguments[2:])):
             module = f"espnet_kv.bin.{name}"
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     elif arguments[0] == "-c":
@@ -59,12 +59,16 @@ def main() -> None:
         runpy.run_path(arguments[0], run_name="__main__")
 
 
-def _encoder_is_ours(options: list[str]) -> bool:
-    """Whether the training configuration in the options has an encoder of this package."""
+def _is_for_ours(options: list[str]) -> bool:
+    """Whether the options name a pack, or a configuration with an encoder of this package."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--asr_train_config")
+    parser.add_argument("--model_tag")
     try:
-        with open(parser.parse_known_args(options)[0].asr_train_config, encoding="utf-8") as file:
+        given = parser.parse_known_args(options)[0]
+        if given.model_tag is not None:
+            return True
+        with open(given.asr_train_config, encoding="utf-8") as file:
             return any(re.match(r"encoder:\s*kv_", line) for line in file)
     except (OSError, TypeError, UnicodeDecodeError, argparse.ArgumentError):
         return False  # the command itself reports the error

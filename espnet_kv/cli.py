@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import itertools
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -118,7 +119,7 @@ def warn_each(label: str, reasons: Mapping[str, str], summary: str) -> None:
     """Print a warning on stderr for each utterance in `reasons`, then their number: `N SUMMARY`."""
     if not reasons:
         return
-    for utt in list(reasons)[:SHOWN]:
+    for utt in itertools.islice(reasons, SHOWN):
         print(f"warning: {label}: {utt}: {reasons[utt]}", file=sys.stderr)
     if len(reasons) > SHOWN:
         print(f"warning: {label}: ... and {len(reasons) - SHOWN} more", file=sys.stderr)

@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -228,21 +230,28 @@ def _output(command: str) -> bytes:
     return done.stdout
 
 
-def write_audio(path: Path, samples: np.ndarray, rate: int) -> None:
-    """Write 16-bit samples (T,) to a file in one step, in the format of its suffix.
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a new path of the same suffix, whose file becomes `path` in one step.
 
     A cluster may have a second worker write the same file, where the first one does not answer.
     `remove_unfinished` takes away what a worker that was killed left behind.
     """
-    import soundfile
-
     partial = path.with_name(f"{_UNFINISHED}{uuid.uuid4().hex}{path.suffix}")
-    soundfile.write(partial, samples, rate, subtype="PCM_16")
+    yield partial
     os.replace(partial, path)
 
 
+def write_audio(path: Path, samples: np.ndarray, rate: int) -> None:
+    """Write 16-bit samples (T,) to a file in one step, in the format of its suffix."""
+    import soundfile
+
+    with replacing(path) as partial:
+        soundfile.write(partial, samples, rate, subtype="PCM_16")
+
+
 def remove_unfinished(folder: Path) -> None:
-    """Remove from `folder` and those below it what `write_audio` has not ended."""
+    """Remove from `folder` and those below it what `replacing` has not ended."""
     for partial in folder.rglob(f"{_UNFINISHED}*"):
         partial.unlink(missing_ok=True)
 

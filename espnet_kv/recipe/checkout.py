@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from espnet_kv.bin.doctor import SCTK
@@ -27,6 +28,7 @@ from espnet_kv.recipe.plan import plan
 from espnet_kv.recipe.pool import end_groups, terminate_on_signals
 from espnet_kv.recipe.scoring import publish
 
+KENLM = "the Python package kenlm"
 LAST = 13
 """The last stage that asr.sh drives; its 14 and 15 pack and upload, see packing.py."""
 LINKS = ("asr.sh", "scripts", "pyscripts", "steps", "utils")
@@ -44,11 +46,6 @@ NO_MEANING = {
 }
 """Other options of ours alone, which only the default of is taken, and why."""
 NAMED_BY_US = {
-    "asr_exp": "give --asr_tag or --expdir",
-    "asr_stats_dir": "give --expdir",
-    "lm_exp": "give --lm_tag or --expdir",
-    "lm_stats_dir": "give --expdir",
-    "ngram_exp": "give --expdir",
     "inference_ngram": "give --ngram_num",
     "python": "set the variable python",
     "feats_type": "models with a KV cache are trained on audio, feats_type raw",
@@ -67,6 +64,13 @@ for name in sys.argv[3:]:
         sys.exit(f"unknown {name}")
 """
 """Exits with a name that a parser does not know; argparse takes the beginning of one, too."""
+HELD = """
+exec 3<&0 </dev/null
+(exec >/dev/null 2>&1; read -r <&3; kill -KILL 0) &
+exec "$@" 3<&-
+"""
+"""Runs a command in a process group that is killed when standard input, a pipe, is closed: when
+the process that started it has ended, even by `kill -9`."""
 
 
 @command
@@ -272,12 +276,13 @@ def _add_tools(args: argparse.Namespace, more: Mapping[str, str]) -> None:
         "sox": (set() if not args.speed_perturb_factors else {2, 3}, "apt-get install sox"),
         "lmplz": ({9}, "make -C ESPNET/tools kenlm.done"),
         "build_binary": ({9}, "make -C ESPNET/tools kenlm.done"),
+        KENLM: ({12} if args.use_ngram else set(), "make -C ESPNET/tools kenlm.done"),
         "sclite": ({13}, "apt-get install sctk, or make -C ESPNET/tools sctk.done"),
     }
     missing = {
         name: how
         for name, (where, how) in needed.items()
-        if where & stages and shutil.which(name) is None
+        if where & stages and (shutil.which(name) if name != KENLM else find_spec("kenlm")) is None
     }
     if missing:
         last = {name: min(needed[name][0] & stages) for name in missing}
@@ -291,12 +296,15 @@ def _run(call: Sequence[str]) -> None:
     Raises:
         UserError: it failed.
     """
-    process = subprocess.Popen(call, stdin=subprocess.DEVNULL, process_group=0)
+    held = ["bash", "-c", HELD, *call[:1], *call]
+    process = subprocess.Popen(held, stdin=subprocess.PIPE, process_group=0)
     try:
         status = process.wait()
     except BaseException:
         end_groups([process.pid], process.poll)
         raise
+    finally:
+        process.stdin.close()  # type: ignore[union-attr]
     if status:
         raise UserError(f"asr.sh ended with status {status}: what it said last stands above")
 

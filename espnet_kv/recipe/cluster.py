@@ -5,6 +5,7 @@ Two kinds of work go there: chunks of the data stages (`pool.parallel_map`) and 
 bounds what is under way, and takes each result once.
 """
 
+import itertools
 import logging
 import os
 import queue
@@ -12,7 +13,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +47,7 @@ class Cluster:
         self._workers: set[str] = set()
         self._alone_since = self._looked = 0.0
 
-    def map(self, work: Callable, jobs: Sequence[Any], nj: int) -> Iterator[Any]:
+    def map(self, work: Callable, jobs: Iterable[Any], nj: int) -> Iterator[Any]:
         """`work` of every job, in order; see `pool.parallel_map`.
 
         What has been computed ahead stays with the workers, some chunks for each.
@@ -55,15 +56,18 @@ class Cluster:
             UserError: `work` raised an exception, or the workers are lost.
         """
         self._start()
-        waiting = deque(split(jobs, nj))
+        waiting = split(jobs, nj)
         ahead: deque[Any] = deque()
-        while waiting or ahead:
-            while waiting and len(ahead) < 4 * max(nj, len(self._workers)):
+        while True:
+            room = 4 * max(nj, len(self._workers)) - len(ahead)
+            for chunk in itertools.islice(waiting, max(0, room)):
                 ahead.append(
                     self._client.submit(
-                        cluster_worker.do_chunk, self._place, work, waiting.popleft(), pure=False
+                        cluster_worker.do_chunk, self._place, work, chunk, pure=False
                     )
                 )
+            if not ahead:
+                return
             results, failure = self._result(ahead.popleft())
             yield from results
             if failure is not None:

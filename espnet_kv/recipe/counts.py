@@ -66,7 +66,7 @@ def _count(layout: Layout, name: str) -> SetCount:
     source, whole = layout.data(name), layout.formatted(name)
     is_test = name in layout.args.test_sets
     kept = whole if is_test else layout.dump(name)
-    data = DataDir.read(source, allow_pipes=True)
+    data = DataDir.read(source, allow_pipes=True, on_disk=True)
     dropped = [source / "dropped", whole / "dropped"]
     if not is_test:
         dropped.append(kept / "dropped")
@@ -74,10 +74,10 @@ def _count(layout: Layout, name: str) -> SetCount:
     # copies that stage 2 dropped are not in its output
     found = SetCount(name, len(data.wav_scp) + sum(1 for _ in _reasons(dropped[0])), reasons)
     if (kept / "utt2num_samples").is_file():
-        left = DataDir.read(kept)
-        samples = (kept / "utt2num_samples").read_text(encoding="utf-8").splitlines()
+        left = DataDir.read(kept, on_disk=True)
         found.kept = len(left.wav_scp)
-        found.seconds = sum(int(line.split()[1]) for line in samples) / layout.args.fs
+        with (kept / "utt2num_samples").open(encoding="utf-8") as lines:
+            found.seconds = sum(int(line.split()[1]) for line in lines) / layout.args.fs
         found.speakers = len(set(left.utt2spk.values()))
     for mode in MODES:
         if name in (layout.train_set, layout.args.valid_set) and layout.set_of(mode).name == name:
@@ -116,9 +116,10 @@ def _reasons(file: Path) -> Iterable[str]:
     """The reasons in a file of `UTTERANCE REASON[: DETAIL]` lines; empty if it is missing."""
     if not file.is_file():
         return
-    for line in file.read_text(encoding="utf-8").splitlines():
-        _, _, reason = line.partition(" ")
-        yield reason.partition(":")[0].strip()
+    with file.open(encoding="utf-8") as lines:
+        for line in lines:
+            _, _, reason = line.partition(" ")
+            yield reason.partition(":")[0].strip()
 
 
 def _lines(file: Path) -> int | None:

@@ -4,7 +4,7 @@ import codecs
 import math
 import re
 import unicodedata
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Container, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def split_words(text: str) -> str:
 
 
 def entries(
-    file: Path, into: Container[str], *, may_be_empty: bool = False
+    file: Path, into: Collection[str], *, may_be_empty: bool = False
 ) -> Iterator[tuple[Path, int, str, str]]:
     """Read `KEY VALUE` lines: yields (file, line number, key, value, which may be empty).
 
@@ -55,15 +55,14 @@ def entries(
         UserError: the file is missing, empty or not UTF-8, a line is empty or has a control
             character, or its key is in `into`.
     """
-    lines = _text(file).rstrip().split("\n")
-    for line, entry in enumerate(lines, 1):
+    blank, empty, last = 0, True, chr(0x10FFFF) if into else ""
+    for line, entry in enumerate(_lines(file), 1):
+        if not entry.strip():
+            blank = blank or line
+            continue
         key, *rest = entry.lstrip("\ufeff").split(maxsplit=1) or [""]
-        if not key:
-            if lines == [""]:
-                if may_be_empty:
-                    return
-                raise UserError(f"{file} is empty")
-            raise UserError(f"{file}:{line}: empty line; remove it")
+        if blank or not key:
+            raise UserError(f"{file}:{blank or line}: empty line; remove it")
         if broken := _BROKEN.search(entry):
             raise UserError(
                 f"{file}:{line}: utterance {_shown(key)} has the character "
@@ -73,20 +72,24 @@ def entries(
             raise UserError(
                 f"{file}:{line}: the id {_shown(key)} has an invisible character; remove it"
             )
-        if key in into:
+        if key <= last and key in into:  # most files are sorted
             raise UserError(f"{file}:{line}: utterance {key} occurs twice; keep one of the lines")
+        empty, last = False, max(last, key)
         yield file, line, key, rest[0].strip() if rest else ""
+    if empty and not may_be_empty:
+        raise UserError(f"{file} is empty")
 
 
-def read_segments(file: Path, recordings: Container[str]) -> dict[str, Segment]:
-    """Read a file `segments`: utterance -> its part of a recording.
+def read_segments(
+    file: Path, recordings: Container[str], into: MutableMapping[str, Segment]
+) -> None:
+    """Read a file `segments` into `into`: utterance -> its part of a recording.
 
     Raises:
         UserError: as `entries`; a line is not `utterance recording start end`, its recording is
             not in `recordings`, or its end (-1: end of the recording) is not after its start.
     """
-    segments: dict[str, Segment] = {}
-    for _, line, utt, value in entries(file, into=segments):
+    for _, line, utt, value in entries(file, into=into):
         where = f"{file}:{line}"
         try:
             recording, *times = value.split()
@@ -104,24 +107,22 @@ def read_segments(file: Path, recordings: Container[str]) -> dict[str, Segment]:
                 f"{where}: {utt} lasts from {start:g} s to {end:g} s; the start must be at least "
                 "0 and the end after it, or -1 for the end of the recording"
             )
-        segments[utt] = Segment(recording, start, None if end == -1 else end, where)
-    return segments
+        into[utt] = Segment(recording, start, None if end == -1 else end, where)
 
 
-def read_speakers(directory: Path) -> dict[str, str]:
-    """Read utt2spk, or spk2utt if it is missing: utterance -> speaker.
+def read_speakers(directory: Path, into: MutableMapping[str, str]) -> None:
+    """Read utt2spk, or spk2utt if it is missing, into `into`: utterance -> speaker.
 
     Raises:
         UserError: as `entries`; both files are missing, or a line is malformed.
     """
-    speakers: dict[str, str] = {}
     path, inverse = directory / "utt2spk", directory / "spk2utt"
     if path.exists() or not inverse.exists():
         try:
-            for file, line, utt, speaker in entries(path, into=speakers):
+            for file, line, utt, speaker in entries(path, into=into):
                 if len(speaker.split()) != 1:
                     raise UserError(f"{file}:{line}: expected `utterance speaker`, got {speaker!r}")
-                speakers[utt] = speaker
+                into[utt] = speaker
         except UserError:
             if path.exists() or not directory.is_dir():
                 raise
@@ -129,37 +130,47 @@ def read_speakers(directory: Path) -> dict[str, str]:
                 f"{path} is missing, and so is spk2utt; where speakers are unknown, make every "
                 "utterance a speaker of its own (lines `utterance utterance`)"
             ) from None
-        return speakers
+        return
     seen: set[str] = set()
     for file, line, speaker, utts in entries(inverse, into=seen):
         seen.add(speaker)
         for utt in utts.split():
-            if utt in speakers:
+            if utt in into:
                 raise UserError(f"{file}:{line}: utterance {utt} occurs twice; keep one of them")
-            speakers[utt] = speaker
-    return speakers
+            into[utt] = speaker
 
 
-def _text(file: Path) -> str:
+def _lines(file: Path) -> Iterator[str]:
+    """The lines of a text file of any size."""
     try:
-        content = file.read_bytes()
+        with file.open("rb") as content:
+            if content.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise UserError(f"{file}: UTF-16, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
+        with file.open(encoding="utf-8") as lines:
+            yield from lines
     except FileNotFoundError:
         raise UserError(f"{file} is missing; run the stage that writes {file.parent}") from None
     except IsADirectoryError:
         raise UserError(f"{file} is a directory, where a file should be") from None
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise UserError(f"{file}: UTF-16, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+    except UnicodeDecodeError:
         raise UserError(
-            f"{file}: not UTF-8 at byte {error.start} (line {line}); convert it first, for "
-            "example: iconv -f LATIN1 -t UTF-8"
+            f"{file}: not UTF-8 at {_first_not_utf8(file)}; convert it first, for example: iconv "
+            "-f LATIN1 -t UTF-8"
         ) from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _first_not_utf8(file: Path) -> str:
+    begin = 0
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return f"byte {begin + error.start} (line {number})"
+            begin += len(line)
+    return f"byte {begin}"
 
 
 def _shown(key: str) -> str:

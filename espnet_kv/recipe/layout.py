@@ -156,7 +156,20 @@ class Layout:
         return "_sp" if self.perturbed else ""
 
     def stats(self, config_file: Path) -> Path:
-        """asr.sh's name; models of another front end than the recipe's have their own."""
+        """asr.sh's name; models of another front end than the recipe's have their own.
+
+        Raises:
+            UserError: models of different front ends are to share a directory.
+        """
+        if self.args.asr_stats_dir is not None:
+            configs = map(self.model_config, self.source_configs)
+            ends = [front_end(config, self.args.asr_args) for config in configs]
+            if any(end != ends[0] for end in ends):
+                raise UserError(
+                    "--asr_stats_dir names one directory, but --asr_config lists models with "
+                    "different front ends: train them one by one"
+                )
+            return self.args.asr_stats_dir
         name = f"asr_stats_raw_{self._language}{self.tokens_name}{self._sp}"
         wanted = front_end(self.model_config(config_file), self.args.asr_args)
         if wanted != front_end(load_yaml(DEFAULT_CONFIG), ""):
@@ -167,7 +180,8 @@ class Layout:
         """The experiment of one training configuration, which a converted model holds itself."""
         if self.args.convert_from is not None:
             return config.parent
-        return self.args.expdir / f"asr_{self.args.asr_tag or self._asr_tag(config)}"
+        name = f"asr_{self.args.asr_tag or self._asr_tag(config)}"
+        return self.args.asr_exp or self.args.expdir / name
 
     def _asr_tag(self, config: Path) -> str:
         more = _in_a_name(self.args.asr_args)
@@ -176,17 +190,19 @@ class Layout:
 
     @property
     def lm_stats(self) -> Path:
-        return self.args.expdir / f"lm_stats_{self._language}{self.tokens_name}"
+        name = f"lm_stats_{self._language}{self.tokens_name}"
+        return self.args.lm_stats_dir or self.args.expdir / name
 
     @property
     def lm_exp(self) -> Path:
         config, more = self.args.lm_config.stem, _in_a_name(self.args.lm_args)
         tag = self.args.lm_tag or f"{config}_{self._language}{self.tokens_name}{more}"
-        return self.args.expdir / f"lm_{tag}"
+        return self.args.lm_exp or self.args.expdir / f"lm_{tag}"
 
     @property
     def ngram(self) -> Path:
-        return self.args.expdir / "ngram" / f"{self.args.ngram_num}gram.bin"
+        folder = self.args.ngram_exp or self.args.expdir / "ngram"
+        return folder / f"{self.args.ngram_num}gram.bin"
 
     @property
     def inference_name(self) -> str:

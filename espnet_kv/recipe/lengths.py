@@ -8,9 +8,10 @@ from typing import Any
 
 from espnet_kv.cli import warn_each
 from espnet_kv.errors import UserError
-from espnet_kv.files import new_directory, write_text
+from espnet_kv.files import new_directory
 from espnet_kv.recipe.audio import AudioError, read_audio
-from espnet_kv.recipe.datadir import DataDir, add_data, dropped_lines, entries, require_conserved
+from espnet_kv.recipe.datadir import DataDir, add_data, entries, require_conserved, write_lines
+from espnet_kv.recipe.disk_table import Table
 
 SHORTEST = 0.1
 """Fewest seconds for which the usual subsampling (conv2d) has an output."""
@@ -75,14 +76,14 @@ def filter_lengths(
             f"utterance lengths from {min_seconds} s to {max_seconds} s leave nothing: "
             "the shortest must be at least 0 and below the longest"
         )
-    data = DataDir.read(src)
+    data = DataDir.read(src, on_disk=True)
     num_samples = _num_samples(src, data)
     rate = _rate(src, data)
     shortest = max(min_seconds, shortest_seconds)
 
-    dropped: dict[str, str] = {}
+    dropped = Table[str]()
     reasons: Counter[str] = Counter()
-    for utt in sorted(data.wav_scp):
+    for utt in data.wav_scp:
         seconds = num_samples[utt] / rate
         if not data.text.get(utt, "").strip():
             reason, detail = "empty transcript", ""
@@ -95,42 +96,38 @@ def filter_lengths(
         dropped[utt] = reason + detail
         reasons[reason] += 1
 
-    kept = [utt for utt in data.wav_scp if utt not in dropped]
+    kept = data.subset(utt for utt in data.wav_scp if utt not in dropped)
     counts = ", ".join(f"{number} {reason}" for reason, number in sorted(reasons.items()))
-    if not kept:
+    if not kept.wav_scp:
         raise UserError(
             f"{src}: no utterance lasts from {shortest:g} s to {max_seconds:g} s ({counts})"
         )
-    require_conserved(f"lengths {src.name}", data.wav_scp, kept, dropped)
+    label = f"lengths {src.name}"
+    require_conserved(label, data.wav_scp, kept.wav_scp, dropped)
     with new_directory(dst) as partial:
-        add_data(data.subset(kept), partial)
+        add_data(kept, partial)
         for name in ("feats_type", "audio_format"):
             shutil.copyfile(src / name, partial / name)
-        write_text(
-            partial / "utt2num_samples",
-            "".join(f"{utt} {num_samples[utt]}\n" for utt in sorted(kept)),
-        )
-        write_text(partial / "dropped", dropped_lines(dropped))
-    label = f"lengths {src.name}"
+        write_lines(partial / "utt2num_samples", ((utt, num_samples[utt]) for utt in kept.wav_scp))
+        write_lines(partial / "dropped", dropped)
     warn_each(label, dropped, f"utterances dropped: {counts}")
-    print(f"  {label}: kept {len(kept)} of {len(data.wav_scp)}", flush=True)
+    print(f"  {label}: kept {len(kept.wav_scp)} of {len(data.wav_scp)}", flush=True)
 
 
-def _num_samples(src: Path, data: DataDir) -> dict[str, int]:
+def _num_samples(src: Path, data: DataDir) -> Table[int]:
     for name in ("utt2num_samples", "feats_type", "audio_format"):
         if not (src / name).is_file():
             raise UserError(f"{src / name} is missing: format the audio first (stage 3)")
-    num_samples: dict[str, int] = {}
+    num_samples = Table[int]()
     for file, line, utt, number in entries(src / "utt2num_samples", into=num_samples):
         if not number.isdecimal():
             raise UserError(
                 f"{file}:{line}: no number of samples: format the audio again (stage 3)"
             )
         num_samples[utt] = int(number)
-    missing = data.wav_scp.keys() - num_samples.keys()
-    if missing:
+    if missing := next((utt for utt in data.wav_scp if utt not in num_samples), ""):
         raise UserError(
-            f"{src / 'utt2num_samples'} lacks {min(missing)}: format the audio again (stage 3)"
+            f"{src / 'utt2num_samples'} lacks {missing}: format the audio again (stage 3)"
         )
     return num_samples
 

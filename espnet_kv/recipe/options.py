@@ -65,7 +65,10 @@ NEUTRAL = {
     "results": "where the tables go",
 }
 """Options on which no result depends, and what they are for instead."""
-PLACES = ("datadir", "dumpdir", "expdir", "lang", "asr_tag", "lm_tag", "inference_tag")
+DIRECTORIES = ("asr_exp", "asr_stats_dir", "lm_exp", "lm_stats_dir", "ngram_exp")
+"""Directories below --expdir that may have names of their own, as in asr.sh."""
+PLACES = {"datadir", "dumpdir", "expdir", "lang", "asr_tag", "lm_tag", "inference_tag"}
+PLACES |= set(DIRECTORIES)
 """Options that name outputs: another value makes other ones and leaves those that are there."""
 
 
@@ -149,6 +152,8 @@ def parser() -> argparse.ArgumentParser:
     add(g, "dumpdir", Path("dump"), "formatted audio", type=Path)
     add(g, "expdir", Path("exp"), "experiments", type=Path)
     add(g, "datadir", Path("data"), "Kaldi data directories", type=Path)
+    for name in DIRECTORIES:
+        add(g, name, None, "its directory (default: one below expdir)", type=_path_or_none)
 
     add(g, "dry_run", False, "print which steps would run and why, and stop")
 
@@ -315,8 +320,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
                 f"--use_streaming true --{name} true: streaming decodes with the model alone; "
                 f"give --{name} false"
             )
-    if args.asr_tag and len(args.asr_config) > 1:
-        raise UserError("--asr_tag names one experiment, but --asr_config lists several")
+    for name in ("asr_tag", "asr_exp"):
+        if getattr(args, name) and len(args.asr_config) > 1:
+            raise UserError(f"--{name} names one experiment, but --asr_config lists several")
     stems = Counter(path.stem for path in args.asr_config)
     if args.convert_from is None and (same := [stem for stem, n in stems.items() if n > 1]):
         raise UserError(
@@ -389,6 +395,6 @@ def _check_conversion(args: argparse.Namespace) -> None:
             if getattr(args, name):
                 raise UserError(f"--{name}: goes with --convert_from")
     else:
-        for name in ("asr_config", "asr_tag"):
+        for name in ("asr_config", "asr_tag", "asr_exp"):
             if getattr(args, name) != parser().get_default(name):
                 raise UserError(f"--{name}: --convert_from goes by the config of the source")

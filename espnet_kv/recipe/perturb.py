@@ -1,12 +1,13 @@
 """Stage 2: speed perturbation, slower and faster copies of every utterance."""
 
 import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from espnet_kv.cli import progress, refuse_mostly_dropped, warn_each
 from espnet_kv.errors import UserError
-from espnet_kv.files import new_directory, write_text
+from espnet_kv.files import new_directory
 from espnet_kv.recipe.audio import (
     AudioError,
     audio_file,
@@ -16,7 +17,8 @@ from espnet_kv.recipe.audio import (
     to_int16,
     write_audio,
 )
-from espnet_kv.recipe.datadir import DataDir, Segment, add_data, dropped_lines, require_conserved
+from espnet_kv.recipe.datadir import DataDir, Segment, add_data, require_conserved, write_lines
+from espnet_kv.recipe.disk_table import Table
 from espnet_kv.recipe.pool import parallel_map
 
 
@@ -37,55 +39,47 @@ def perturb_speed(
         UserError: a factor is repeated or outside 0.1..10, or most audio cannot be read.
     """
     _check(src, dst, factors)
-    data = DataDir.read(src, allow_pipes=allow_pipes)
+    data = DataDir.read(src, allow_pipes=allow_pipes, on_disk=True)
     label = f"perturb {src.name}"
-    prefixes = {factor: f"sp{factor}-" for factor in factors if factor != 1}
+    prefixes = {f"sp{factor}-": factor for factor in factors if factor != 1}
+    originals = data if 1 in factors else DataDir()
+    names = (prefix + utt for prefix in prefixes for utt in data.wav_scp)
+    if shared := next((name for name in names if name in originals.wav_scp), ""):
+        raise UserError(f"{src}: {shared} would be the id of a copy; give it another id")
+    before = itertools.chain(originals.wav_scp, (p + utt for p in prefixes for utt in data.wav_scp))
+    number = len(data.wav_scp) * len(prefixes)
     with new_directory(dst) as partial:
         (partial / "wav").mkdir()
-        perturbed = data if 1 in factors else DataDir()
-        for prefix in prefixes.values():
-            perturbed = DataDir.combine([perturbed, _renamed(data, prefix, dst)])
-        before = set(perturbed.wav_scp)
-        jobs = [
-            _Job(
-                entry,
-                tuple(
-                    _Copy(
-                        name := prefix + utt, factor, data.segments.get(utt), _file(partial, name)
-                    )
-                    for utt in utts
-                    for factor, prefix in prefixes.items()
-                ),
-                allow_pipes,
-            )
-            for entry, utts in data.by_recording().items()
-        ]
-
-        dropped: dict[str, str] = {}
-        notes: dict[str, str] = {}
-        copies = [copy.utt for job in jobs for copy in job.copies]
-        outcomes = itertools.chain.from_iterable(parallel_map(_perturb, jobs, nj))
-        counter = progress(label, len(copies))
-        for utt, (reason, note) in zip(copies, outcomes, strict=True):
-            counter.update()
-            if note:
-                notes[utt] = note
-            if reason:
-                dropped[utt] = reason
-                for table in (perturbed.wav_scp, perturbed.text, perturbed.utt2spk):
-                    table.pop(utt, None)
-        counter.close()
+        perturbed, dropped, notes = DataDir.on_disk(), Table[str](), Table[str]()
+        perturbed.update(originals)
+        jobs = _jobs(data, prefixes, partial, allow_pipes)
+        chunks = itertools.batched(jobs, max(1, min(16, len(data.wav_scp) // (4 * nj))))
+        with progress(label, number) as counter:
+            for done in itertools.chain.from_iterable(parallel_map(_perturb_all, chunks, nj)):
+                counter.update()
+                utt = done.prefix + done.utt
+                if done.note:
+                    notes[utt] = done.note
+                if done.reason:
+                    dropped[utt] = done.reason
+                    continue
+                perturbed.wav_scp[utt] = str(_file(dst, utt))
+                if done.utt in data.text:
+                    perturbed.text[utt] = data.text[done.utt]
+                if done.utt in data.utt2spk:
+                    perturbed.utt2spk[utt] = done.prefix + data.utt2spk[done.utt]
         remove_unfinished(partial)
         warn_each(label, notes, "copies were made of audio that had to be converted")
-        warn_each(label, dropped, f"of {len(copies)} copies cannot be made")
-        refuse_mostly_dropped(label, dropped, len(copies))
+        warn_each(label, dropped, f"of {number} copies cannot be made")
+        refuse_mostly_dropped(label, dropped, number)
         require_conserved(label, before, perturbed.wav_scp, dropped)
         add_data(perturbed, partial)
-        write_text(partial / "dropped", dropped_lines(dropped))
+        write_lines(partial / "dropped", dropped)
 
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
+    prefix: str
     utt: str
     factor: float
     segment: Segment | None
@@ -101,16 +95,30 @@ class _Job:
     allow_pipes: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """A copy, with the reason if it could not be made, and notes on conversions."""
+
+    prefix: str
+    utt: str
+    reason: str = ""
+    note: str = ""
+
+
+def _jobs(
+    data: DataDir, prefixes: Mapping[str, float], partial: Path, allow_pipes: bool
+) -> Iterator[_Job]:
+    for entry, utts in data.recordings():
+        copies = tuple(
+            _Copy(prefix, utt, factor, data.segments.get(utt), _file(partial, prefix + utt))
+            for utt in utts
+            for prefix, factor in prefixes.items()
+        )
+        yield _Job(entry, copies, allow_pipes)
+
+
 def _file(directory: Path, utt: str) -> Path:
     return directory / "wav" / audio_file(utt, "flac")
-
-
-def _renamed(data: DataDir, prefix: str, dst: Path) -> DataDir:
-    return DataDir(
-        {prefix + utt: str(_file(dst, prefix + utt)) for utt in data.wav_scp},
-        {prefix + utt: words for utt, words in data.text.items()},
-        {prefix + utt: prefix + speaker for utt, speaker in data.utt2spk.items()},
-    )
 
 
 def _check(src: Path, dst: Path, factors: list[float]) -> None:
@@ -123,22 +131,26 @@ def _check(src: Path, dst: Path, factors: list[float]) -> None:
             raise UserError(f"speed factor {factor} is outside 0.1 to 10")
 
 
-def _perturb(job: _Job) -> list[tuple[str, str]]:
-    """Write the copies of one recording; return (reason of failure, notes) of each copy."""
+def _perturb_all(jobs: Sequence[_Job]) -> list[_Done]:
+    """Write the copies of some recordings; runs in a worker process."""
+    return [done for job in jobs for done in _perturb(job)]
+
+
+def _perturb(job: _Job) -> Iterator[_Done]:
     try:
         whole = read_recording(job.entry, allow_pipes=job.allow_pipes)
     except AudioError as error:
-        return [(str(error), "")] * len(job.copies)
-    outcomes = []
+        yield from (_Done(copy.prefix, copy.utt, str(error)) for copy in job.copies)
+        return
     for copy in job.copies:
         part = copy.segment
         try:
             recording = whole.cut(part.start, part.end) if part else whole
         except AudioError as error:
-            outcomes.append((f"{part.where if part else copy.utt}: {error}", ""))
+            where = part.where if part else copy.prefix + copy.utt
+            yield _Done(copy.prefix, copy.utt, f"{where}: {error}")
             continue
         # Resample as if the input had a rate higher by the factor; only the ratio matters.
         samples = resample(recording.samples, round(1000 * copy.factor), 1000)
         write_audio(copy.path, to_int16(samples), recording.rate)
-        outcomes.append(("", ", ".join(recording.notes)))
-    return outcomes
+        yield _Done(copy.prefix, copy.utt, note=", ".join(recording.notes))

@@ -6,13 +6,14 @@ group: the process, its data loaders and its other children. (Linux's parent-dea
 only the process itself.)
 """
 
+import itertools
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -159,19 +160,23 @@ CLUSTER: ContextVar[Any] = ContextVar("CLUSTER", default=None)
 """The cluster (`cluster.Cluster`) that does the work in the place of processes of this machine."""
 
 
-def split[Item](jobs: Sequence[Item], nj: int) -> list[Sequence[Item]]:
-    """Consecutive chunks of up to 16 jobs, some for each of `nj` processes."""
-    size = max(1, min(16, len(jobs) // (4 * nj)))
-    return [jobs[start : start + size] for start in range(0, len(jobs), size)]
+def split[Item](jobs: Iterable[Item], nj: int) -> Iterator[Sequence[Item]]:
+    """Consecutive chunks of up to 16 jobs, some for each of `nj` processes.
+
+    Jobs of an iterator, whose number is not known, are chunks by themselves.
+    """
+    size = max(1, min(16, len(jobs) // (4 * nj))) if isinstance(jobs, Sequence) else 1
+    return itertools.batched(jobs, size)
 
 
 def parallel_map[Item, Result](
-    work: Callable[[Item], Result], jobs: Sequence[Item], nj: int
+    work: Callable[[Item], Result], jobs: Iterable[Item], nj: int
 ) -> Iterator[Result]:
     """Yield `work(job)` for every job, in order, computed by `nj` processes, or by a cluster.
 
     Workers end when the caller stops early, at an exception, and with the run. A worker computes
-    at most a few chunks ahead of the yielded results.
+    at most a few chunks ahead of the yielded results, and jobs are taken when there is a worker
+    for them.
 
     Raises:
         UserError: `work` raised an exception (its message), or a worker process was killed.
@@ -179,37 +184,51 @@ def parallel_map[Item, Result](
     if cluster := CLUSTER.get():
         yield from cluster.map(work, jobs, nj)
         return
-    if nj <= 1 or len(jobs) < 2:
-        for job in jobs:
+    chunks = split(jobs, nj)
+    begin = list(itertools.islice(chunks, 2))
+    chunks = itertools.chain(begin, chunks)
+    if nj <= 1 or len(begin) < 2:
+        for job in itertools.chain.from_iterable(chunks):
             result, failure = outcome(work, [job])
             yield from result
             if failure is not None:
                 raise failure
         return
-    chunks = split(jobs, nj)
     workers: list[_Worker] = []
     done: dict[int, tuple[list[Result], UserError | None]] = {}
+    given = wanted = 0
     try:
-        for _ in range(min(nj, len(chunks), most_at_once())):
-            workers.append(_Worker.start(work))
-        given = 0
-        for wanted in range(len(chunks)):
-            while wanted not in done:
-                for worker in workers:
-                    if worker.chunk is None and given < min(len(chunks), wanted + 4 * nj):
-                        worker.give(given, chunks[given])
-                        given += 1
-                busy = {worker.pipe: worker for worker in workers if worker.chunk is not None}
-                for pipe in wait(list(busy)):
-                    chunk, answer = busy[pipe].take()  # type: ignore[index]
-                    done[chunk] = answer
-            results, failure = done.pop(wanted)
-            yield from results
-            if failure is not None:
-                raise failure
+        while True:
+            while given < wanted + 4 * nj and (worker := _idle(workers, nj, work)):
+                if (chunk := next(chunks, None)) is None:
+                    break
+                worker.give(given, chunk)
+                given += 1
+            if wanted == given:
+                return
+            busy = {worker.pipe: worker for worker in workers if worker.chunk is not None}
+            for pipe in wait(list(busy)) if wanted not in done else ():
+                number, answer = busy[pipe].take()  # type: ignore[index]
+                done[number] = answer
+            if wanted in done:
+                results, failure = done.pop(wanted)
+                wanted += 1
+                yield from results
+                if failure is not None:
+                    raise failure
     finally:
         for worker in workers:
             worker.end()
+
+
+def _idle(workers: list["_Worker"], nj: int, work: Callable) -> "_Worker | None":
+    """A worker without work, a new one where there may be more; None: all are busy."""
+    if idle := next((worker for worker in workers if worker.chunk is None), None):
+        return idle
+    if len(workers) < min(nj, most_at_once()):
+        workers.append(_Worker.start(work))
+        return workers[-1]
+    return None
 
 
 @dataclass

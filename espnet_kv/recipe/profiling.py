@@ -95,7 +95,9 @@ def compare_step(layout: Layout, profiled: Sequence[Step]) -> Step:
     out = args.expdir / "report"
 
     def build() -> None:
-        paths = sorted(args.expdir.glob("*/profile/profile.json"))
+        own = [layout.asr_exp(config) / "profile/profile.json" for config in args.asr_config]
+        there = [*args.expdir.glob("*/profile/profile.json"), *filter(Path.is_file, own)]
+        paths = sorted({path.resolve(): path for path in there}.values())
         if not paths:
             raise UserError(
                 f"{args.expdir} holds no */profile/profile.json: profile first (stage 14)"

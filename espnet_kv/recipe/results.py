@@ -16,19 +16,23 @@ BEGIN, END = "<!-- generated -->", "<!-- /generated -->"
 COLUMNS = ("Snt", "Wrd", "Corr", "Sub", "Del", "Ins", "Err", "S.Err")
 
 
-def write_results(expdir: Path, out: Path, header: Iterable[str] = ()) -> None:
-    """Collect the scores of all `expdir/asr_*` into the Markdown file `out`.
+def write_results(
+    expdir: Path, out: Path, header: Iterable[str] = (), more: Iterable[Path] = ()
+) -> None:
+    """Collect the scores of all `expdir/asr_*` and of `more` into the Markdown file `out`.
 
     The text of `out` outside the markers BEGIN and END is kept. The command, config, commit and
     overlay in the run.json of an experiment are stated above its tables.
 
     Args:
         header: lines below the list of versions.
+        more: experiments with other names.
 
     Raises:
         UserError: there are no scores, or `out`, a result or a run.json is damaged.
     """
-    experiments = sorted(expdir.glob("asr_*"))
+    there = [*expdir.glob("asr_*"), *more]
+    experiments = sorted({exp.resolve(): exp for exp in there}.values())
     if not any(True for exp in experiments for _ in scored_sets(exp)):
         raise UserError(f"{expdir} holds no scores: decode and score first (stages 12 and 13)")
     write_page(out, header, experiments)

@@ -79,7 +79,8 @@ def publish(layout: Layout, scored: Iterable[Path]) -> None:
         scored: directories of this run's test sets.
     """
     args = layout.args
-    write_results(args.expdir, args.results, markdown(count_sets(layout)))
+    experiments = [layout.asr_exp(config) for config in args.asr_config]
+    write_results(args.expdir, args.results, markdown(count_sets(layout)), experiments)
     rates = {}
     for place in scored:
         exp = decoding_of(place).parent

@@ -194,6 +194,9 @@ class TestDecoding:
         other.write_text(yaml.safe_dump(config | {"encoder": "conformer"}))
         ended = run(espnets, *options, "--asr_train_config", str(other), *model[2:])
         assert "espnet2/bin/asr_inference_streaming.py" in ended.stderr
+        # ESPnet's command does not know packs
+        ended = run(espnets, *options, "--model_tag", str(folder / "gone.zip"))
+        assert_one_line(ended, "gone.zip")
 
 
 class TestStream:

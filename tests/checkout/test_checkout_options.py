@@ -7,16 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
-from commands import assert_one_line
+from commands import alive, assert_one_line, wait_until
 from commands import run as call
 from espnet_checkout import REPO, calls, put_recipe, run, stand_in
 
 from espnet_kv.recipe import asr_sh
 from espnet_kv.recipe import checkout as driver
-from espnet_kv.recipe.options import parse, parser
+from espnet_kv.recipe.options import DIRECTORIES, parse, parser
 from espnet_kv.recipe.pool import cores
 
 TOOLS = ("bash", "dirname", "env", "perl", "sox", "sclite", "cat", "pwd")
@@ -135,7 +136,14 @@ class TestCalls:
         assert not [path for path in made if path.parts[-1] in ("asr.sh", "exp", "configs")]
 
 
-def test_what_ends_the_run_ends_asr_sh(asr1, tools):
+def restore(number: int) -> None:
+    """Give a signal its default action, which whoever started the tests may have taken from it."""
+    if number != signal.SIGKILL:
+        signal.signal(number, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGHUP", "SIGKILL"])
+def test_what_ends_the_run_ends_asr_sh(asr1, tools, number):
     """asr.sh and what it started lead a process group of their own."""
     asr_sh = asr1.parents[1] / "TEMPLATE/asr1/asr.sh"
     asr_sh.write_text(asr_sh.read_text() + "sleep 600 & echo $! >pid; wait\n")
@@ -148,17 +156,21 @@ def test_what_ends_the_run_ends_asr_sh(asr1, tools):
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=partial(restore, signal.Signals[number]),
     )
     pid = asr1 / "pid"
     while not pid.exists() or not pid.read_text().strip():
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.Signals[number])
     _, errors = process.communicate(timeout=300)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert errors == "error: stopped by SIGTERM: the same command goes on from here\n"
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(pid.read_text()), 0)
+    if number == "SIGKILL":
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 128 + signal.Signals[number]
+        line = f"error: stopped by {number}: the same command goes on from here\n"
+        assert errors == line
+    assert wait_until(lambda: not alive(int(pid.read_text())), 5)
 
 
 class TestStagesAfterIts:
@@ -204,7 +216,7 @@ class TestRefused:
             (["--train_nj", "2"], "--train_nj: .* asr.sh trains one model after the other"),
             (["--datadir", "d"], "--datadir: .* keeps data directories in data/"),
             (["--python", "x"], "--python: set the variable python"),
-            (["--asr_exp", "exp/x"], "--asr_exp: give --asr_tag"),
+            (["--inference_ngram", "x"], "--inference_ngram: give --ngram_num"),
             (["--stage", "14", "--skip_eval", "true"], "--skip_eval: .* stages 1 to 13 only"),
             (["--corpus", "synth", "--skip_eval", "true"], "--skip_eval: .* --corpus synth"),
             (
@@ -266,6 +278,18 @@ class TestRefused:
         ended = call(driver.main, options[0], "--stage", "1", "--stop_stage", before)
         assert ended.returncode == 0, ended.stderr
 
+    def test_a_missing_kenlm_is_told_before_stage_1(self, asr1, tools, monkeypatch):
+        monkeypatch.setattr(driver, "find_spec", lambda name: None)
+        monkeypatch.chdir(asr1)
+        monkeypatch.setenv("PATH", tools)
+        options = [str(asr1.parents[1] / "TEMPLATE/asr1"), "--use_ngram", "true"]
+        ended = call(driver.main, *options, "--stop_stage", "13")
+        assert_one_line(ended, r"lmplz for stage 9 .*build_binary .*package kenlm for stage 12")
+        ended = call(driver.main, *options, "--stage", "12", "--stop_stage", "13")
+        assert "lmplz" not in ended.stderr and "kenlm for stage 12" in ended.stderr
+        ended = call(driver.main, *options, "--stop_stage", "8")
+        assert ended.returncode == 0, ended.stderr
+
     def test_every_option_of_ours_alone_is_sorted(self):
         """A new option of run.sh needs its word on what it means inside a checkout."""
         options = {action.dest for action in parser()._actions} - {"help"}
@@ -274,7 +298,7 @@ class TestRefused:
         other_corpora = {name for name in options if name.startswith(("synth_", "digits_"))}
         handed = set(asr_sh.AS_GIVEN) | {"stage", "stop_stage", "ngpu", "speed_perturb_factors"}
         handed |= {"min_wav_duration", "max_wav_duration", "asr_config", "test_sets"}
-        named = {"asr_tag", "lm_tag", "inference_tag"}
+        named = {"asr_tag", "lm_tag", "inference_tag", *DIRECTORIES}
         sorted_ones = driver.CARRIED | driver.NO_MEANING.keys() | conversion | other_corpora
         assert options == sorted_ones | handed | named
         assert not sorted_ones & handed

@@ -96,6 +96,29 @@ def test_streaming(asr1):
     assert read_scored_set(asr1 / EXPS[1] / decoding / "test_clean").streaming
 
 
+def test_a_language_model_and_an_experiment_of_ones_own_name(asr1):
+    lm = ("--use_lm", "true", "--lm_config", "conf/train_lm_small.yaml")
+    lm += ("--lm_args", "--max_epoch 1 --keep_nbest_models 1", "--lm_exp", "models/lm")
+    work(asr1, *lm, "--stage", "6", "--stop_stage", "8", "--asr_config", MHA)
+    perplexity = float((asr1 / "models/lm/perplexity_test/ppl").read_text())
+    assert 2 < perplexity < 120  # the vocabulary has 60 tokens, and there were few updates
+
+    mine = asr1 / "models/mine"
+    mine.mkdir()
+    for name in ("config.yaml", "valid.acc.ave.pth"):
+        shutil.copy(asr1 / EXPS[0] / name, mine)
+    options = ("--asr_exp", "models/mine", "--asr_config", MHA, "--test_sets", "test_clean")
+    options += ("--profile_args", "--lengths 3 --utterances 1 --repeats 1")
+    work(asr1, *lm, *options, "--stage", "12", "--stop_stage", "15")
+    decoding = "decode_asr_fast_lm_lm_valid.loss.ave_asr_model_valid.acc.ave"
+    assert rows(asr1, decoding) == ["test_clean"]
+    log = (mine / decoding / "test_clean/logdir/asr_inference.1.log").read_text()
+    assert "espnet_kv/bin/asr_inference.py" in log and "models/lm/valid.loss.ave.pth" in log
+    found = json.loads((mine / "profile/profile.json").read_text())["wer"]
+    assert set(found["offline"]) == {"test_clean"}
+    assert "models/mine" in (asr1 / "exp/RESULTS.md").read_text()
+
+
 LOAD = """
 import sys
 import numpy, espnet_kv

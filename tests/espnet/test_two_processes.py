@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from commands import run
 from small_encoders import ATTENTIONS, NO_DROPOUT, SIZES
@@ -18,7 +19,9 @@ from small_training import (
     update_losses,
     write_data,
 )
+from torch import Tensor, distributed, nn
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.nn.functional import all_reduce
 
 from espnet_kv.bin import asr_train
 from espnet_kv.espnet import training  # noqa: F401  the forks have ESPnet loaded, then
@@ -97,3 +100,33 @@ def test_two_processes_have_the_losses_of_two_with_the_stock_conformer(data, tmp
     )
     print(f"conformer: {largest_difference(ours, stock):.1e}")
     assert largest_difference(ours, stock) < 1e-5
+
+
+class WholeBatchNorm(nn.BatchNorm1d):
+    """BatchNorm1d with the mean and variance of the batches of all processes.
+
+    torch's SyncBatchNorm does this on GPUs only, and ESPnet does not use it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, T)
+        if not (self.training and distributed.is_initialized()):
+            return super().forward(x)
+        batch = x.transpose(0, 1).flatten(1)  # (C, B T)
+        sums = torch.stack([batch.sum(1), batch.square().sum(1), torch.ones_like(batch).sum(1)])
+        total, squares, number = all_reduce(sums)
+        mean, square = total / number, squares / number
+        scale = self.weight / (square - mean.square() + self.eps).sqrt()
+        return (x - mean[:, None]) * scale[:, None] + self.bias[:, None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["mha", "mla", "gqa", "linear"])
+def test_two_processes_have_the_losses_of_one_where_a_conformer_has_the_norms_of_the_whole_batch(
+    attention, data, tmp_path, monkeypatch
+):
+    """Nothing but the BatchNorm tells two processes from one."""
+    one = train("kv_conformer", 1, ATTENTIONS[attention], data, tmp_path)
+    monkeypatch.setattr(nn, "BatchNorm1d", WholeBatchNorm)
+    two = train("kv_conformer", 2, ATTENTIONS[attention], data, tmp_path)
+    print(f"conformer {attention}: {largest_difference(one, two):.1e}")
+    assert largest_difference(one, two) < 1e-5

@@ -5,11 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import process_stubs
 import pytest
+from commands import alive, wait_until
 
 from espnet_kv.errors import UserError
 from espnet_kv.recipe.pool import parallel_map
@@ -43,23 +43,6 @@ if __name__ == "__main__":
         finally:
             Path("cleaned").touch()
 """
-
-
-def alive(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_until(condition, seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return condition()
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
@@ -120,6 +103,14 @@ class TestPool:
     def test_results_do_not_depend_on_the_number_of_workers(self, nj):
         numbers = list(range(50))
         assert list(parallel_map(process_stubs.square, numbers, nj)) == [n * n for n in numbers]
+
+    @pytest.mark.parametrize("nj", [1, 2])
+    def test_jobs_are_taken_when_there_is_room_for_them(self, nj):
+        taken = []
+        results = parallel_map(process_stubs.square, (taken.append(n) or n for n in range(99)), nj)
+        assert next(results) == 0
+        assert len(taken) <= 4 * nj + 2
+        assert list(results) == [n * n for n in range(1, 99)]
 
     @pytest.mark.parametrize("nj", [1, 2])
     def test_an_exception_is_told_in_one_line_after_the_results_before_it(self, nj):

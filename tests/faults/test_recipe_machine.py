@@ -118,7 +118,7 @@ class TestLostProducts:
         [
             ("exp/asr_stats*/train/feats_stats.npz", 10),
             ("exp/asr_stats*/valid/speech_shape", 10),
-            ("dump/raw/test/data_wav.ark", 3),
+            ("dump/raw/test/data_wav.1.ark", 3),
             ("data/en_token_list/char/tokens.txt", 5),
             ("exp/asr_train*/decode_*/test/text", 12),
             ("exp/asr_train*/decode_*/test/score_wer/result.txt", 13),
@@ -140,12 +140,12 @@ class TestLostProducts:
 
     def test_an_ark_that_was_cut(self, undisturbed):
         folder, options, _ = undisturbed
-        ark = folder / "dump/raw/test/data_wav.ark"
+        ark = folder / "dump/raw/test/data_wav.1.ark"
         content = ark.read_bytes()
         ark.write_bytes(content[: len(content) // 2])
         only = (*options, "--stage", "3", "--stop_stage", "3")
         code, out, _ = run(folder, *only)
-        assert code == 0 and "data_wav.ark changed after it was made" in out
+        assert code == 0 and "data_wav.1.ark changed after it was made" in out
         assert ark.read_bytes() == content
 
 

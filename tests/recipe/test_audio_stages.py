@@ -138,6 +138,25 @@ def test_format_keeps_the_samples(corpus: Path, tmp_path: Path, audio_format: st
         np.testing.assert_array_equal(samples, original)
 
 
+@pytest.mark.parametrize("nj", [1, 2])
+def test_every_part_of_the_data_has_an_ark(corpus: Path, tmp_path: Path, monkeypatch, nj: int):
+    format_audio(corpus, tmp_path / "whole", nj=nj)
+    monkeypatch.setattr("espnet_kv.recipe.format.PART", (4, 4))
+    format_audio(corpus, tmp_path / "parts", nj=nj)
+    arks = {path.name for path in (tmp_path / "parts").glob("*.ark")}
+    assert arks == {"data_wav.1.ark", "data_wav.2.ark"}
+    whole, parts = (kaldiio.load_scp(str(tmp_path / d / "wav.scp")) for d in ("whole", "parts"))
+    assert list(whole) == list(parts) and len(whole) == 6
+    for utt in whole:
+        np.testing.assert_array_equal(whole[utt][1], parts[utt][1])
+    for name in ("text", "utt2spk", "spk2utt", "utt2num_samples"):
+        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "parts" / name).read_text()
+    assert {path.name for path in (tmp_path / "parts").iterdir()} == arks | {
+        *("wav.scp", "text", "utt2spk", "spk2utt", "utt2num_samples", "dropped", "feats_type"),
+        "audio_format",
+    }
+
+
 def test_espnet_reads_the_dumps_alike(corpus: Path, tmp_path: Path):
     from espnet2.train.dataset import kaldi_loader, sound_loader
 
@@ -218,7 +237,7 @@ def test_interrupted_format_leaves_the_old_dump(corpus: Path, tmp_path: Path, mo
             format_audio(corpus, dump)
     assert tree(dump) == before
     (tmp_path / ".dump.partial").mkdir()  # as a kill leaves it
-    (tmp_path / ".dump.partial" / "data_wav.ark").write_bytes(b"half")
+    (tmp_path / ".dump.partial" / "data_wav.1.ark").write_bytes(b"half")
     format_audio(corpus, dump)
     assert tree(dump) == before
     assert not (tmp_path / ".dump.partial").exists()

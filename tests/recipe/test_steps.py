@@ -1,6 +1,8 @@
 """When a step of the recipe counts as done, and what makes it run again."""
 
 import dataclasses
+import hashlib
+import json
 import multiprocessing
 import os
 import signal
@@ -138,6 +140,14 @@ class TestContent:
         (tmp_path / "u.wav").unlink()
         assert Content(tmp_path / "memory.json").of_audio(tmp_path) == before
         assert Content(tmp_path / "none").of_audio(tmp_path / "none") == MISSING
+
+    def test_hashes_that_an_older_version_stored_are_known(self, tmp_path):
+        memory = tmp_path / "memory.json"
+        memory.write_text(json.dumps({f"{tmp_path}/u.wav": [[5, 1, 1, 1], "0123456789abcdef"]}))
+        (tmp_path / "wav.scp").write_text(f"u {tmp_path}/u.wav\n")
+        (tmp_path / "utt2spk").write_text("u s\n")
+        expected = hashlib.sha256(b"0123456789abcdef").hexdigest()[:16]
+        assert Content(memory).of_audio(tmp_path) == expected
 
     def test_hashes_of_audio_written_a_moment_ago_are_stored_for_good(self, tmp_path):
         (tmp_path / "wav.scp").write_text(f"a {tmp_path}/a.wav\n")

@@ -7,8 +7,10 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -104,3 +106,21 @@ def assert_one_line(ended: subprocess.CompletedProcess, said: str) -> None:
     assert len(errors) == 1 and ended.stderr.rstrip().endswith(errors[0]), ended.stderr
     assert "Traceback" not in ended.stderr
     assert re.search(said, errors[0]), errors[0]
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Whether a condition becomes true in some seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return condition()

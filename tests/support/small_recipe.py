@@ -107,7 +107,7 @@ def results(folder: Path) -> dict[str, bytes]:
     for pattern in (
         "dump/raw/**/text",
         "dump/raw/**/utt2num_samples",
-        "dump/raw/**/data_wav.ark",
+        "dump/raw/**/data_wav.*.ark",
         "data/en_token_list/**/tokens.txt",
         "exp/*_stats_*/*/*_shape*",
         "exp/asr_*/decode_*/*/text",

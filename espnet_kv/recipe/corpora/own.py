@@ -87,7 +87,7 @@ def import_sources(
 
 
 def _require_audio(source: Path, data: DataDir) -> None:
-    files = {entry: file_of(entry) for entry in data.by_recording()}
+    files = {entry: file_of(entry) for entry in data.wav_scp.values()}
     missing = [entry for entry, file in files.items() if file and not os.path.exists(file)]
     if len(missing) == len(files):
         raise UserError(

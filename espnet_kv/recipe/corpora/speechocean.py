@@ -5,6 +5,7 @@ parent folder.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from espnet_kv.errors import UserError
@@ -54,7 +55,7 @@ def load_subset(root: Path, subset: str) -> DataDir:
     in_dev = {utt for utt, speaker in data.utt2spk.items() if speaker in dev}
     wanted = subset == "dev"
 
-    def part(table: dict[str, str]) -> dict[str, str]:
+    def part(table: Mapping[str, str]) -> dict[str, str]:
         return {utt: value for utt, value in table.items() if (utt in in_dev) is wanted}
 
     return DataDir(part(data.wav_scp), part(data.text), part(data.utt2spk))
