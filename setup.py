@@ -59,9 +59,15 @@ setup(
             "dask-jobqueue",
             "asyncssh",
         ],
+        # espnet_kv.bin.export
+        "serve": [
+            "onnx",
+            "onnxruntime",
+        ],
         "dev": [
             "pytest",
             "pytest-xdist",
+            "sherpa-onnx",
             "hypothesis",
             "ruff",
             "mypy",
@@ -78,6 +84,7 @@ setup(
             "espnet_kv_stream = espnet_kv.bin.stream:main",
             "espnet_kv_profile = espnet_kv.bin.profile:main",
             "espnet_kv_convert = espnet_kv.bin.convert:main",
+            "espnet_kv_export = espnet_kv.bin.export:main",
             "espnet_kv_recipe = espnet_kv.bin.recipe:main",
         ]
     },

@@ -39,6 +39,7 @@ LAYERS = {
         "streaming.recordings",
     },
     "streaming": {"channels", "cache", "encoder", "espnet"},
+    "export": {"cli", "attention", "cache", "encoder", "streaming"},
     "convert": {
         "files",
         "scores",

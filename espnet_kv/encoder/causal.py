@@ -1,5 +1,6 @@
 """Causal convolution over time."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -43,7 +44,8 @@ class CausalConv1d(nn.Conv1d):
             return super().forward(F.pad(x, (self.kernel_size[0] - 1, 0)))
         padded = step.states[self.state_index].append(step, x)
         depthwise = self.groups == self.in_channels == self.out_channels
-        if depthwise and x.numel() * self.kernel_size[0] <= FEW_PRODUCTS:
+        few = x.numel() * self.kernel_size[0] <= FEW_PRODUCTS
+        if depthwise and few and not torch.jit.is_tracing():  # ONNX has no unfold
             return self._depthwise_sum(padded)
         return super().forward(padded)
 

@@ -11,8 +11,8 @@ from espnet_kv.attention.positions import at_positions, relative
 from espnet_kv.cache.codec import build_codec
 from espnet_kv.cache.features import Features
 from espnet_kv.cache.position_table import PositionTables
-from espnet_kv.cache.state import StateSpec
-from espnet_kv.cache.step import ChunkStep, active_step, current_step
+from espnet_kv.cache.state import State, StateSpec
+from espnet_kv.cache.step import CacheStep, ChunkStep, active_step, current_step
 from espnet_kv.cache.store import Store
 from espnet_kv.cache.stream import FIRST_CHUNKS, EncoderState
 from espnet_kv.encoder.chunked import KVEncoder, check_chunks, subsampling
@@ -37,7 +37,7 @@ class StreamingEncoder(KVEncoder):
 
     def __init__(self, input_size: int, *args: Any, **conf: Any):
         super().__init__(input_size, *args, **conf)
-        self._input_size = input_size
+        self.input_size = input_size
         self._cannot_stream: str | None = None  # why the encoder cannot stream
         try:
             self._check_streamable(self.espnet_conf)
@@ -89,21 +89,20 @@ class StreamingEncoder(KVEncoder):
             weight.dtype,
             weight.device if device is None else torch.device(device),
         )
-        modules = list(self._stateful_modules())
-        empty = torch.zeros(0, self._input_size, dtype=spec.dtype, device=spec.device)
+        empty = torch.zeros(0, self.input_size, dtype=spec.dtype, device=spec.device)
         return EncoderState(
             chunk_size=size,
             left_chunks=left,
             cache_dtype=cache_dtype,
             dtype=spec.dtype,
-            store=Store([m.init_state(spec) for m in modules], batch_size, spec.slots),
+            store=Store(self.module_states(spec), batch_size, spec.slots),
             places=list(range(batch_size)),
-            features=Features(self._input_size, [empty.clone() for _ in range(batch_size)]),
+            features=Features(self.input_size, [empty.clone() for _ in range(batch_size)]),
             frames=[0] * batch_size,
             held=[0] * batch_size,
             emitted=[0] * batch_size,
             finished=[False] * batch_size,
-            footprints=[module.footprint for module in modules],
+            footprints=[module.footprint for module in self._stateful_modules()],
             owner=weakref.ref(self),
         )
 
@@ -200,7 +199,7 @@ class StreamingEncoder(KVEncoder):
         )
         step = ChunkStep(
             state.store.states,
-            self._position_tables(state, xs),
+            self._shared_tables(state, xs),
             [state.places[stream] for stream in streams],
             starts,
             lengths,
@@ -211,22 +210,46 @@ class StreamingEncoder(KVEncoder):
         if not self._has_relative_positions(self.espnet_conf):
             numbers = torch.tensor(starts, device=xs.device)[:, None]
             step.positions = numbers + torch.arange(max(lengths), device=xs.device)  # (R, Q)
+        return self.run_step(xs, torch.full((len(xs),), xs.size(1)), step)
+
+    def run_step(self, xs: Tensor, lengths: Tensor, step: CacheStep) -> Tensor:
+        """Encode the features (R, T, F), lengths (R,), of a step -> (R, Q, D)."""
         with active_step(step):
-            ys = self(xs, torch.full((len(xs),), xs.size(1)))[0]  # type: ignore[operator]
+            ys = self(xs, lengths)[0]  # type: ignore[operator]
         return ys[0] if isinstance(ys, tuple) else ys  # without intermediate CTC outputs
 
-    def _position_tables(self, state: EncoderState, xs: Tensor) -> Sequence[Tensor | None]:
-        """Projected relative positions N - 1 down to -(C - 1) of each module."""
+    def chunk_features(self, chunk_size: int) -> tuple[int, int]:
+        """(new features of a chunk, features that its frames depend on)."""
+        stride, window = self._subsampling
+        return chunk_size * stride, (chunk_size - 1) * stride + window
+
+    def module_states(self, spec: StateSpec) -> list[State]:
+        """New states of the modules, by `state_index`."""
+        return [module.init_state(spec) for module in self._stateful_modules()]
+
+    def position_tables(
+        self, slots: int, chunk_size: int, device: torch.device | None = None
+    ) -> list[Tensor | None]:
+        """Projected relative positions N - 1 down to -(C - 1) of each module, by `state_index`.
+
+        Empty if the encoder does not use relative positions.
+        """
+        if not self._has_relative_positions(self.espnet_conf):
+            return []
+        size = self.output_size()  # type: ignore[attr-defined]
+        pos_emb = relative(slots - 1, 1 - chunk_size, size, device or torch.device("cpu"))
+        return [
+            module.position_table(pos_emb) if hasattr(module, "position_table") else None
+            for module in self._stateful_modules()
+        ]
+
+    def _shared_tables(self, state: EncoderState, xs: Tensor) -> Sequence[Tensor | None]:
+        """`position_tables` of a stream, shared with the streams of the same settings."""
         if not self._has_relative_positions(self.espnet_conf):
             return ()
         made = state.tables
         if made is None or (made.slots, made.chunk_size) != (state.slots, state.chunk_size):
-            size = self.output_size()  # type: ignore[attr-defined]
-            pos_emb = relative(state.slots - 1, 1 - state.chunk_size, size, xs.device)
-            tables = [
-                module.position_table(pos_emb) if hasattr(module, "position_table") else None
-                for module in self._stateful_modules()
-            ]
+            tables = self.position_tables(state.slots, state.chunk_size, xs.device)
             made = PositionTables(state.slots, state.chunk_size, tables)
             # streams with the same settings share a table; the comparison detects changed weights
             shared = _tables.setdefault(self, weakref.WeakValueDictionary())
@@ -286,9 +309,9 @@ class StreamingEncoder(KVEncoder):
             self._adopt(state)
         if state.encoder is not self:
             raise ValueError("forward_chunk: the state belongs to another encoder")
-        if xs.dim() != 3 or xs.size(2) != self._input_size:
+        if xs.dim() != 3 or xs.size(2) != self.input_size:
             raise ValueError(
-                f"forward_chunk: xs of shape {tuple(xs.shape)} is not (B, T, {self._input_size})"
+                f"forward_chunk: xs of shape {tuple(xs.shape)} is not (B, T, {self.input_size})"
             )
         if not len(xs) == len(final) == len(lengths) == state.batch_size:
             raise ValueError(
@@ -307,7 +330,7 @@ class StreamingEncoder(KVEncoder):
         """Make this the encoder of a state without encoder, if the layout is equal."""
         self._check_streaming(state.chunk_size)
         spec = StateSpec(1, 1, state.cache_dtype, state.dtype, torch.device("meta"))
-        own = Store([m.init_state(spec) for m in self._stateful_modules()], 1, 1)
+        own = Store(self.module_states(spec), 1, 1)
         if own.layout == state.store.layout:
             state.owner = weakref.ref(self)
 

@@ -18,6 +18,9 @@ from espnet_kv.names import REMARK
 
 # table of choices of a task -> choice -> module:class
 CHOICES = {
+    "frontend_choices": {
+        "kaldi_fbank": "espnet_kv.encoder.kaldi_fbank:KaldiFbankFrontend",
+    },
     "encoder_choices": {
         "kv_conformer": "espnet_kv.encoder.encoders:KVConformerEncoder",
         "kv_branchformer": "espnet_kv.encoder.encoders:KVBranchformerEncoder",

@@ -191,7 +191,7 @@ def marks_of(subject: Subject, seconds: Sequence[float]) -> list[int]:
     """Features that a stream has given after so many seconds: a frame waits for its last sample."""
     frontend = subject.frontend()
     samples = [round(length * frontend.sample_rate) for length in seconds]
-    beyond = frontend.border - frontend.n_fft
+    beyond = frontend.borders[1] - frontend.n_fft
     return [max(0, (count + beyond) // frontend.hop_length + 1) for count in samples]
 
 

@@ -143,6 +143,11 @@ ABLATIONS: dict[str, tuple[str, set[str], dict[str, Any]]] = {
         f"conformer_mla_r{r}": ("conformer_mla", {f"{CONFORMER}.kv_rank"}, {"kv_rank": r})
         for r in (128, 64, 48, 32)
     },
+    "conformer_mla_kaldi_fbank": (
+        "conformer_mla",
+        {"frontend", "frontend_conf.n_fft"},
+        {"kv_rank": 64},
+    ),
     "conformer_mqa": ("conformer_gqa", {f"{CONFORMER}.num_kv_heads"}, {"num_kv_heads": 1}),
     "conformer_mha_offline": ("conformer_mha", OFFLINE, {}),
     "conformer_mla_offline": ("conformer_mla", OFFLINE, {"kv_rank": 64}),

@@ -74,6 +74,14 @@ def config(folder: Path, **changes: Any) -> dict[str, Any]:
         decoder="transformer",
         decoder_conf={"attention_heads": 2, "linear_units": 16, "num_blocks": 1},
     )
+    if changes.get("frontend") == "kaldi_fbank":
+        conf["frontend_conf"] = {"n_mels": 20}
+    if "branchformer" in changes.get("encoder", ""):
+        sizes = {"cgmlp_linear_units": conf["encoder_conf"]["linear_units"], "cgmlp_conv_kernel": 5}
+        del conf["encoder_conf"]["cnn_module_kernel"]
+        if changes["encoder"] == "kv_branchformer":
+            del conf["encoder_conf"]["linear_units"]
+        conf["encoder_conf"] |= sizes
     for key, value in changes.items():  # None: ESPnet's defaults
         merged = isinstance(value, dict) and isinstance(conf.get(key), dict)
         conf[key] = conf[key] | value if merged else {} if value is None else value

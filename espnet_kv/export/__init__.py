@@ -1,0 +1,1 @@
+"""Export of a streaming model as an ONNX graph whose caches are inputs and outputs."""
