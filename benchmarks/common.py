@@ -81,16 +81,20 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def timed(device: str, run: Callable, *operands) -> float:
+def timed(device: str, run: Callable, *operands, clock: Callable = time.perf_counter) -> float:
     """Seconds of one run."""
-    begin = time.perf_counter()
+    begin = clock()
     run(*operands)
     synchronize(device)
-    return time.perf_counter() - begin
+    return clock() - begin
 
 
 def rounds(
-    runs: dict[Any, Callable], device: str, most: int, enough: float = math.inf
+    runs: dict[Any, Callable],
+    device: str,
+    most: int,
+    enough: float = math.inf,
+    clock: Callable = time.perf_counter,
 ) -> Iterator[dict]:
     """Run every side once per round; the order rotates from round to round.
 
@@ -98,6 +102,7 @@ def rounds(
         runs: the sides, by name.
         most: maximum number of rounds.
         enough: seconds after which no third round begins.
+        clock: time.process_time does not count what other processes take.
 
     Yields:
         Seconds of every side in a round, by name.
@@ -108,7 +113,8 @@ def rounds(
         if turn >= 2 and time.perf_counter() - begin > enough:
             return
         first = turn % len(names)
-        yield {name: timed(device, runs[name]) for name in names[first:] + names[:first]}
+        names_now = names[first:] + names[:first]
+        yield {name: timed(device, runs[name], clock=clock) for name in names_now}
 
 
 def by_side(timings: list[dict]) -> dict[Any, list]:

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 from espnet2.asr.decoder.whisper_decoder import ExpandedTokenEmbedding, OpenAIWhisperDecoder
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from espnet_kv.attention.base import Attention
 from espnet_kv.attention.whisper import replace_whisper_attention
@@ -169,8 +170,15 @@ class KVWhisperDecoder(CachedDecoder, OpenAIWhisperDecoder):
         parts = [embedding]
         if isinstance(embedding, ExpandedTokenEmbedding):  # its weight is a new copy at each use
             parts = [embedding.ori_emb, embedding.add_emb]
-        logits = torch.cat([hidden @ part.weight.t() for part in parts], dim=-1)
-        return torch.log_softmax(logits.float(), dim=-1), hidden
+        logits = [functional.linear(hidden, part.weight) for part in parts]
+        return torch.log_softmax(torch.cat(logits, dim=-1).float(), dim=-1), hidden
+
+    def prepare_search(self) -> None:
+        """As CachedDecoder, and the embeddings, whose product with a hidden state is the largest."""
+        super().prepare_search()
+        for module in self.decoders.modules():
+            if isinstance(module, nn.Embedding) and module.weight.device.type == "cpu":
+                module.weight.data = module.weight.data.t().contiguous().t()
 
     @property
     def _dtype(self) -> torch.dtype:
