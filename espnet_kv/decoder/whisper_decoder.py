@@ -174,7 +174,7 @@ class KVWhisperDecoder(CachedDecoder, OpenAIWhisperDecoder):
         return torch.log_softmax(torch.cat(logits, dim=-1).float(), dim=-1), hidden
 
     def prepare_search(self) -> None:
-        """As CachedDecoder, and the embeddings, whose product with a hidden state is the largest."""
+        """As CachedDecoder, and the embeddings: their product gives the logits."""
         super().prepare_search()
         for module in self.decoders.modules():
             if isinstance(module, nn.Embedding) and module.weight.device.type == "cpu":

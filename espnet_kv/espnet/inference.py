@@ -41,13 +41,13 @@ class Speech2Text(espnet.Speech2Text):
     """espnet2.bin.asr_inference.Speech2Text with strict loading and a search with true caches.
 
     Arguments, results and scores are ESPnet's: nbest tuples of text, tokens, token ids and
-    hypothesis. A stock `transformer` decoder becomes kv_transformer. Feature statistics and the
-    tokenizer may also be beside the model. Short audio and a dtype of 16 bits work. ESPnet's
-    inference module is restored when the object is complete.
+    hypothesis. A stock `transformer` decoder becomes kv_transformer, a `whisper` decoder
+    kv_whisper. Feature statistics and the tokenizer may also be beside the model. Short audio and a
+    dtype of 16 bits work. ESPnet's inference module is restored when the object is complete.
 
     Args:
         *args: as ESPnet's.
-        kv_decoder: search with a cached decoder in place of a stock transformer decoder.
+        kv_decoder: search with a cached decoder in place of a stock one (transformer, whisper).
         fast_ctc: compute CTC prefix scores of all frames at once.
         **options: as ESPnet's.
 

@@ -120,9 +120,13 @@ def _bytes_of_characters() -> dict[str, int]:
     }
 
 
+@cache
+def _characters_of_bytes() -> dict[int, str]:
+    return {byte: character for character, byte in _bytes_of_characters().items()}
+
+
 def _to_text(token: bytes) -> str:
-    characters = {byte: character for character, byte in _bytes_of_characters().items()}
-    return "".join(characters[byte] for byte in token)
+    return "".join(map(_characters_of_bytes().__getitem__, token))
 
 
 def _to_bytes(token: str) -> bytes:
@@ -166,10 +170,11 @@ class ByteLevelTokenizer:
         self._skipped = set(self._added.values())
         self._encoding: Any = None
         self._tokens: dict[int, str] = {}
+        self._index: dict[str, int] = {}
         self.vocab_size = VOCABULARY
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_encoding": None, "_tokens": {}}
+        return vars(self) | {"_encoding": None, "_tokens": {}, "_index": {}}
 
     def get_added_vocab(self) -> dict[str, int]:
         """Special and added tokens and their ids."""
@@ -177,10 +182,10 @@ class ByteLevelTokenizer:
 
     def add_tokens(self, tokens: Iterable[str]) -> int:
         """Add tokens behind all others; returns the number of new ones."""
-        before = len(self._added)
-        for token in tokens:
-            if token not in self._added and token not in self._ids():
-                self._added[token] = max(self._added.values()) + 1
+        known, before = self._ids(), len(self._added)
+        new = [token for token in dict.fromkeys(tokens) if token not in known]
+        first = max(self._added.values()) + 1
+        self._added |= {token: first + index for index, token in enumerate(new)}
         self._encoding, self._tokens = None, {}
         return len(self._added) - before
 

@@ -150,9 +150,7 @@ def test_the_search_ends_at_the_last_position(trained, caplog):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_other_types(trained, dtype):
-    speech2text = Speech2Text(
-        **trained, beam_size=2, ctc_weight=0.0, maxlenratio=-3, dtype=dtype
-    )
+    speech2text = Speech2Text(**trained, beam_size=2, ctc_weight=0.0, maxlenratio=-3, dtype=dtype)
     assert isinstance(speech2text(noise(1))[0][0], str)
 
 
@@ -169,7 +167,11 @@ def test_streaming_is_refused_in_one_line(trained, tmp_path, capsys):
     options = [word for key, value in trained.items() for word in (f"--{key}", value)]
     assert stream.main([*options, str(tmp_path / "a.wav")]) == 1
     message = capsys.readouterr().err
-    assert message.count("error: ") == 1 and "whisper" in message.lower() and "Traceback" not in message
+    assert (
+        message.count("error: ") == 1
+        and "whisper" in message.lower()
+        and "Traceback" not in message
+    )
 
 
 def test_a_config_of_our_training_tells_the_sizes(tmp_path):
