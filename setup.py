@@ -9,6 +9,8 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "espnet_kv/__init__.py").read_text())[1]
 # the recipe, by way of links in the package
 RECIPE = (HERE / "espnet_kv/recipe_files.txt").read_text().split()
+SERVE = ["onnx", "onnxruntime"]
+WHISPER = ["openai-whisper", "tiktoken"]
 
 setup(
     name="espnet_kv",
@@ -60,13 +62,14 @@ setup(
             "asyncssh",
         ],
         # espnet_kv.bin.export
-        "serve": [
-            "onnx",
-            "onnxruntime",
-        ],
+        "serve": SERVE,
+        # token_type whisper_en or whisper_multilingual, encoder and decoder whisper or kv_whisper
+        "whisper": WHISPER,
         "dev": [
             "pytest",
             "pytest-xdist",
+            *SERVE,
+            *WHISPER,
             "sherpa-onnx",
             "hypothesis",
             "ruff",

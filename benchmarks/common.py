@@ -97,7 +97,10 @@ def timed(device: str, run: Callable, *operands) -> float:
 
 
 def rounds(
-    runs: dict[Any, Callable], device: str, most: int, enough: float = math.inf
+    runs: dict[Any, Callable],
+    device: str,
+    most: int,
+    enough: float = math.inf,
 ) -> Iterator[dict]:
     """Run every side once per round; the order rotates from round to round.
 
@@ -115,7 +118,8 @@ def rounds(
         if turn >= 2 and time.perf_counter() - begin > enough:
             return
         first = turn % len(names)
-        yield {name: timed(device, runs[name]) for name in names[first:] + names[:first]}
+        names_now = names[first:] + names[:first]
+        yield {name: timed(device, runs[name]) for name in names_now}
 
 
 def by_side(timings: list[dict]) -> dict[Any, list]:

@@ -1,4 +1,7 @@
-"""Speed of kv_transformer compared with ESPnet's TransformerDecoder with the same weights.
+"""Speed of our decoders compared with ESPnet's with the same weights.
+
+kv_transformer and ESPnet's TransformerDecoder, or with --whisper kv_whisper and ESPnet's
+OpenAIWhisperDecoder.
 
 Both run in ESPnet's BatchBeamSearch. Both sides run in every round, and a ratio is the median over
 rounds of the ratios within a round, so that other load on the machine affects both sides.
@@ -37,6 +40,7 @@ from espnet2.legacy.nets.scorers.ctc import CTCPrefixScorer
 from torch import Tensor
 
 from espnet_kv.cli import command
+from espnet_kv.decoder.cached import CachedDecoder
 from espnet_kv.decoder.transformer import KVTransformerDecoder
 from espnet_kv.espnet.ctc_prefix import FastCTCPrefixScorer
 from espnet_kv.profile.memory import peak_bytes
@@ -71,12 +75,20 @@ BARS = {Setting(DECODER, 300, 10, 0.0, 1): 8.0, Setting(SEARCH, 300, 10, 0.3, 1)
 LEAST = 1.0
 
 
+def bars(args: argparse.Namespace) -> dict[Setting, float]:
+    if args.whisper is None:
+        return BARS
+    least = {5: 12.0, 10: 20.0 if "tiny" in args.whisper else 30.0}
+    return {Setting(SEARCH, 1500, beam, 0.0, 1): bar for beam, bar in least.items()}
+
+
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Time kv_transformer against ESPnet's TransformerDecoder in beam search.",
+        description="Time kv_transformer or kv_whisper against ESPnet's decoder in beam search.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
+    add("--whisper", metavar="NAME", help="kv_whisper in the sizes of a public model, or a file")
     add("--blocks", type=positive, default=6, help="decoder blocks")
     add("--vocabulary", type=positive, default=5000, help="tokens, <blank> and <eos> among them")
     add("--tokens", type=positive, default=60, help="tokens to decode")
@@ -98,6 +110,16 @@ def get_parser() -> argparse.ArgumentParser:
 def build_sides(args: argparse.Namespace) -> tuple[dict[str, Any], CTC]:
     """ESPnet's decoder and ours with its weights, by name, and a CTC layer for both."""
     torch.manual_seed(0)
+    args.size, args.sos = SIZE, args.vocabulary - 1
+    if args.whisper is not None:
+        from whisper_sides import build_decoders
+
+        sides = dict(zip((STOCK, OURS, PLAIN), build_decoders(args.whisper, NEVER), strict=True))
+        dims = sides[OURS].dims
+        args.blocks, args.vocabulary = dims["n_text_layer"], dims["n_vocab"]
+        args.size, args.sos = dims["n_text_state"], 0
+        ctc = CTC(args.vocabulary, args.size).eval().to(args.device)
+        return {name: side.eval().to(args.device) for name, side in sides.items()}, ctc
     conf: dict[str, Any] = SIZES | {"num_blocks": args.blocks}
     stock = TransformerDecoder(args.vocabulary, SIZE, **conf)
     stock.output_layer.bias.data[-1] += NEVER
@@ -110,28 +132,29 @@ def build_sides(args: argparse.Namespace) -> tuple[dict[str, Any], CTC]:
     return {name: side.eval().to(args.device) for name, side in sides.items()}, ctc
 
 
-def noise(setting: Setting, device: str) -> Tensor:
+def noise(setting: Setting, args: argparse.Namespace) -> Tensor:
     """Encoder output (B, T, D), always the same."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(setting.batch, setting.frames, SIZE, generator=generator).to(device)
+    shape = (setting.batch, setting.frames, args.size)
+    return torch.randn(shape, generator=generator).to(args.device)
 
 
 class SearchSide:
     """A side's beam search, its scorers and weights as in ESPnet's asr_inference."""
 
     def __init__(self, decoder: Any, ctc: CTC, setting: Setting, args: argparse.Namespace):
-        fast = args.fast_ctc and isinstance(decoder, KVTransformerDecoder)
+        fast = args.fast_ctc and isinstance(decoder, CachedDecoder)
         scorer, eos = FastCTCPrefixScorer if fast else CTCPrefixScorer, args.vocabulary - 1
         self.search = BatchBeamSearch(
             scorers={"decoder": decoder, "ctc": scorer(ctc, eos)},
             weights={"decoder": 1 - setting.ctc, "ctc": setting.ctc},
             beam_size=setting.beam,
             vocab_size=args.vocabulary,
-            sos=eos,
+            sos=args.sos,
             eos=eos,
             pre_beam_score_key="full",
         ).eval()
-        xs = noise(setting, args.device)
+        xs = noise(setting, args)
         self.x = xs if setting.batch > 1 else xs[0]
         self.tokens = args.tokens
         self.found: list[list] = []
@@ -165,7 +188,7 @@ class DecoderSide:
 
     def __init__(self, decoder: Any, _: CTC, setting: Setting, args: argparse.Namespace):
         self.decoder = decoder
-        self.x = noise(setting, args.device)
+        self.x = noise(setting, args)
         # ESPnet's search expands one utterance to views, but copies several
         copies = self.x.unsqueeze(1).expand(-1, setting.beam, -1, -1)
         self.xs = copies[0] if setting.batch == 1 else copies.flatten(0, 1)
@@ -213,6 +236,8 @@ SIDES: dict[str, type] = {DECODER: DecoderSide, SEARCH: SearchSide}
 def nbytes(states: Iterable) -> dict[str, int]:
     """Bytes held after the last token, which is the maximum."""
     states = list(states)
+    if states[0] is None:  # ESPnet's Whisper keeps nothing
+        return {"self": 0, "cross": 0}
     if isinstance(states[0], list):  # ESPnet's: the outputs of each layer
         return {"self": sum(layer.nbytes for state in states for layer in state), "cross": 0}
     return states[0].search.nbytes_by_kind()
@@ -222,7 +247,7 @@ def chosen(args: argparse.Namespace) -> list[Setting]:
     """The rows: the decoder alone if it has a bar, then all searches, including the large ones."""
     rows = []
     if DECODER in args.cases:
-        alone = [s for s in BARS if s.case == DECODER]
+        alone = [s for s in bars(args) if s.case == DECODER]
         rows += [Setting(DECODER, s.frames, s.beam, s.ctc, b) for s in alone for b in args.batch]
     if SEARCH in args.cases:
         grid = itertools.product(args.batch, args.frames, args.ctc, args.beams)
@@ -258,15 +283,18 @@ def measure(decoders: dict, ctc: CTC, setting: Setting, args: argparse.Namespace
 def print_card(decoders: dict, args: argparse.Namespace) -> None:
     """The card: settings of the measurement."""
     sizes = f"{SIZES['attention_heads']} heads, {SIZES['linear_units']} linear units"
+    if args.whisper is not None:
+        sizes = f"Whisper {args.whisper}"
     parameters = sum(p.numel() for p in decoders[OURS].parameters())
-    print(f"decoder   {args.blocks} blocks x {SIZE}, {sizes}, vocabulary {args.vocabulary}")
+    print(f"decoder   {args.blocks} blocks x {args.size}, {sizes}, vocabulary {args.vocabulary}")
     print(f"size      {parameters / 1e6:.2f} M parameters")
     print_software()
     print_device(args.device)
     scorer = FastCTCPrefixScorer if args.fast_ctc else CTCPrefixScorer
     print("input     noise as encoder output, no padding; random weights")
-    print(f"stock     ESPnet's TransformerDecoder, {CTCPrefixScorer.__name__}")
-    print(f"ours      KVTransformerDecoder, mha, with its weights, {scorer.__name__}")
+    stock, ours = (type(decoders[name]).__name__ for name in (STOCK, OURS))
+    print(f"stock     ESPnet's {stock}, {CTCPrefixScorer.__name__}")
+    print(f"ours      {ours}, mha, with its weights, {scorer.__name__}")
     print(f"length    {args.tokens} tokens: {NEVER:.0f} on the score of <eos>, ", end="")
     print(f"maxlenratio {-args.tokens}")
     large = sum(setting.size > args.largest for setting in chosen(args))
@@ -297,11 +325,11 @@ def row_of(setting: Setting, result: dict) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def judge(found: dict[Setting, dict]) -> list[dict]:
+def judge(found: dict[Setting, dict], wanted: dict[Setting, float]) -> list[dict]:
     """Print the bars of the measured rows."""
     slowest = min(found, key=lambda setting: found[setting]["faster"])
-    bars = []
-    for setting, least in [*BARS.items(), (slowest, LEAST)]:
+    judged = []
+    for setting, least in [*wanted.items(), (slowest, LEAST)]:
         if setting not in found:
             continue
         is_now = found[setting]["faster"]
@@ -313,8 +341,8 @@ def judge(found: dict[Setting, dict]) -> list[dict]:
             name = f"no setting slower; least in {name}"
         print(f"bar: {name}: at least {least:g} x", end=", ")
         print(f"is {is_now:.2f}: {'met' if met else 'missed'}")
-        bars.append({"setting": vars(setting), "least": least, "is": is_now, "met": met})
-    return bars
+        judged.append({"setting": vars(setting), "least": least, "is": is_now, "met": met})
+    return judged
 
 
 def run(decoders: dict, ctc: CTC, args: argparse.Namespace) -> dict:
@@ -329,9 +357,9 @@ def run(decoders: dict, ctc: CTC, args: argparse.Namespace) -> dict:
             found[setting] = measure(decoders, ctc, setting, args)
             print(row_of(setting, found[setting]), flush=True)
     print()
-    bars = judge(found)
+    judged = judge(found, bars(args))
     print(flush=True)
-    return {"rows": [vars(s) | result for s, result in found.items()], "bars": bars}
+    return {"rows": [vars(s) | result for s, result in found.items()], "bars": judged}
 
 
 @command

@@ -29,8 +29,8 @@ def get_parser() -> argparse.ArgumentParser:
         "--kv_decoder",
         type=str2bool,
         default=True,
-        help="Search with a true cache in place of a stock transformer decoder and language model: "
-        "same hypotheses",
+        help="Search with a true cache in place of a stock transformer or whisper decoder and a "
+        "transformer language model: same hypotheses",
     )
     parser.add_argument(
         "--fast_ctc",

@@ -24,18 +24,18 @@ FIRST_SLOTS = 64
 
 
 class StoreStep(CacheStep):
-    """One more token for K hypotheses of each utterance.
+    """One more token for K hypotheses of each utterance, or several for each.
 
-    In the terms of `CacheStep`, utterances are the streams and hypotheses the frames of a chunk.
-    Each hypothesis attends to its own slots only.
+    In the terms of `CacheStep`, utterances are the streams and the new tokens of their hypotheses
+    the frames of a chunk. Each hypothesis attends to its own slots only.
 
     Args:
         states: states of the self-attention modules.
         memory: encoded utterances for cross-attention; None: there is none.
-        first: the first of the K slots for the new tokens.
-        count: K.
-        visible: (B, 1, K, S), added to the logits.
-        valid: (N, 1, 1, 1) bool, the new tokens that are visible; None: all.
+        first: the first of the slots for the new tokens.
+        count: K, or K times the number of new tokens.
+        visible: (B, 1, count, S), added to the logits.
+        valid: (N, 1, 1, 1) bool, whether a single new token is visible; None: all are.
     """
 
     def __init__(
@@ -140,20 +140,26 @@ class TokenSearch:
         """The hypothesis without tokens."""
         return Hypothesis(self, 0, torch.zeros(0, dtype=torch.long, device=self._device))
 
+    @property
+    def tokens_per_step(self) -> int | None:
+        """How many tokens of a hypothesis a step can take; None: any number."""
+        return 1 if any(isinstance(state, SumState) for state in self.states) else None
+
     def begin(
-        self, hypotheses: Sequence[Hypothesis], exist: Tensor | None = None
+        self, hypotheses: Sequence[Hypothesis], tokens: int = 1, exist: Tensor | None = None
     ) -> tuple[StoreStep, Tensor]:
-        """Begin the step of one more token for N hypotheses, K of each utterance.
+        """Begin the step of more tokens for N hypotheses, K of each utterance.
 
         Args:
             hypotheses: before the step.
-            exist: (N, L) bool, the tokens of each hypothesis, the new one included, that are
-                visible; None: all.
+            tokens: new tokens of each hypothesis, at most `tokens_per_step`.
+            exist: (N, L) bool, the tokens of each hypothesis, new ones included, that are visible;
+                None: all.
 
         Returns:
             The step and the paths (N, L) of the hypotheses after it.
         """
-        count = len(hypotheses) // self.batch_size
+        count = len(hypotheses) // self.batch_size * tokens  # slots for each utterance
         if self._used + count > self._slots:
             self._compact(count)
         b, first, device = self.batch_size, self._used, self._device
@@ -163,16 +169,19 @@ class TokenSearch:
         ]
         self._used += count
         self._held = [held + count for held in self._held]
-        new = torch.arange(first, self._used, device=device).repeat(b)[:, None]
+        new = torch.arange(first, self._used, device=device).repeat(b).view(-1, tokens)
         paths = torch.cat([torch.stack([h.path for h in hypotheses]), new], dim=1)
-        size = (len(hypotheses), self._used)
+        size = (len(hypotheses), tokens, self._used)
         hidden = torch.full(size, -torch.inf, dtype=self._dtype, device=device)
-        if exist is None:
-            visible, valid = hidden.scatter_(1, paths, 0.0), None
-        else:
-            bias = hidden.new_zeros(paths.shape).masked_fill(~exist, -torch.inf)
-            visible, valid = hidden.scatter_(1, paths, bias), exist[:, -1, None, None, None]
-        visible = visible.view(b, 1, count, self._used)
+        for token in range(tokens):  # a token attends to itself and those before
+            last = paths.size(1) - tokens + token + 1
+            bias: Any = 0.0
+            if exist is not None:
+                bias = hidden.new_zeros(paths[:, :last].shape)
+                bias.masked_fill_(~exist[:, :last], -torch.inf)
+            hidden[:, token].scatter_(1, paths[:, :last], bias)
+        visible = hidden.view(b, 1, count, self._used)
+        valid = None if exist is None else exist[:, -1, None, None, None]
         return StoreStep(states, self.memory, first, count, visible, valid), paths
 
     def _sums(self, hypotheses: Sequence[Hypothesis], index: int) -> SumState:
@@ -264,7 +273,7 @@ class Search(TokenSearch):
     """The caches of a decoder for a batch of utterances.
 
     Args:
-        decoder: the KVTransformerDecoder.
+        decoder: a CachedDecoder.
         xs: (B, T, D) encoder output.
         mask: (B, 1, T), frames that exist; None: all.
     """
@@ -272,9 +281,9 @@ class Search(TokenSearch):
     memory: Memory
 
     def __init__(self, decoder: Any, xs: Tensor, mask: Tensor | None):
-        attentions = [layer.self_attn for layer in decoder.decoders]
+        attentions = decoder.self_attentions
         super().__init__(attentions, len(xs), decoder.cache_dtype, xs.dtype, xs.device)
-        self._cross = [layer.src_attn for layer in decoder.decoders]
+        self._cross = decoder.src_attentions
         self.replace_memory(xs, mask)
 
     def replace_memory(self, xs: Tensor, mask: Tensor | None) -> None:

@@ -124,7 +124,7 @@ class KVTransformerLM(TransformerLM):
         exist = ys != 0
         for position in range(len(first.path), ys.size(1)):  # a primer has more than one
             x = self._embed(ys[:, position], position).view(search.batch_size, -1, self._size)
-            step, paths = search.begin(hypotheses, exist[:, : position + 1])
+            step, paths = search.begin(hypotheses, exist=exist[:, : position + 1])
             with active_step(step):
                 for layer in self.encoder.encoders:
                     x = layer(x, None)[0]  # (B, K, D)
