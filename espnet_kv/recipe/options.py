@@ -13,7 +13,7 @@ import humanfriendly
 
 from espnet_kv.cli import Parser, true_or_false, whole
 from espnet_kv.errors import UserError
-from espnet_kv.recipe import conversion
+from espnet_kv.recipe import conversion, whisper
 from espnet_kv.recipe.cluster_config import CLASSES
 from espnet_kv.recipe.corpora import CORPORA, name_sources
 from espnet_kv.recipe.format import AUDIO_FORMATS
@@ -180,7 +180,10 @@ def parser() -> argparse.ArgumentParser:
     add(g, "max_wav_duration", 30.0, "seconds; longer training utterances go", type=_seconds)
     add(g, "allow_pipes", False, "run the commands that a wav.scp names, as Kaldi does")
     add(g, "lang", "en", "language, part of names", type=_tag)
-    add(g, "token_type", "bpe", "bpe or char", choices=("bpe", "char"))
+    kinds = ("bpe", "char", *whisper.TOKEN_TYPES)
+    add(g, "token_type", "bpe", " or ".join(kinds), choices=kinds)
+    cleaners = ("none", "whisper_en", "whisper_basic")
+    add(g, "cleaner", "none", "normalisation of Whisper's texts", choices=cleaners)
     add(g, "nbpe", 5000, "BPE pieces", type=whole(1))
     add(g, "bpemode", "unigram", "unigram or bpe", choices=("unigram", "bpe"))
     add(g, "bpe_char_cover", 1.0, "character coverage of the BPE", type=_share)
@@ -204,6 +207,7 @@ def parser() -> argparse.ArgumentParser:
     add(g, "overlay", None, "YAML laid over asr_config, e.g. a smaller size", type=_path_or_none)
     add(g, "asr_tag", "", "name of the experiment (default: made of config and tokens)", type=_tag)
     add(g, "asr_args", "", "more options for espnet2.bin.asr_train", type=_more_options)
+    add(g, "whisper_model", "", "encoder's and decoder's: a name, FILE.pt or a directory")
     add(g, "feats_normalize", "global_mvn", "normalisation of features")
     add(g, "use_streaming", False, "decode piece by piece, with a cache")
     add(
@@ -338,7 +342,7 @@ def _parse_with_defaults(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = chosen.parse_args(arguments)
     if args.corpus not in CORPORA:
         raise UserError(f"--corpus {args.corpus}: unknown (allowed: {', '.join(CORPORA)})")
-    defaults = dict(CORPORA[args.corpus].defaults)
+    defaults = dict(CORPORA[args.corpus].defaults) | whisper.suited(args)
     if args.use_streaming:
         defaults.pop("inference_config", None)  # it is one of whole utterances
     chosen.set_defaults(**defaults)
