@@ -125,6 +125,27 @@ def weights(config: Mapping[str, Any]) -> dict[str, Path]:
     return {}
 
 
+def check_lengths(config: Mapping[str, Any], dump: Path) -> None:
+    """Refuse a test set with audio that a Whisper encoder would not see the end of.
+
+    Args:
+        config: of the model. dump: the set after stage 3.
+
+    Raises:
+        UserError: names the first such utterance.
+    """
+    counts = dump / "utt2num_samples"
+    if config["encoder"] not in WHISPER or not counts.is_file():
+        return
+    for line in counts.read_text(encoding="utf-8").splitlines():
+        utterance, samples = line.split()
+        if int(samples) > SECONDS * RATE:
+            raise UserError(
+                f"{dump}: {utterance}: {int(samples) / RATE:.2f} s is longer than the {SECONDS} s "
+                "that Whisper encodes: cut it into segments at pauses, or leave it out"
+            )
+
+
 def tokens_step(layout: Layout) -> Step:
     """Stage 5: the token list of ESPnet's whisper_export_vocabulary, which reads no text."""
     args = layout.args
