@@ -1,4 +1,4 @@
-"""Names of classes in configurations, ours also as packed models write them."""
+"""Names of our classes in configurations, as packed models write them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,9 +8,6 @@ REMARK = " (pip install espnet_kv; import espnet_kv)"
 
 ESPnet without this package names the choice that it does not know, and with it the remedy.
 """
-
-WHISPER = ("whisper", "kv_whisper")
-"""Encoders and decoders with the architecture of Whisper, ESPnet's and ours."""
 
 
 def plain_names(config: Mapping[str, Any]) -> dict[str, Any]:

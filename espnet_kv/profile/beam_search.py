@@ -18,6 +18,7 @@ from espnet_kv.decoder.search import Search
 from espnet_kv.decoder.whisper_decoder import KVWhisperDecoder
 from espnet_kv.errors import ConfigError, one_line
 from espnet_kv.espnet.ctc_prefix import FastCTCPrefixScorer
+from espnet_kv.espnet.inference import limit_length
 from espnet_kv.espnet.openai_whisper import with_whisper
 from espnet_kv.espnet.replacing import replaced
 from espnet_kv.profile import schema
@@ -61,6 +62,7 @@ class Recognizer:
             try:
                 with with_whisper(vars(subject.args)):
                     self.speech2text = espnet.Speech2Text(device=subject.device, **self.options)
+                limit_length(self.speech2text)
             except (TypeError, TypeCheckError) as error:
                 raise ConfigError(one_line(error)) from error
         if isinstance(subject.model.decoder, CachedDecoder):

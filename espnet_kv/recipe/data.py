@@ -99,7 +99,7 @@ def perturb_step(layout: Layout, prepare: Step) -> Step:
         after=[prepare],
         products=lambda: [dst / "wav.scp", dst / "text", *_files(dst, dst)],
         given=False,
-        skipped=_unused(layout) if layout.perturbed else "no --speed_perturb_factors",
+        skipped="" if layout.perturbed else _unused(layout) or "no --speed_perturb_factors",
     )
 
 

@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ class Layout:
 
     @property
     def perturbed(self) -> bool:
-        return self.args.speed_perturb_factors not in ([], [1.0])
+        return self.needs_training_sets and self.args.speed_perturb_factors not in ([], [1.0])
 
     @property
     def train_set(self) -> str:
@@ -83,7 +84,7 @@ class Layout:
         """Whether a configuration has epochs; `max_epoch: 0` keeps the weights it begins with."""
         return last_epoch(self.model_config(config_file), self.args.asr_args) > 0
 
-    @property
+    @cached_property
     def needs_training_sets(self) -> bool:
         """Whether anything is made from the dumps of the training and validation sets."""
         args = self.args

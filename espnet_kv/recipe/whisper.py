@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from espnet_kv.errors import UserError
+from espnet_kv.espnet.openai_whisper import SAMPLE_RATE, WINDOW, too_long, uses_whisper
 from espnet_kv.files import new_directory
-from espnet_kv.names import WHISPER
 from espnet_kv.recipe.jobs import Job
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.steps import Step
@@ -18,8 +18,6 @@ TOKEN_TYPES = ("whisper_en", "whisper_multilingual")
 DECODE = Path("conf/decode_asr_whisper.yaml")
 EXAMPLE = "conf/tuning/train_asr_whisper_tiny_finetune.yaml"
 SYMBOLS = {"sym_sos": "<|startoftranscript|>", "sym_eos": "<|endoftext|>"}
-RATE, SECONDS = 16000, 30
-"""Sampling rate in Hz, and length of the window, of all Whisper models."""
 
 
 def suited(args: argparse.Namespace) -> dict[str, Any]:
@@ -62,7 +60,7 @@ def check(layout: Layout) -> None:
     for file, config in configs.items():
         if ours:
             _check_tokens(args, file, config)
-        if config["encoder"] in WHISPER:
+        if _has_whisper(config, "encoder"):
             _check_audio(args, file)
             needed = True
         elif args.whisper_model:
@@ -74,7 +72,7 @@ def check(layout: Layout) -> None:
 def _check_tokens(args: argparse.Namespace, file: Path, config: dict[str, Any]) -> None:
     """Whisper's tokens begin, end and are counted as in its own decoder."""
     given, decoder = f"--token_type {args.token_type}", config.get("decoder")
-    if decoder not in WHISPER:
+    if not _has_whisper(config, "decoder"):
         raise UserError(f"{given}: {file} has decoder: {decoder}; take kv_whisper, as in {EXAMPLE}")
     symbols = config.get("model_conf") or {}
     for key, symbol in SYMBOLS.items():
@@ -99,13 +97,17 @@ def _check_audio(args: argparse.Namespace, file: Path) -> None:
             f"--feats_normalize {args.feats_normalize}: the Whisper model of {file} normalises its "
             "features itself; give --feats_normalize none"
         )
-    if args.fs != RATE:
-        raise UserError(f"--fs {args.fs}: the Whisper model of {file} takes {RATE} Hz")
-    if args.max_wav_duration > SECONDS:
+    if args.fs != SAMPLE_RATE:
+        raise UserError(f"--fs {args.fs}: the Whisper model of {file} takes {SAMPLE_RATE} Hz")
+    if args.max_wav_duration > WINDOW:
         raise UserError(
             f"--max_wav_duration {args.max_wav_duration:g}: the Whisper model of {file} takes "
-            f"{SECONDS} s"
+            f"{WINDOW:g} s"
         )
+
+
+def _has_whisper(config: Mapping[str, Any], part: str) -> bool:
+    return uses_whisper({part: config.get(part)})
 
 
 def weights(config: Mapping[str, Any]) -> dict[str, Path]:
@@ -135,15 +137,12 @@ def check_lengths(config: Mapping[str, Any], dump: Path) -> None:
         UserError: names the first such utterance.
     """
     counts = dump / "utt2num_samples"
-    if config["encoder"] not in WHISPER or not counts.is_file():
+    if not _has_whisper(config, "encoder") or not counts.is_file():
         return
     for line in counts.read_text(encoding="utf-8").splitlines():
         utterance, samples = line.split()
-        if int(samples) > SECONDS * RATE:
-            raise UserError(
-                f"{dump}: {utterance}: {int(samples) / RATE:.2f} s is longer than the {SECONDS} s "
-                "that Whisper encodes: cut it into segments at pauses, or leave it out"
-            )
+        if (seconds := int(samples) / SAMPLE_RATE) > WINDOW:
+            raise UserError(f"{dump}: {utterance}: {too_long(seconds, WINDOW)}")
 
 
 def tokens_step(layout: Layout) -> Step:

@@ -58,7 +58,7 @@ def test_without_epochs_nothing_is_made_of_the_training_sets(here):
     args = parse([*GIVEN, "--asr_config", ZERO_SHOT, "--speed_perturb_factors=1 2"])
     steps = plan(Layout(args))
     skipped = {step.name for step in steps if step.skipped == "max_epoch 0"}
-    sets = ("train_clean_100_sp", "dev")
+    sets = ("train_clean_100", "dev")
     assert skipped == {f"{what} {s}" for what in ("format", "lengths") for s in sets} | {
         "perturb train_clean_100"
     }

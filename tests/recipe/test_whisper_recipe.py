@@ -101,6 +101,20 @@ def test_texts_are_cleaned_before_they_are_trained_on_and_scored(place, exp):
     assert not (decoded / "score_ter").exists()
 
 
+def test_a_text_of_several_lines_becomes_one(place):
+    from espnet_kv.espnet.inference import Hypothesis, Speech2Text
+
+    exp = place / RELEASED
+    files = {"asr_train_config": exp / "config.yaml", "asr_model_file": exp / "valid.acc.ave.pth"}
+    recognizer = Speech2Text(**{key: str(file) for key, file in files.items()}, ctc_weight=0.0)
+    tokens = ["Ġone", "Ċ", "Ġtwo", "Ċ"]
+    ids = recognizer.converter.tokenizer.tokenizer.convert_tokens_to_ids(tokens)
+    sos, eos = recognizer.asr_model.sos, recognizer.asr_model.eos
+    hypothesis = Hypothesis(yseq=torch.tensor([sos, *ids, eos]))
+    ((text, found, *_),) = recognizer._hyps_to_results([hypothesis])
+    assert (text, found) == ("one two", tokens)
+
+
 def test_a_second_run_does_nothing(place):
     code, out, err = run(place, *options_of(place), "--stop_stage", "13", "--dry_run", "true")
     assert code == 0, out + err
@@ -115,7 +129,7 @@ def test_audio_beyond_the_window_is_refused_before_anything_is_decoded(place):
             lines.write((long / file).read_text().replace("long0", "too_long", 1))
     given = [*options_of(place), "--test_sets", "own/long"]
     line = said(run(place, *given, "--stage", "1", "--stop_stage", "13"))
-    assert re.search(r"too_long: 30.50 s is longer than the 30 s", line), line
+    assert re.search(r"too_long: an utterance of 30.50 s is longer than the 30 s", line), line
     assert not list(place.glob("exp/asr_*/decode_*/long/text"))
     # and by the command alone, which asr.sh calls
     exp = place / RELEASED
