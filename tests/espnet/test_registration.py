@@ -17,7 +17,7 @@ import espnet_kv
 from espnet_kv.espnet.register import CHOICES, TASK_MODULES
 
 REPO = Path(__file__).parents[2]
-KINDS = ("kv_conformer", "kv_branchformer", "kv_e_branchformer", "kv_transformer")
+KINDS = ("kv_conformer", "kv_branchformer", "kv_e_branchformer", "kv_transformer", "kv_whisper")
 
 
 def python(*arguments: str, cwd: Path = REPO) -> subprocess.CompletedProcess:
@@ -56,7 +56,7 @@ import sys
 import espnet3.systems.esp2_asr.task, espnet2.tasks.asr
 count = len(espnet2.tasks.asr.encoder_choices.classes)
 import espnet_kv
-assert len(espnet2.tasks.asr.encoder_choices.classes) == count + 4
+assert len(espnet2.tasks.asr.encoder_choices.classes) == count + 5
 espnet_kv.register()
 """
 
@@ -74,6 +74,7 @@ def test_espnet_and_espnet3_know_the_encoders(start):
             "KVBranchformerEncoder",
             "KVEBranchformerEncoder",
             "KVTransformerEncoder",
+            "KVWhisperEncoder",
         ]
         assert all(choices["offered"])
         assert choices["stock"] == "ConformerEncoder"

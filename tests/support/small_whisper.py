@@ -51,9 +51,10 @@ def of(self_attention: str, src_attention: str) -> dict[str, Any]:
 def far_from_initialisation(module: torch.nn.Module) -> torch.nn.Module:
     """Add noise to the weights, which shows an exchange of two; in eval mode."""
     with torch.no_grad():
-        for parameter in module.parameters():
-            # openai-whisper leaves positions uninitialised
-            parameter.nan_to_num_(0, 0, 0).clamp_(-1, 1).add_(0.2 * torch.randn_like(parameter))
+        for name, parameter in module.named_parameters():
+            if name.endswith("positional_embedding"):  # openai-whisper leaves it uninitialised
+                parameter.zero_()
+            parameter.add_(0.2 * torch.randn_like(parameter))
     return module.eval()
 
 
