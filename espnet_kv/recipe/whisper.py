@@ -91,7 +91,9 @@ def _check_tokens(args: argparse.Namespace, file: Path, config: dict[str, Any]) 
 
 
 def _check_audio(args: argparse.Namespace, file: Path) -> None:
-    """Whisper takes audio of one sampling rate, up to its window, and normalises features."""
+    """Whisper takes whole audio of one rate, up to its window, and normalises features itself."""
+    if args.use_streaming:
+        raise UserError(f"--use_streaming true: the Whisper model of {file} does not stream")
     if args.feats_normalize not in ("", "none"):
         raise UserError(
             f"--feats_normalize {args.feats_normalize}: the Whisper model of {file} normalises its "

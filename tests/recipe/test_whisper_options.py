@@ -76,6 +76,7 @@ def test_without_epochs_nothing_is_made_of_the_training_sets(here):
         (("--feats_normalize", "global_mvn"), "give --feats_normalize none"),
         (("--fs", "8000"), "takes 16000 Hz"),
         (("--max_wav_duration", "40"), "takes 30 s"),
+        (("--use_streaming", "true"), "does not stream"),
         (("--use_lm", "true"), "no language model of whisper_en tokens"),
         (("--use_ngram", "true"), "no language model of whisper_en tokens"),
         (("--whisper_model", "no/such.pt"), "whisper_model no/such.pt does not exist"),
@@ -114,3 +115,21 @@ def test_the_missing_package_is_named(here, monkeypatch):
     args = parse([*GIVEN, "--asr_config", FINETUNE])
     with pytest.raises(UserError, match=r"openai-whisper .* 'espnet_kv\[whisper\]"):
         plan(Layout(args))
+
+
+def test_a_conversion_of_a_whisper_experiment_is_planned(here):
+    source = Path("exp/asr_whisper")
+    source.mkdir(parents=True)
+    (source / "config.yaml").write_text(Path(FINETUNE).read_text())
+    (source / "valid.acc.ave.pth").write_text("weights")
+    convert = ("--convert_from", str(source), "--attention_type", "mla", "--kv_rank", "8 16")
+    args = parse([*GIVEN, *convert, "--convert_parts", "decoder_self,decoder_cross"])
+    made = [step for step in plan(Layout(args)) if step.stage == 11]
+    assert [step.name for step in made] == [
+        f"asr_whisper_mla_r{rank}_decoder_self_decoder_cross" for rank in (8, 16)
+    ]
+    for step in made:
+        (job,) = step.jobs()
+        options = dict(zip(job.arguments[2:], job.arguments[3:], strict=False))
+        assert options["--parts"] == "decoder_self,decoder_cross"
+        assert f"--asr_train_config={source / 'config.yaml'}" in job.arguments

@@ -14,6 +14,7 @@ from small_training import weights
 
 from espnet_kv.bin import asr_inference, whisper_export_vocabulary
 from espnet_kv.config import load_yaml
+from espnet_kv.recipe.card import usage
 
 model = pytest.importorskip("whisper.model", reason="openai-whisper is not installed")
 
@@ -113,6 +114,13 @@ def test_a_text_of_several_lines_becomes_one(place):
     hypothesis = Hypothesis(yseq=torch.tensor([sos, *ids, eos]))
     ((text, found, *_),) = recognizer._hyps_to_results([hypothesis])
     assert (text, found) == ("one two", tokens)
+
+
+def test_the_card_of_a_pack_does_not_stream(place):
+    said = usage(place / RELEASED, "whisper.zip")
+    assert "pip install 'espnet_kv[whisper]'" in said
+    assert "from espnet_kv.bin.asr_inference import Speech2Text" in said
+    assert "Streaming" not in said and "Streaming" in usage(place / "no_whisper", "other.zip")
 
 
 def test_a_second_run_does_nothing(place):
