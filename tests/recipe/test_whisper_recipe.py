@@ -8,13 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from commands import assert_one_line
 from commands import run as call
-from small_recipe import leftovers, make_recipe, run, said, write_data
+from small_recipe import leftovers, make_recipe, run, write_data
 from small_training import weights
 
 from espnet_kv.bin import asr_inference, whisper_export_vocabulary
 from espnet_kv.config import load_yaml
+from espnet_kv.errors import UserError
 from espnet_kv.recipe.card import usage
+from espnet_kv.recipe.layout import Layout
+from espnet_kv.recipe.options import parse
+from espnet_kv.recipe.plan import plan
 
 model = pytest.importorskip("whisper.model", reason="openai-whisper is not installed")
 
@@ -129,24 +134,30 @@ def test_a_second_run_does_nothing(place):
     assert "would run" not in out.replace("would run: always done", "")
 
 
-def test_audio_beyond_the_window_is_refused_before_anything_is_decoded(place):
-    write_data(place / "own", "long", 2)
-    long = write_data(place / "own/part", "long", 1, seconds=30.5)
-    for file in ("wav.scp", "text", "utt2spk"):
-        with (place / "own/long" / file).open("a") as lines:
-            lines.write((long / file).read_text().replace("long0", "too_long", 1))
-    given = [*options_of(place), "--test_sets", "own/long"]
-    line = said(run(place, *given, "--stage", "1", "--stop_stage", "13"))
-    assert re.search(r"too_long: an utterance of 30.50 s is longer than the 30 s", line), line
-    assert not list(place.glob("exp/asr_*/decode_*/long/text"))
-    # and by the command alone, which asr.sh calls
+def test_a_test_set_beyond_the_window_is_refused_before_it_is_decoded(place, monkeypatch):
+    monkeypatch.chdir(place)
+    counts = Path("dump/raw/test/utt2num_samples")
+    steps = [step for step in plan(Layout(parse(options_of(place)))) if step.stage == 12]
+    before = counts.read_text()
+    counts.write_text(before.replace("test1 9600", "test1 488000"))
+    for step in steps:
+        with pytest.raises(UserError, match=r"test1: an utterance of 30.50 s is longer"):
+            step.ready()
+    counts.write_text(before)
+    for step in steps:
+        step.ready()
+
+
+def test_the_command_decodes_nothing_of_it_either(place, tmp_path):
+    """What asr.sh calls."""
+    long = write_data(tmp_path, "too_long", 1, seconds=30.5)
     exp = place / RELEASED
     ended = call(
         asr_inference.main,
         *("--asr_train_config", str(exp / "config.yaml"), "--ngpu", "0", "--maxlenratio", "-5"),
         *("--asr_model_file", str(exp / "valid.acc.ave.pth"), "--ctc_weight", "0"),
-        *("--data_path_and_name_and_type", f"{place}/own/long/wav.scp,speech,sound"),
-        *("--output_dir", str(place / "out")),
+        *("--data_path_and_name_and_type", f"{long}/wav.scp,speech,sound"),
+        *("--output_dir", str(tmp_path / "out")),
     )
-    assert ended.returncode == 1 and "too_long: " in ended.stderr
-    assert not list(place.glob("out/1best_recog"))
+    assert_one_line(ended, "too_long0: an utterance of 30.50 s is longer than the 30 s")
+    assert not list(tmp_path.glob("out/1best_recog"))
