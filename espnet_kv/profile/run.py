@@ -166,10 +166,11 @@ def _model(subject: Subject, macs_per_second: float | None) -> schema.Model:
     counted: dict[str, Any] = {**macs.parameters(subject.model)}
     attention: dict[str, Any] = {}
     if isinstance(decoder, CachedDecoder):
+        module = subject.model.decoder  # for mypy
         for place in ("self", "src"):
             for key in (f"{place}_attention_type", f"{place}_attention_conf"):
                 attention[key] = decoder_conf(subject)[key] or {}
-            attention[f"{place}_attention_label"] = attention_label(decoder, place == "src")
+            attention[f"{place}_attention_label"] = attention_label(module, place == "src")
     return schema.Model(
         encoder=cache_bytes.encoder_name(subject),
         attention_type=conf.get("attention_type", "mha"),
