@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from espnet_kv.recipe import corpora, whisper
+from espnet_kv.recipe import corpora, whisper_models
 from espnet_kv.recipe.content import audio_files
 from espnet_kv.recipe.datadir import DataDir
 from espnet_kv.recipe.format import format_audio
@@ -152,8 +152,8 @@ def lengths_step(layout: Layout, name: str, formatted: Step) -> Step:
 def tokens_step(layout: Layout, prepare: Step) -> Step:
     """Stage 5: data/en_token_list, from the transcripts of the training set of stage 1."""
     args = layout.args
-    if args.token_type in whisper.TOKEN_TYPES:
-        return whisper.tokens_step(layout)
+    if args.token_type in whisper_models.TOKEN_TYPES:
+        return whisper_models.tokens_step(layout)
     out, text = layout.token_dir, layout.data(args.train_set) / "text"
 
     def build() -> None:

@@ -13,7 +13,7 @@ import humanfriendly
 
 from espnet_kv.cli import Parser, true_or_false, whole
 from espnet_kv.errors import UserError
-from espnet_kv.recipe import conversion, whisper
+from espnet_kv.recipe import conversion, whisper_models
 from espnet_kv.recipe.cluster_config import CLASSES
 from espnet_kv.recipe.corpora import CORPORA, name_sources
 from espnet_kv.recipe.format import AUDIO_FORMATS
@@ -180,7 +180,7 @@ def parser() -> argparse.ArgumentParser:
     add(g, "max_wav_duration", 30.0, "seconds; longer training utterances go", type=_seconds)
     add(g, "allow_pipes", False, "run the commands that a wav.scp names, as Kaldi does")
     add(g, "lang", "en", "language, part of names", type=_tag)
-    kinds = ("bpe", "char", *whisper.TOKEN_TYPES)
+    kinds = ("bpe", "char", *whisper_models.TOKEN_TYPES)
     add(g, "token_type", "bpe", " or ".join(kinds), choices=kinds)
     cleaners = ("none", "whisper_en", "whisper_basic")
     add(g, "cleaner", "none", "normalisation of Whisper's texts", choices=cleaners)
@@ -342,7 +342,7 @@ def _parse_with_defaults(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = chosen.parse_args(arguments)
     if args.corpus not in CORPORA:
         raise UserError(f"--corpus {args.corpus}: unknown (allowed: {', '.join(CORPORA)})")
-    defaults = dict(CORPORA[args.corpus].defaults) | whisper.suited(args)
+    defaults = dict(CORPORA[args.corpus].defaults) | whisper_models.suited(args)
     if args.use_streaming:
         defaults.pop("inference_config", None)  # it is one of whole utterances
     chosen.set_defaults(**defaults)

@@ -12,7 +12,7 @@ from espnet_kv.recipe import (
     profiling,
     scoring,
     train,
-    whisper,
+    whisper_models,
 )
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.steps import Step
@@ -21,7 +21,7 @@ from espnet_kv.recipe.steps import Step
 def plan(layout: Layout) -> list[Step]:
     """The steps of stages 1 to 17 for the options; dependencies come first."""
     args = layout.args
-    whisper.check(layout)
+    whisper_models.check(layout)
     prepare = data.prepare_step(layout)
     perturb = data.perturb_step(layout, prepare)
     formatted = {

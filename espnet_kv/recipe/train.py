@@ -13,7 +13,7 @@ import yaml
 from espnet_kv.config import front_end, load_yaml
 from espnet_kv.errors import UserError
 from espnet_kv.files import commit, new_directory, write_text
-from espnet_kv.recipe import whisper
+from espnet_kv.recipe import whisper_models
 from espnet_kv.recipe.datadir import DataDir
 from espnet_kv.recipe.jobs import Job, visible_gpus
 from espnet_kv.recipe.layout import Layout, last_epoch
@@ -122,7 +122,7 @@ def train_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Ste
         options={"asr_config": load_yaml(config_file), "overlay": overlay}
         | {"asr_args": args.asr_args, "feats_normalize": args.feats_normalize}
         | {"cleaner": layout.token_options["cleaner"], "whisper_model": args.whisper_model},
-        reads=whisper.weights(layout.model_config(config_file)),
+        reads=whisper_models.weights(layout.model_config(config_file)),
         after=before,
         remedy="name this one with --asr_tag",
     )

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from espnet_kv.errors import UserError
-from espnet_kv.espnet.openai_whisper import SAMPLE_RATE, WINDOW, too_long, uses_whisper
 from espnet_kv.files import new_directory
 from espnet_kv.recipe.jobs import Job
 from espnet_kv.recipe.layout import Layout
@@ -17,6 +16,8 @@ from espnet_kv.recipe.steps import Step
 TOKEN_TYPES = ("whisper_en", "whisper_multilingual")
 DECODE = Path("conf/decode_asr_whisper.yaml")
 EXAMPLE = "conf/tuning/train_asr_whisper_tiny_finetune.yaml"
+SAMPLE_RATE, WINDOW = 16000, 30.0
+"""Hz, and the seconds that an encoder takes; the module of these names loads torch."""
 SYMBOLS = {"sym_sos": "<|startoftranscript|>", "sym_eos": "<|endoftext|>"}
 
 
@@ -109,7 +110,7 @@ def _check_audio(args: argparse.Namespace, file: Path) -> None:
 
 
 def _has_whisper(config: Mapping[str, Any], part: str) -> bool:
-    return uses_whisper({part: config.get(part)})
+    return "whisper" in str(config.get(part))
 
 
 def weights(config: Mapping[str, Any]) -> dict[str, Path]:
@@ -144,6 +145,8 @@ def check_lengths(config: Mapping[str, Any], dump: Path) -> None:
     for line in counts.read_text(encoding="utf-8").splitlines():
         utterance, samples = line.split()
         if (seconds := int(samples) / SAMPLE_RATE) > WINDOW:
+            from espnet_kv.espnet.openai_whisper import too_long  # loads torch
+
             raise UserError(f"{dump}: {utterance}: {too_long(seconds, WINDOW)}")
 
 
