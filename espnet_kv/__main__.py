@@ -19,7 +19,10 @@ import sys
 import types
 
 STREAMING = "asr_inference_streaming"
-OURS = ("asr_inference", "asr_train", "lm_calc_perplexity", "lm_train", STREAMING)
+OURS = (
+    *("asr_inference", "asr_train", "lm_calc_perplexity", "lm_train", STREAMING),
+    "whisper_export_vocabulary",
+)
 """Modules of espnet_kv.bin that take the place of those in espnet2.bin."""
 WORDS = ("doctor", "recipe")
 """Modules of espnet_kv.bin with a short name: `python -m espnet_kv recipe DIR`."""

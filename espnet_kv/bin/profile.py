@@ -167,7 +167,14 @@ def main(cmd: Sequence[str] | None = None) -> None:
     subject = Subject.load(
         named.source, device, streaming.pop("chunk_size"), streaming.pop("left_chunks")
     )
-    if seconds[-1] < 2 * subject.chunk_seconds:
+    if longer := [length for length in seconds if length > subject.most_seconds]:
+        said = f"{' '.join(f'{length:g}' for length in longer)} s"
+        limit = f"Whisper encodes at most {subject.most_seconds:g} s"
+        seconds = seconds[: -len(longer)]
+        if not seconds:
+            raise UserError(f"--lengths: {said}: {limit}")
+        _print_line(f"lengths of {said} are left out: {limit}")
+    if subject.streams and seconds[-1] < 2 * subject.chunk_seconds:
         raise UserError(
             f"--lengths {seconds[-1]:g}: the longest must be at least two chunks, "
             f"{2 * subject.chunk_seconds:g} s"
@@ -306,7 +313,13 @@ def _sound(args: argparse.Namespace, subject: "Subject") -> "Sound":
             audio = read_utterance(scp[utterance], kind, subject.sample_rate, note=notes.add)
         except UserError as error:
             raise UserError(f"{wav_scp}: {utterance}: {error}") from error
-        if len(audio) >= SHORTEST_SECONDS * subject.sample_rate:
+        length = len(audio) / subject.sample_rate
+        if length > subject.most_seconds:
+            notes.add(
+                f"{utterance} of {length:.2f} s is left out: Whisper encodes no more than "
+                f"{subject.most_seconds:g} s"
+            )
+        elif length >= SHORTEST_SECONDS:
             samples.append(audio.astype(np.float32))
     for note in sorted(notes):
         _print_line(f"{wav_scp}: {note}")

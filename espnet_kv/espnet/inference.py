@@ -99,9 +99,7 @@ class Speech2Text(espnet.Speech2Text):
             self.dtype = "float32"  # type of the audio
         if hasattr(self.asr_model.decoder, "prepare_search"):
             self.asr_model.decoder.prepare_search()
-        positions = getattr(self.asr_model.decoder, "text_positions", None)
-        if positions is not None and hasattr(self.beam_search, "post_process"):
-            _limit_length(self.beam_search, positions)
+        limit_length(self)
 
     @classmethod
     def from_pretrained(cls, model_tag: str | None = None, **options: Any) -> "Speech2Text":
@@ -123,6 +121,13 @@ class Speech2Text(espnet.Speech2Text):
         if not isinstance(speech, list | tuple):
             _check_length(self.asr_model, [len(speech)])
         return super().__call__(speech)
+
+    def _hyps_to_results(self, nbest_hyps: list) -> list:
+        """ESPnet's n-best list; a text has one line, because files of texts have one for each."""
+        return [
+            (text if not text or text.splitlines() == [text] else " ".join(text.split()), *rest)
+            for text, *rest in super()._hyps_to_results(nbest_hyps)
+        ]
 
     def batch_decode(self, speech: Any, speech_lengths: Any = None) -> Any:
         """N-best results of each of (B, N) samples.
@@ -209,8 +214,12 @@ def _check(given: Mapping[str, Any]) -> None:
             raise ArgumentError(name, f"needs {other}")
 
 
-def _limit_length(search: Any, positions: int) -> None:
-    """End hypotheses of a BeamSearch or BatchBeamSearch when the decoder has no more positions."""
+def limit_length(speech2text: espnet.Speech2Text) -> None:
+    """End hypotheses when the decoder has no more positions, where their number is limited."""
+    search = speech2text.beam_search
+    positions = getattr(speech2text.asr_model.decoder, "text_positions", None)
+    if positions is None or not hasattr(search, "post_process"):
+        return
     own = search.post_process
     said: list[bool] = []
 

@@ -11,13 +11,17 @@ from typing import Any
 import torch
 from espnet2.tasks.abs_task import AbsTask
 from espnet2.tasks.lm import LMTask
+from espnet2.torch_utils.load_pretrained_model import load_pretrained_model
+from espnet2.torch_utils.set_all_random_seed import set_all_random_seed
 from espnet2.train.reporter import Reporter
+from espnet2.utils.yaml_no_alias_safe_dump import yaml_no_alias_safe_dump
 
 from espnet_kv.cli import HelpFormatter
 from espnet_kv.errors import UserError
 from espnet_kv.espnet.loading import DamagedError, load_tensors
 from espnet_kv.espnet.saving import CHECKPOINT, PREVIOUS, refuse_diverged, safe_saves
 from espnet_kv.espnet.task import TrainingTask
+from espnet_kv.files import write_text
 
 
 class SafeTraining(AbsTask):
@@ -50,9 +54,31 @@ class SafeTraining(AbsTask):
 
     @classmethod
     def main_worker(cls, args: argparse.Namespace) -> None:
-        """Run one process of the training; ESPnet spawns one per GPU."""
+        """Run one process of the training; ESPnet spawns one per GPU.
+
+        With `max_epoch: 0`, for which ESPnet leaves no model, the first process saves the model as
+        it is built, without reading data.
+        """
+        trains = not (args.collect_stats or args.dry_run)
         with safe_saves():
-            super().main_worker(args)
+            if not trains or args.max_epoch != 0:
+                super().main_worker(args)
+            elif not args.dist_rank:  # None or 0
+                cls._save_initial(args)
+
+    @classmethod
+    def _save_initial(cls, args: argparse.Namespace) -> None:
+        """Write config.yaml and, under the names of averaged models, the untrained model."""
+        set_all_random_seed(args.seed)
+        model = cls.build_model(args)
+        for file in args.init_param:
+            load_pretrained_model(file, model, args.ignore_init_mismatch)
+        directory = Path(args.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        config = yaml_no_alias_safe_dump(vars(args), indent=4, sort_keys=False)
+        write_text(directory / "config.yaml", config)
+        for phase, name, *_ in args.best_model_criterion:
+            torch.save(model.state_dict(), directory / f"{phase}.{name}.ave.pth")
 
 
 class ASRTraining(SafeTraining, TrainingTask):

@@ -118,13 +118,17 @@ def decoder_bytes(
         hypotheses: that the search knows; each has its own sums in linear attention.
         frames: of the encoder.
     """
+    if "dims" in conf:  # of Whisper
+        heads, layers = conf["dims"]["n_text_head"], conf["dims"]["n_text_layer"]
+    else:
+        heads, layers = conf["attention_heads"], conf["num_blocks"]
     own, cross = (
         footprints(
             conf[f"{place}_attention_type"],
             conf[f"{place}_attention_conf"] or {},
-            conf["attention_heads"],
+            heads,
             size,
-            conf["num_blocks"],
+            layers,
         )
         for place in ("self", "src")
     )

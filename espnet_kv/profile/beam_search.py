@@ -9,16 +9,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from espnet2.asr.decoder.transformer_decoder import TransformerDecoder
 from torch import Tensor
 from typeguard import TypeCheckError
 
 from espnet_kv.cache import FrameState
+from espnet_kv.decoder.cached import CachedDecoder
 from espnet_kv.decoder.search import Search
-from espnet_kv.decoder.transformer import KVTransformerDecoder
+from espnet_kv.decoder.whisper_decoder import KVWhisperDecoder
 from espnet_kv.errors import ConfigError, one_line
 from espnet_kv.espnet.ctc_prefix import FastCTCPrefixScorer
-from espnet_kv.espnet.inference import replaced
+from espnet_kv.espnet.inference import limit_length
+from espnet_kv.espnet.openai_whisper import with_whisper
+from espnet_kv.espnet.replacing import replaced
 from espnet_kv.profile import schema
 from espnet_kv.profile.analytic import decoder_bytes
 from espnet_kv.profile.cache_bytes import check
@@ -58,10 +60,12 @@ class Recognizer:
                     f"{tokens} tokens of the model; give a smaller one"
                 )
             try:
-                self.speech2text = espnet.Speech2Text(device=subject.device, **self.options)
+                with with_whisper(vars(subject.args)):
+                    self.speech2text = espnet.Speech2Text(device=subject.device, **self.options)
+                limit_length(self.speech2text)
             except (TypeError, TypeCheckError) as error:
                 raise ConfigError(one_line(error)) from error
-        if isinstance(subject.model.decoder, KVTransformerDecoder):
+        if isinstance(subject.model.decoder, CachedDecoder):
             subject.model.decoder.prepare_search()  # as the command does
         self._never_ends = False
         if not subject.source.trained:
@@ -69,11 +73,13 @@ class Recognizer:
 
     def _force_length(self) -> None:
         """Keep hypotheses of random weights from ending by themselves."""
-        output = getattr(self.subject.model.decoder, "output_layer", None)
+        decoder = self.subject.model.decoder
+        output = getattr(decoder, "output_layer", None)
         if output is not None:
             with torch.no_grad():
                 output.bias[self.subject.model.eos] -= 10000
-            self._never_ends = True
+        # Whisper's scores have no bias, but of its many tokens <|endoftext|> is hardly ever one
+        self._never_ends = output is not None or isinstance(decoder, KVWhisperDecoder)
 
     def __call__(self, samples: np.ndarray | Tensor) -> list:
         """N-best results of (N,) samples."""
@@ -165,7 +171,7 @@ class SearchStep:
 
 
 @contextmanager
-def watch(decoder: KVTransformerDecoder) -> Iterator[Watched]:
+def watch(decoder: CachedDecoder) -> Iterator[Watched]:
     """See what a search asks of the decoder within it."""
     watched = Watched()
     score = decoder.batch_score
@@ -189,7 +195,7 @@ def measure_decoder(recognizer: Recognizer, samples: np.ndarray) -> schema.Decod
         MismatchError: the search does not hold what arithmetic says.
     """
     decoder = recognizer.subject.model.decoder
-    if not isinstance(decoder, KVTransformerDecoder):
+    if not isinstance(decoder, CachedDecoder):
         return None
     with watch(decoder) as watched:
         recognizer(samples)
@@ -214,10 +220,9 @@ def measure_decoder(recognizer: Recognizer, samples: np.ndarray) -> schema.Decod
 
 
 def decoder_conf(subject: Subject) -> dict[str, Any]:
-    """Every argument of the kv_transformer decoder."""
-    parameters = inspect.signature(KVTransformerDecoder).parameters
-    espnet = inspect.signature(TransformerDecoder).parameters
-    defaults = {name: p.default for name, p in (espnet | parameters).items()}
+    """Every argument of a cached decoder."""
+    parameters = inspect.signature(type(subject.model.decoder)).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
     return defaults | dict(subject.args.decoder_conf)
 
 

@@ -40,12 +40,9 @@ type Row = dict[str, Any]
 def encode(subject: Subject, samples: Tensor, seconds: float) -> Row:
     """The encoder over the whole, its features ready: time and peak memory."""
     xs = features(subject, samples)[None]
-    # as a list: of a tensor ESPnet makes padding masks by way of a square of T x T features, which
-    # at ten minutes is larger than everything else together
-    lengths = [xs.size(1)]
 
     def run() -> None:
-        subject.encoder(xs, lengths)
+        subject.encode(xs)
 
     with torch.no_grad(), subject.offline(), undisturbed(), _unwarned():
         resident = peak_resident_bytes(run)
@@ -131,16 +128,17 @@ class Task:
         def one(length: float) -> Iterator[Row]:
             yield encode(subject, self.sound.clip(length), length)
 
-        return [
-            *(partial(one, length) for length in self.seconds),
-            lambda: stream(subject, self.sound, self.seconds),
-        ]
+        whole = [partial(one, length) for length in self.seconds]
+        if not subject.streams:
+            return [*whole]
+        return [*whole, lambda: stream(subject, self.sound, self.seconds)]
 
     def warm_up(self, subject: Subject) -> None:
         """Run everything once on a little audio."""
         samples = self.sound.clip(WARM_UP_SECONDS)
         encode(subject, samples, WARM_UP_SECONDS)
-        list(stream(subject, self.sound, [WARM_UP_SECONDS]))
+        if subject.streams:
+            list(stream(subject, self.sound, [WARM_UP_SECONDS]))
 
 
 def measure(task: Task, subject: Subject, say: Callable[[str], None]) -> tuple[str, list[Row]]:

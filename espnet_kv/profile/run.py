@@ -9,7 +9,7 @@ import torch
 
 from espnet_kv.attention import ATTENTIONS, Attention
 from espnet_kv.cache.codec import FLOATS
-from espnet_kv.decoder.transformer import KVTransformerDecoder
+from espnet_kv.decoder.cached import CachedDecoder
 from espnet_kv.errors import UserError
 from espnet_kv.files import commit
 from espnet_kv.profile import cache_bytes, growth, machine, macs, schema
@@ -56,6 +56,57 @@ def profile(
     Raises:
         UserError: a measurement cannot be made, or a cache does not hold what it should.
     """
+    streamed = _stream(subject, sound, options, say) if subject.streams else Streamed()
+    task = growth.Task(
+        subject.source, sound, options.seconds, subject.chunk_size, subject.left_chunks
+    )
+    method, rows = growth.measure(task, subject, say)
+    hour = time_hour(subject, sound) if options.hour and subject.streams else []
+    # must come last: it changes the output bias of random weights in place
+    recognizer = Recognizer(subject, options.search)
+    utterance_ms, rtf = time_utterances(recognizer, sound, options.repeats)
+    say(f"utterances: {utterance_ms.mean:.0f} ms, real-time factor {rtf:.3f}")
+    return schema.Profile(
+        schema=schema.SCHEMA,
+        name=name,
+        model=_model(subject, streamed.macs_per_second),
+        settings=_settings(subject, sound, recognizer, streamed),
+        cache=streamed.cache,
+        decoder_cache=measure_decoder(recognizer, _typical(sound)),
+        compression=streamed.compression,
+        time=schema.Time(
+            utterance_ms=utterance_ms,
+            rtf=rtf,
+            chunk_ms=streamed.chunk_ms,
+            streaming_rtf=streamed.rtf,
+            first_token_ms=streamed.first_token_ms,
+            lengths=[schema.TimeLength(**_pick(row, schema.TimeLength)) for row in rows],
+            hour=hour,
+        ),
+        memory=schema.Memory(
+            method=method,
+            lengths=[schema.MemoryLength(**_pick(row, schema.MemoryLength)) for row in rows],
+            **{key: rows[-1].get(key) for key in MEMORY},
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """What is measured of streams; empty for a model that does not stream."""
+
+    cache: dict[str, schema.Cache] = field(default_factory=dict)
+    compression: dict[str, schema.Ratio] = field(default_factory=dict)
+    macs_per_second: float | None = None
+    chunk_ms: schema.Spread | None = None
+    rtf: float | None = None
+    first_token_ms: schema.Spread | None = None
+    search: dict[str, Any] = field(default_factory=dict)
+
+
+def _stream(
+    subject: Subject, sound: Sound, options: Options, say: Callable[[str], None]
+) -> Streamed:
     own = model_dtype(subject)
     say(f"cache: {sound.name}, {', '.join(f'{s:g}' for s in options.seconds)} s")
     xs = features(subject, sound.clip(options.seconds[-1]))
@@ -65,45 +116,15 @@ def profile(
         say(f"cache {cache_dtype}: {_summary(caches[cache_dtype])}")
     compression = cache_bytes.compare(subject, xs, caches[own].lengths[-1], own)
     say(f"compression: {compression['mha'].bounded:.3g} against mha")
-
     macs_per_second = macs.macs_per_second(subject, sound)
     chunk_ms = time_chunks(subject, sound)
     say(f"chunk: {chunk_ms.p50:.2f} ms")
     streamer = Streamer(subject, options.streaming_search)
-    streaming_rtf = streamer.real_time_factor(sound)
+    rtf = streamer.real_time_factor(sound)
     first_token_ms = streamer.first_tokens(sound)
-    say(f"streaming: real-time factor {streaming_rtf:.3f}")
-    task = growth.Task(
-        subject.source, sound, options.seconds, subject.chunk_size, subject.left_chunks
-    )
-    method, rows = growth.measure(task, subject, say)
-    hour = time_hour(subject, sound) if options.hour else []
-    # must come last: it changes the output bias of random weights in place
-    recognizer = Recognizer(subject, options.search)
-    utterance_ms, rtf = time_utterances(recognizer, sound, options.repeats)
-    say(f"utterances: {utterance_ms.mean:.0f} ms, real-time factor {rtf:.3f}")
-    return schema.Profile(
-        schema=schema.SCHEMA,
-        name=name,
-        model=_model(subject, macs_per_second),
-        settings=_settings(subject, sound, recognizer, streamer),
-        cache=caches,
-        decoder_cache=measure_decoder(recognizer, _typical(sound)),
-        compression=compression,
-        time=schema.Time(
-            utterance_ms=utterance_ms,
-            rtf=rtf,
-            chunk_ms=chunk_ms,
-            streaming_rtf=streaming_rtf,
-            first_token_ms=first_token_ms,
-            lengths=[schema.TimeLength(**_pick(row, schema.TimeLength)) for row in rows],
-            hour=hour,
-        ),
-        memory=schema.Memory(
-            method=method,
-            lengths=[schema.MemoryLength(**_pick(row, schema.MemoryLength)) for row in rows],
-            **{key: rows[-1].get(key) for key in MEMORY},
-        ),
+    say(f"streaming: real-time factor {rtf:.3f}")
+    return Streamed(
+        caches, compression, macs_per_second, chunk_ms, rtf, first_token_ms, streamer.options
     )
 
 
@@ -139,17 +160,18 @@ def _pick(row: Mapping[str, Any], part: type[schema.Part]) -> dict[str, Any]:
     return {key: row.get(key) for key in part.model_fields}
 
 
-def _model(subject: Subject, macs_per_second: float) -> schema.Model:
+def _model(subject: Subject, macs_per_second: float | None) -> schema.Model:
     conf = subject.args.encoder_conf
     attention_type = conf.get("attention_type", "mha")
     decoder = subject.model.decoder
     counted: dict[str, Any] = {**macs.parameters(subject.model)}
     attention: dict[str, Any] = {}
-    if isinstance(decoder, KVTransformerDecoder):
+    if isinstance(decoder, CachedDecoder):
+        module = subject.model.decoder  # for mypy
         for place in ("self", "src"):
             for key in (f"{place}_attention_type", f"{place}_attention_conf"):
                 attention[key] = decoder_conf(subject)[key] or {}
-            attention[f"{place}_attention_label"] = attention_label(decoder, place == "src")
+            attention[f"{place}_attention_label"] = attention_label(module, place == "src")
     return schema.Model(
         encoder=cache_bytes.encoder_name(subject),
         attention_type=attention_type,
@@ -186,7 +208,7 @@ def attention_label(model: torch.nn.Module, cross: bool = False) -> str:
 
 
 def _settings(
-    subject: Subject, sound: Sound, recognizer: Recognizer, streamer: Streamer
+    subject: Subject, sound: Sound, recognizer: Recognizer, streamed: Streamed
 ) -> schema.Settings:
     return schema.Settings(
         device=subject.device,
@@ -194,14 +216,14 @@ def _settings(
         dtype=str(next(subject.encoder.parameters()).dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         seed=subject.source.seed,
-        chunk_size=subject.chunk_size,
-        left_chunks=subject.left_chunks,
+        chunk_size=subject.chunk_size if subject.streams else None,
+        left_chunks=subject.left_chunks if subject.streams else None,
         frame_ms=1000 * subject.frame_seconds,
         audio=sound.name,
         utterances=len(sound.utterances),
         utterance_seconds=sound.seconds,
         search=recognizer.options,
-        streaming_search=streamer.options,
+        streaming_search=streamed.search,
         tokens_per_second=None if subject.source.trained else TOKENS_PER_SECOND,
         commit=commit(),
         date=machine.now(),

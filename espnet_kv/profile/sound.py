@@ -46,7 +46,13 @@ class Sound:
 
 
 def features(subject: Subject, samples: Tensor) -> Tensor:
-    """(T, F) features that a stream of these samples has given so far, without its end."""
+    """What the encoder takes.
+
+    (T, F) features that a stream of these samples has given so far, without its end; for an encoder
+    that makes its features itself, the (N,) samples.
+    """
+    if not subject.streams:
+        return samples.to(subject.device)
     frontend = subject.frontend()
     pieces = samples.split(PIECE_SECONDS * frontend.sample_rate)
     return torch.cat([frontend(piece.to(subject.device)) for piece in pieces])

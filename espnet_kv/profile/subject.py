@@ -1,18 +1,22 @@
 """What is profiled: a trained model, or a configuration with random weights."""
 
 import argparse
+import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from espnet_kv.cache import EncoderState
 from espnet_kv.encoder.streaming import StreamingEncoder, subsampling
+from espnet_kv.encoder.whisper_encoder import KVWhisperEncoder
 from espnet_kv.errors import UserError
+from espnet_kv.espnet.openai_whisper import SAMPLE_RATE, WINDOW
 from espnet_kv.espnet.task import CachedDecodingTask
+from espnet_kv.espnet.whisper_weights import weights_follow
 from espnet_kv.streaming.frontend import StreamingFrontend
 from espnet_kv.streaming.requirements import check_streams
 
@@ -62,7 +66,8 @@ class Source:
         args.normalize, args.normalize_conf = None, {}
         torch.manual_seed(self.seed)
         try:
-            return CachedDecodingTask.build_model(args), args
+            with weights_follow():  # random ones: those of a public name are not needed
+                return CachedDecodingTask.build_model(args), args
         except (TypeError, KeyError, AttributeError) as error:
             line = " ".join(str(error).split())
             raise UserError(f"the configuration builds no model: {line}") from error
@@ -89,15 +94,19 @@ class Subject:
     device: str
     chunk_size: int
     left_chunks: int
+    streams: ClassVar[bool] = True
+    most_seconds: ClassVar[float] = math.inf  # that the encoder takes
 
     @classmethod
     def load(cls, source: Source, device: str, chunk_size: int, left_chunks: int) -> "Subject":
-        """Load a model and see that it streams.
+        """Load a model and see that it streams, or is one of Whisper.
 
         Raises:
-            UserError: it cannot be loaded, or does not stream; one line says why.
+            UserError: it cannot be loaded, or does neither; one line says why.
         """
         model, args = source.load(device)
+        if isinstance(model.encoder, KVWhisperEncoder):
+            return WhisperSubject(source, model, args, device, chunk_size, left_chunks)
         if not isinstance(model.encoder, StreamingEncoder):
             raise _no_cache(str(args.encoder))
         check_streams(model, args, ctc_weight=1.0)
@@ -144,6 +153,34 @@ class Subject:
     def offline(self) -> AbstractContextManager[None]:
         """Within it the encoder sees whole utterances."""
         return self.encoder.chunks(chunk_size=0)
+
+    def encode(self, xs: Tensor) -> None:
+        """Call the encoder with (1, T, F) features."""
+        # with lengths as a list: of a tensor ESPnet makes padding masks by way of a square of T x T
+        # features, which at ten minutes is larger than everything else together
+        self.encoder(xs, [xs.size(1)])
+
+
+class WhisperSubject(Subject):
+    """A loaded Whisper model, which encodes whole utterances; chunk settings have no effect."""
+
+    streams = False
+    most_seconds = WINDOW
+
+    @property
+    def sample_rate(self) -> int:
+        return SAMPLE_RATE
+
+    @property
+    def frame_seconds(self) -> float:
+        return 2 * self.encoder.hop_length / SAMPLE_RATE  # the second convolution halves features
+
+    def offline(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def encode(self, xs: Tensor) -> None:
+        """Call the encoder with (1, N) samples, of which it makes features itself."""
+        self.encoder(xs, torch.tensor([xs.size(1)]))
 
 
 def encoder_with(subject: Subject, attention_type: str, **attention_conf: Any) -> nn.Module:

@@ -19,7 +19,16 @@ from espnet_kv.recipe.train import default_gpus
 
 AS_GIVEN = (
     *("nj", "inference_nj", "gpu_inference", "dumpdir", "expdir", "audio_format", "fs"),
-    *("token_type", "nbpe", "bpemode", "bpe_char_cover", "lang", "train_set", "valid_set"),
+    *(
+        "token_type",
+        "cleaner",
+        "nbpe",
+        "bpemode",
+        "bpe_char_cover",
+        "lang",
+        "train_set",
+        "valid_set",
+    ),
     *("use_lm", "lm_config", "lm_args", "inference_lm", "use_ngram", "ngram_num"),
     *("asr_args", "feats_normalize", "inference_asr_model"),
     *("use_streaming", "inference_config", "inference_args"),
@@ -95,9 +104,9 @@ def _stage_1(args: argparse.Namespace) -> str:
 
 
 def _with_overlay(layout: Layout, config: Path) -> Path:
-    if layout.args.overlay is None:
+    if not layout.laid_over:
         return config
-    file = layout.args.expdir / "configs" / f"{config.stem}_{layout.args.overlay.stem}.yaml"
+    file = layout.args.expdir / "configs" / f"{config.stem}{layout.laid_over}.yaml"
     text = yaml.safe_dump(layout.model_config(config), sort_keys=False, allow_unicode=True)
     if not layout.args.dry_run:
         write_text(file, text)

@@ -1,5 +1,6 @@
 """The card of a packed model: how to load it, and what was measured of it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ The encoder or the decoder of this model is part of espnet_kv, not of ESPnet. Wi
 of (...)`.
 
 ```sh
-pip install espnet_kv
+pip install {package}
 ```
 
 ```python
 import espnet_kv  # before a model is loaded
-from espnet2.bin.asr_inference import Speech2Text
+from {module} import Speech2Text
 
 recognizer = Speech2Text.from_pretrained("{name}")
-```
+```"""
+STREAMING = """
 
 Audio as it arrives:
 
@@ -32,6 +34,9 @@ from espnet_kv import StreamingRecognizer
 chunks = {{"chunk_size": {chunk_size}, "left_chunks": {left_chunks}}}
 recognizer = StreamingRecognizer.from_pretrained("{name}", **chunks)
 ```"""
+
+ENCODER_OF_WHISPER = re.compile(r"^encoder: \S*whisper", re.MULTILINE)
+"""In a config.yaml; such models do not stream."""
 
 
 def front_matter(lang: str, corpus: str) -> str:
@@ -55,7 +60,13 @@ def usage(exp: Path, name: str) -> str:
     chunks = {"chunk_size": 16, "left_chunks": 4}
     if profile is not None and profile.settings.chunk_size and profile.settings.left_chunks:
         chunks = {key: getattr(profile.settings, key) for key in chunks}
-    return USE.format(name=name, **chunks)
+    config = exp / "config.yaml"
+    if config.is_file() and ENCODER_OF_WHISPER.search(config.read_text(encoding="utf-8")):
+        # ESPnet's own class fails with the openai-whisper of PyPI
+        names = {"package": "'espnet_kv[whisper]'", "module": "espnet_kv.bin.asr_inference"}
+        return USE.format(name=name, **names)
+    names = {"package": "espnet_kv", "module": "espnet2.bin.asr_inference"}
+    return (USE + STREAMING).format(name=name, **names, **chunks)
 
 
 def figures(exp: Path) -> str:

@@ -37,6 +37,7 @@ OUR_DATA = "librispeech_100"
 
 CARRIED = {"corpus", "corpus_dir", "librispeech", "download_dir", "allow_pipes", "overlay"}
 CARRIED |= {"dry_run", "profile_args", "results", "skip_packing", "skip_upload_hf", "hf_repo"}
+CARRIED |= {"whisper_model"}
 """Options of ours alone that have their meaning in stages of asr.sh too, or in ours after it."""
 NO_MEANING = {
     "train_nj": "asr.sh trains one model after the other",

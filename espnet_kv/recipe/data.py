@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from espnet_kv.recipe import corpora
+from espnet_kv.recipe import corpora, whisper_models
 from espnet_kv.recipe.content import audio_files
 from espnet_kv.recipe.datadir import DataDir
 from espnet_kv.recipe.format import format_audio
@@ -99,7 +99,7 @@ def perturb_step(layout: Layout, prepare: Step) -> Step:
         after=[prepare],
         products=lambda: [dst / "wav.scp", dst / "text", *_files(dst, dst)],
         given=False,
-        skipped="" if layout.perturbed else "no --speed_perturb_factors",
+        skipped="" if layout.perturbed else _unused(layout) or "no --speed_perturb_factors",
     )
 
 
@@ -127,6 +127,7 @@ def format_step(layout: Layout, name: str, before: Step) -> Step:
         audio=[] if name == layout.train_set and layout.perturbed else [src],
         after=[before],
         products=lambda: [*_dump_files(dst), *_files(dst, dst)],
+        skipped="" if is_test else _unused(layout),
     )
 
 
@@ -144,12 +145,15 @@ def lengths_step(layout: Layout, name: str, formatted: Step) -> Step:
         options={"min_wav_duration": max(low, shortest), "max_wav_duration": high},
         after=[formatted],
         products=lambda: _dump_files(dst),
+        skipped=_unused(layout),
     )
 
 
 def tokens_step(layout: Layout, prepare: Step) -> Step:
     """Stage 5: data/en_token_list, from the transcripts of the training set of stage 1."""
     args = layout.args
+    if args.token_type in whisper_models.TOKEN_TYPES:
+        return whisper_models.tokens_step(layout)
     out, text = layout.token_dir, layout.data(args.train_set) / "text"
 
     def build() -> None:
@@ -174,6 +178,10 @@ def tokens_step(layout: Layout, prepare: Step) -> Step:
         version=2 if args.token_type == "char" else 1,
         products=lambda: [layout.token_list, *([layout.bpe_model] if layout.bpe_model else [])],
     )
+
+
+def _unused(layout: Layout) -> str:
+    return "" if layout.needs_training_sets else "max_epoch 0"
 
 
 def _kaldi_files(directory: Path) -> dict[str, Path]:

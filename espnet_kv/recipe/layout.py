@@ -3,7 +3,10 @@
 import argparse
 import hashlib
 import json
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ class Layout:
 
     @property
     def perturbed(self) -> bool:
-        return self.args.speed_perturb_factors not in ([], [1.0])
+        return self.needs_training_sets and self.args.speed_perturb_factors not in ([], [1.0])
 
     @property
     def train_set(self) -> str:
@@ -72,7 +75,21 @@ class Layout:
         config = load_config(config_file, overlay)
         if not isinstance(config.get("encoder"), str):
             raise UserError(f"{config_file}: no encoder is named; this is no ASR training config")
+        if self.args.whisper_model and self.args.convert_from is None:
+            for key in ("encoder_conf", "decoder_conf"):
+                config[key] = (config.get(key) or {}) | {"whisper_model": self.args.whisper_model}
         return config
+
+    def trains(self, config_file: Path) -> bool:
+        """Whether a configuration has epochs; `max_epoch: 0` keeps the weights it begins with."""
+        return last_epoch(self.model_config(config_file), self.args.asr_args) > 0
+
+    @cached_property
+    def needs_training_sets(self) -> bool:
+        """Whether anything is made from the dumps of the training and validation sets."""
+        args = self.args
+        language_models = args.use_lm or args.use_ngram
+        return bool(language_models or args.convert_from or any(map(self.trains, args.asr_config)))
 
     @property
     def shortest_seconds(self) -> float:
@@ -98,9 +115,9 @@ class Layout:
 
     @property
     def token_dir(self) -> Path:
-        folder = "char" if self.args.token_type == "char" else f"bpe_{self.args.bpemode}"
-        suffix = "" if self.args.token_type == "char" else str(self.args.nbpe)
-        return self.args.datadir / f"{self._language}token_list" / (folder + suffix)
+        args = self.args
+        folder = f"bpe_{args.bpemode}{args.nbpe}" if args.token_type == "bpe" else args.token_type
+        return args.datadir / f"{self._language}token_list" / folder
 
     @property
     def token_list(self) -> Path:
@@ -113,13 +130,15 @@ class Layout:
     @property
     def token_options(self) -> dict[str, Any]:
         """ESPnet's options for this token list, the same for recognizer and language model."""
+        kind = self.args.token_type
+        whisper = kind if kind.startswith("whisper") else None
         return {
             "use_preprocessor": True,
-            "token_type": self.args.token_type,
+            "token_type": kind,
             "token_list": str(self.token_list),
-            "bpemodel": None if self.bpe_model is None else str(self.bpe_model),
+            "bpemodel": whisper if self.bpe_model is None else str(self.bpe_model),
             "non_linguistic_symbols": None,
-            "cleaner": None,
+            "cleaner": None if self.args.cleaner == "none" else self.args.cleaner,
             "g2p": None,
         }
 
@@ -145,7 +164,7 @@ class Layout:
 
     def write_text_shapes(self, stats: Path) -> None:
         """Write `text_shape` of both modes from the lengths that statistics left in `stats`."""
-        vocabulary = len(self.token_list.read_text(encoding="utf-8").splitlines())
+        vocabulary = self.token_list.read_text(encoding="utf-8").count("\n")
         for mode in ("train", "valid"):
             lengths = (stats / mode / "text_shape").read_text(encoding="utf-8").splitlines()
             lines = "".join(f"{line},{vocabulary}\n" for line in lengths)
@@ -186,7 +205,14 @@ class Layout:
     def _asr_tag(self, config: Path) -> str:
         more = _in_a_name(self.args.asr_args)
         tag = f"{config.stem}_raw_{self._language}{self.tokens_name}{more}{self._sp}"
-        return f"{tag}_{self.args.overlay.stem}" if self.args.overlay else tag
+        return tag + self.laid_over
+
+    @property
+    def laid_over(self) -> str:
+        """What changes a configuration, as part of a name."""
+        weights = Path(self.args.whisper_model).name.removesuffix(".pt")
+        overlay = self.args.overlay.stem if self.args.overlay else ""
+        return "".join(f"_{name}" for name in (weights, overlay) if name)
 
     @property
     def lm_stats(self) -> Path:
@@ -224,6 +250,22 @@ class Layout:
         """What a model makes of a test set; one that is the validation set is below org/."""
         place = self.asr_exp(config) / self.inference_name
         return place / "org" / name if name == self.args.valid_set else place / name
+
+
+def last_epoch(config: Mapping[str, Any], more: str) -> int:
+    """Epochs of a training: max_epoch in the options `more`, else in the configuration.
+
+    Raises:
+        UserError: it is no whole number.
+    """
+    words = shlex.split(more.replace("=", " "))
+    given = config.get("max_epoch", 40)
+    if "--max_epoch" in words[:-1]:
+        given = words[words.index("--max_epoch") + 1]
+    try:
+        return int(given)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"max_epoch {given}: a whole number is needed") from error
 
 
 def _in_a_name(options: str, slash: str = "") -> str:

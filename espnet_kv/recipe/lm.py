@@ -12,7 +12,7 @@ from espnet_kv.errors import UserError
 from espnet_kv.files import commit, new_directory, write_text
 from espnet_kv.recipe.datadir import DataDir
 from espnet_kv.recipe.jobs import Job
-from espnet_kv.recipe.layout import Layout
+from espnet_kv.recipe.layout import Layout, last_epoch
 from espnet_kv.recipe.steps import Step
 from espnet_kv.recipe.train import (
     MODES,
@@ -20,7 +20,6 @@ from espnet_kv.recipe.train import (
     check_models,
     config_option,
     default_gpus,
-    last_epoch,
     run_options,
     split_options,
 )

@@ -1,7 +1,6 @@
 """The options of the recipe: names and meanings of ESPnet's asr.sh, and a few of our own."""
 
 import argparse
-import math
 import os
 import shlex
 import sys
@@ -9,11 +8,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import humanfriendly
-
 from espnet_kv.cli import Parser, true_or_false, whole
 from espnet_kv.errors import UserError
-from espnet_kv.recipe import conversion
+from espnet_kv.recipe import conversion, whisper_models
+from espnet_kv.recipe import option_types as types
 from espnet_kv.recipe.cluster_config import CLASSES
 from espnet_kv.recipe.corpora import CORPORA, name_sources
 from espnet_kv.recipe.format import AUDIO_FORMATS
@@ -72,49 +70,6 @@ PLACES |= set(DIRECTORIES)
 """Options that name outputs: another value makes other ones and leaves those that are there."""
 
 
-def _path_or_none(text: str) -> Path | None:
-    return Path(text) if text else None
-
-
-def _hertz(text: str) -> int:
-    """16000, or as ESPnet's asr.sh writes it, 16k."""
-    try:
-        rate = humanfriendly.parse_size(text)
-    except humanfriendly.InvalidSize:
-        rate = 0
-    if rate < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no sampling rate, such as 16000 or 16k")
-    return rate
-
-
-def _tag(text: str) -> str:
-    if text in (".", "..") or "/" in text or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be part of a directory's name")
-    return text
-
-
-def _more_options(text: str) -> str:
-    try:
-        shlex.split(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {str(error).lower()}") from error
-    return text
-
-
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not (math.isfinite(seconds) and seconds >= 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
-    return seconds
-
-
-def _share(text: str) -> float:
-    share = float(text)
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1")
-    return share
-
-
 def parser() -> argparse.ArgumentParser:
     """The parser behind `run.sh --help`."""
     called = {number: f" ({name})" for name, number in NAMES.items()}
@@ -148,12 +103,12 @@ def parser() -> argparse.ArgumentParser:
     add(g, "ngpu", None, ngpu, type=whole(0))
     add(g, "gpu_inference", False, "decode on the GPU")
     add(g, "cluster", None, "run on workers: " + ", ".join(CLASSES), choices=CLASSES)
-    add(g, "cluster_config", None, "their YAML, see conf/cluster", type=_path_or_none)
+    add(g, "cluster_config", None, "their YAML, see conf/cluster", type=types.path_or_none)
     add(g, "dumpdir", Path("dump"), "formatted audio", type=Path)
     add(g, "expdir", Path("exp"), "experiments", type=Path)
     add(g, "datadir", Path("data"), "Kaldi data directories", type=Path)
     for name in DIRECTORIES:
-        add(g, name, None, "its directory (default: one below expdir)", type=_path_or_none)
+        add(g, name, None, "its directory (default: one below expdir)", type=types.path_or_none)
 
     add(g, "dry_run", False, "print which steps would run and why, and stop")
 
@@ -165,9 +120,9 @@ def parser() -> argparse.ArgumentParser:
         None,
         "existing copy of the corpus, instead of a download (or set LIBRISPEECH, SPEECHOCEAN762 "
         "or FSDD, see db.sh)",
-        type=_path_or_none,
+        type=types.path_or_none,
     )
-    add(g, "librispeech", None, "the same as corpus_dir, for LibriSpeech", type=_path_or_none)
+    add(g, "librispeech", None, "the same as corpus_dir, for LibriSpeech", type=types.path_or_none)
     add(g, "download_dir", Path("downloads"), "where downloads go", type=Path)
     own = " (default: the corpus's; kaldi: paths of your own)"
     add(g, "train_set", "", f"data directory for training{own}")
@@ -180,21 +135,30 @@ def parser() -> argparse.ArgumentParser:
         add(g, f"{corpus}_seed", None, f"{corpus}: seed", type=whole(0))
     add(g, "speed_perturb_factors", "0.9 1.0 1.1", "stage 2; empty: none")
     add(g, "audio_format", "flac.ark", "flac.ark, flac, wav.ark or wav", choices=AUDIO_FORMATS)
-    add(g, "fs", 16000, "sampling rate of the dump in Hz, 16000 or 16k", type=_hertz)
-    add(g, "min_wav_duration", 0.1, "seconds; shorter training utterances go", type=_seconds)
-    add(g, "max_wav_duration", 30.0, "seconds; longer training utterances go", type=_seconds)
+    add(g, "fs", 16000, "sampling rate of the dump in Hz, 16000 or 16k", type=types.hertz)
+    add(g, "min_wav_duration", 0.1, "seconds; shorter training utterances go", type=types.seconds)
+    add(g, "max_wav_duration", 30.0, "seconds; longer training utterances go", type=types.seconds)
     add(g, "allow_pipes", False, "run the commands that a wav.scp names, as Kaldi does")
-    add(g, "lang", "en", "language, part of names", type=_tag)
-    add(g, "token_type", "bpe", "bpe or char", choices=("bpe", "char"))
+    add(g, "lang", "en", "language, part of names", type=types.tag)
+    kinds = ("bpe", "char", *whisper_models.TOKEN_TYPES)
+    add(g, "token_type", "bpe", " or ".join(kinds), choices=kinds)
+    cleaners = ("none", "whisper_en", "whisper_basic")
+    add(g, "cleaner", "none", "normalisation of Whisper's texts", choices=cleaners)
     add(g, "nbpe", 5000, "BPE pieces", type=whole(1))
     add(g, "bpemode", "unigram", "unigram or bpe", choices=("unigram", "bpe"))
-    add(g, "bpe_char_cover", 1.0, "character coverage of the BPE", type=_share)
+    add(g, "bpe_char_cover", 1.0, "character coverage of the BPE", type=types.share)
 
     g = p.add_argument_group("language model")
     add(g, "use_lm", False, "train a language model and decode with it")
     add(g, "lm_config", Path("conf/train_lm_transformer.yaml"), "its configuration", type=Path)
-    add(g, "lm_args", "", "more options for espnet2.bin.lm_train", type=_more_options)
-    add(g, "lm_tag", "", "name of its experiment (default: made of config and tokens)", type=_tag)
+    add(g, "lm_args", "", "more options for espnet2.bin.lm_train", type=types.more_options)
+    add(
+        g,
+        "lm_tag",
+        "",
+        "name of its experiment (default: made of config and tokens)",
+        type=types.tag,
+    )
     add(g, "inference_lm", "valid.loss.ave.pth", "its model file")
     add(g, "use_ngram", False, "train an n-gram and decode with it (needs KenLM)")
     add(g, "ngram_num", 4, "order of the n-gram", type=whole(1))
@@ -206,9 +170,22 @@ def parser() -> argparse.ArgumentParser:
         "conf/train_asr_conformer_mha.yaml",
         "training configuration, or several, split by spaces",
     )
-    add(g, "overlay", None, "YAML laid over asr_config, e.g. a smaller size", type=_path_or_none)
-    add(g, "asr_tag", "", "name of the experiment (default: made of config and tokens)", type=_tag)
-    add(g, "asr_args", "", "more options for espnet2.bin.asr_train", type=_more_options)
+    add(
+        g,
+        "overlay",
+        None,
+        "YAML laid over asr_config, e.g. a smaller size",
+        type=types.path_or_none,
+    )
+    add(
+        g,
+        "asr_tag",
+        "",
+        "name of the experiment (default: made of config and tokens)",
+        type=types.tag,
+    )
+    add(g, "asr_args", "", "more options for espnet2.bin.asr_train", type=types.more_options)
+    add(g, "whisper_model", "", "encoder's and decoder's: a name, FILE.pt or a directory")
     add(g, "feats_normalize", "global_mvn", "normalisation of features")
     add(g, "use_streaming", False, "decode piece by piece, with a cache")
     add(
@@ -216,25 +193,25 @@ def parser() -> argparse.ArgumentParser:
         "inference_config",
         None,
         f"decoding options (default: {DECODE}, or {DECODE_STREAMING} with --use_streaming)",
-        type=_path_or_none,
+        type=types.path_or_none,
     )
     add(
         g,
         "inference_tag",
         "",
         "name of the decoding (default: made of config and model)",
-        type=_tag,
+        type=types.tag,
     )
     add(
         g,
         "inference_args",
         "",
         "more options for asr_inference, or asr_inference_streaming",
-        type=_more_options,
+        type=types.more_options,
     )
     add(g, "inference_asr_model", "valid.acc.ave.pth", "model file to decode with")
     g = p.add_argument_group("conversion of a trained model, in the place of training")
-    add(g, "convert_from", None, "experiment of the trained model", type=_path_or_none)
+    add(g, "convert_from", None, "experiment of the trained model", type=types.path_or_none)
     add(g, "attention_type", "", "what its attention becomes: mla, gqa, linear")
     add(g, "kv_rank", "", "mla: numbers in a latent, or several, split by spaces")
     add(g, "num_kv_heads", "", "gqa: key/value heads, or several")
@@ -256,7 +233,7 @@ def parser() -> argparse.ArgumentParser:
         "profile_args",
         "",
         "more options for espnet_kv.bin.profile (stage 14)",
-        type=_more_options,
+        type=types.more_options,
     )
 
     g = p.add_argument_group("packing and upload")
@@ -271,7 +248,7 @@ def parser() -> argparse.ArgumentParser:
         "results",
         None,
         "tables of stages 13 and 15 (default: EXPDIR/RESULTS.md)",
-        type=_path_or_none,
+        type=types.path_or_none,
     )
     return p
 
@@ -344,7 +321,7 @@ def _parse_with_defaults(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = chosen.parse_args(arguments)
     if args.corpus not in CORPORA:
         raise UserError(f"--corpus {args.corpus}: unknown (allowed: {', '.join(CORPORA)})")
-    defaults = dict(CORPORA[args.corpus].defaults)
+    defaults = dict(CORPORA[args.corpus].defaults) | whisper_models.suited(args)
     if args.use_streaming:
         defaults.pop("inference_config", None)  # it is one of whole utterances
     chosen.set_defaults(**defaults)
@@ -374,7 +351,7 @@ def _name_sets(args: argparse.Namespace) -> None:
     args.corpus_dir = (
         args.corpus_dir
         or (args.librispeech if variable == "LIBRISPEECH" else None)
-        or _path_or_none(_environment(variable))
+        or types.path_or_none(_environment(variable))
     )
     args.train_set = given[0] or corpus.train_set
     args.valid_set = given[1] or corpus.valid_set

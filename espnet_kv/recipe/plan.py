@@ -3,7 +3,17 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from espnet_kv.recipe import conversion, data, decode, lm, packing, profiling, scoring, train
+from espnet_kv.recipe import (
+    conversion,
+    data,
+    decode,
+    lm,
+    packing,
+    profiling,
+    scoring,
+    train,
+    whisper_models,
+)
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.steps import Step
 
@@ -11,6 +21,7 @@ from espnet_kv.recipe.steps import Step
 def plan(layout: Layout) -> list[Step]:
     """The steps of stages 1 to 17 for the options; dependencies come first."""
     args = layout.args
+    whisper_models.check(layout)
     prepare = data.prepare_step(layout)
     perturb = data.perturb_step(layout, prepare)
     formatted = {
@@ -93,6 +104,9 @@ def _models(layout: Layout, lengths: Sequence[Step], tokens: Step) -> dict[int, 
         stats: dict[Path, Step] = {}
         trainings = []
         for config in args.asr_config:
+            if not layout.trains(config):
+                trainings.append(train.train_step(layout, config, [tokens]))
+                continue
             out = layout.stats(config)
             if out not in stats:
                 stats[out] = train.stats_step(layout, config, text)

@@ -7,6 +7,7 @@ from typing import Any
 
 from espnet_kv.errors import UserError
 from espnet_kv.files import write_text
+from espnet_kv.recipe import whisper_models
 from espnet_kv.recipe.counts import count_sets, markdown
 from espnet_kv.recipe.datadir import DataDir
 from espnet_kv.recipe.layout import Layout
@@ -27,7 +28,9 @@ def score_step(layout: Layout, config_file: Path, name: str, decoded: Step) -> S
 
     def build() -> None:
         pieces = piece_tokenizer(layout.bpe_model) if layout.bpe_model is not None else None
-        ref, hyp = DataDir.read(dump).text, read_text(out / "text")
+        clean = whisper_models.text_cleaner(layout)
+        ref = {utt: clean(text) for utt, text in DataDir.read(dump).text.items()}
+        hyp = {utt: clean(text) for utt, text in read_text(out / "text").items()}
         if missing := sorted(ref.keys() - hyp.keys()):
             raise UserError(
                 f"{out / 'text'} lacks {len(missing)} of {len(ref)} utterances (the first: "
@@ -45,6 +48,7 @@ def score_step(layout: Layout, config_file: Path, name: str, decoded: Step) -> S
         name=f"score {name} of {exp.name}",
         output=out,
         build=build,
+        options={"cleaner": layout.token_options["cleaner"]},
         reads={"hypotheses": out / "text", "references": dump / "text", "record": out / RECORD},
         after=[decoded],
         version=2,

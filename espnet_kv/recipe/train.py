@@ -13,9 +13,10 @@ import yaml
 from espnet_kv.config import front_end, load_yaml
 from espnet_kv.errors import UserError
 from espnet_kv.files import commit, new_directory, write_text
+from espnet_kv.recipe import whisper_models
 from espnet_kv.recipe.datadir import DataDir
 from espnet_kv.recipe.jobs import Job, visible_gpus
-from espnet_kv.recipe.layout import Layout
+from espnet_kv.recipe.layout import Layout, last_epoch
 from espnet_kv.recipe.steps import Step
 
 MODES = ("train", "valid")
@@ -32,6 +33,8 @@ def stats_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Ste
     """
     args = layout.args
     config = layout.model_config(config_file)
+    # else only lengths are collected, without building the model
+    has_features = (config.get("model_conf") or {}).get("extract_feats_in_collect_stats", True)
     out = layout.stats(config_file)
     new = out.with_name(f".{out.name}.parts")
 
@@ -72,11 +75,14 @@ def stats_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Ste
         name=out.name,
         output=out,
         build=build,
-        options={"asr_config": front_end(config, args.asr_args)},
+        options={
+            "asr_config": front_end(config, args.asr_args),
+            "cleaner": layout.token_options["cleaner"],
+        },
         after=before,
         jobs=jobs,
         products=lambda: [
-            out / "train" / "feats_stats.npz",
+            *([out / "train" / "feats_stats.npz"] if has_features else []),
             *(shapes for mode in MODES for shapes in layout.shape_files(out, mode)),
         ],
     )
@@ -86,14 +92,19 @@ def train_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Ste
     """Stage 11: train one configuration; an interrupted training is resumed.
 
     Args:
-        before: steps of the lengths of both sets, the tokens and the statistics.
+        before: steps of the lengths of both sets, the tokens and the statistics; that of the tokens
+            if the configuration has no epochs.
     """
     args = layout.args
     exp, stats = layout.asr_exp(config_file), layout.stats(config_file)
+    trains = layout.trains(config_file)
+    normalize = None if args.feats_normalize in ("", "none") else args.feats_normalize
 
     def make_config() -> dict[str, Any]:
-        config = layout.model_config(config_file) | layout.data_options
-        config |= {"fold_length": [80000, 150], "normalize": args.feats_normalize}
+        config = layout.model_config(config_file)
+        if not trains:
+            return config | layout.token_options | {"normalize": normalize}
+        config |= layout.data_options | {"fold_length": [80000, 150], "normalize": normalize}
         for mode in MODES:
             config[f"{mode}_shape_file"] = [str(file) for file in layout.shape_files(stats, mode)]
         if args.feats_normalize == "global_mvn":
@@ -109,7 +120,9 @@ def train_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Ste
         make_config,
         stated={"config": str(config_file), "overlay": args.overlay and str(args.overlay)},
         options={"asr_config": load_yaml(config_file), "overlay": overlay}
-        | {"asr_args": args.asr_args, "feats_normalize": args.feats_normalize},
+        | {"asr_args": args.asr_args, "feats_normalize": args.feats_normalize}
+        | {"cleaner": layout.token_options["cleaner"], "whisper_model": args.whisper_model},
+        reads=whisper_models.weights(layout.model_config(config_file)),
         after=before,
         remedy="name this one with --asr_tag",
     )
@@ -186,14 +199,6 @@ def check_models(exp: Path) -> None:
 
     for model in exp.glob("*.ave.pth"):
         refuse_not_finite(read_checkpoint(model), model)
-
-
-def last_epoch(config: Mapping[str, Any], more: str) -> int:
-    """Epochs of a training: max_epoch in the options `more`, else in the configuration."""
-    words = shlex.split(more.replace("=", " "))
-    if "--max_epoch" in words[:-1]:
-        return int(words[words.index("--max_epoch") + 1])
-    return int(config.get("max_epoch", 40))
 
 
 def write_keys(file: Path, keys: Sequence[str]) -> None:

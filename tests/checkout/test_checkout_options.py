@@ -113,6 +113,22 @@ class TestCalls:
         config = (asr1 / call["--asr_config"]).read_text()
         assert "output_size: 80" in config and "per_encoder" not in config
 
+    def test_whisper_is_trained_with_what_suits_its_tokens(self, asr1, tools):
+        (asr1 / "tiny.pt").write_text("weights")
+        config = "conf/tuning/train_asr_whisper_tiny_finetune.yaml"
+        given = ("--token_type", "whisper_en", "--asr_config", config)
+        (call,) = called(run(asr1, "--stop_stage=13", *given, PATH=tools))
+        assert call["--asr_config"] == config
+        assert call["--token_type"] == call["--cleaner"] == "whisper_en"
+        assert call["--feats_normalize"] == "none"
+        assert call["--inference_config"] == "conf/decode_asr_whisper.yaml"
+        given += ("--stop_stage=13", "--whisper_model=tiny.pt")
+        (call,) = called(run(asr1, *given, PATH=tools))
+        assert call["--asr_exp"].endswith("_finetune_raw_en_whisper_en_sp_tiny")
+        assert (asr1 / call["--asr_config"]).read_text().count("whisper_model: tiny.pt") == 2
+        ended = run(asr1, "--token_type", "whisper_en", PATH=tools)
+        assert "decoder: transformer; take kv_whisper" in said(ended)
+
     def test_the_dump_that_is_there_says_its_format(self, asr1, tools):
         dump = asr1 / "dump/raw/dev"
         dump.mkdir(parents=True)

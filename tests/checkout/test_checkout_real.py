@@ -62,6 +62,8 @@ def namer(asr1) -> Path:
         [],
         ["--lang", "noinfo"],
         ["--lang", "de", "--token_type", "char"],
+        ["--token_type", "whisper_en"],
+        ["--lang", "de", "--token_type", "whisper_multilingual", "--cleaner", "none"],
         ["--nbpe", "64", "--bpemode", "bpe", "--speed_perturb_factors", ""],
         ["--asr_args", "--max_epoch 3 --optim_conf lr=0.1 --init_param exp/x/1epoch.pth"],
         ["--asr_tag", "mine", "--lm_tag", "mine"],

@@ -17,7 +17,8 @@ OVERLAY = CONF / "overlays/small.yaml"
 ENCODERS = ("conformer", "branchformer")
 ATTENTIONS = ("mha", "gqa", "mla", "linear")
 MAIN = {(e, a): CONF / f"train_asr_{e}_{a}.yaml" for e in ENCODERS for a in ATTENTIONS}
-TUNING = sorted((CONF / "tuning").glob("train_asr_*.yaml"))
+WHISPER = sorted((CONF / "tuning").glob("train_asr_whisper_*.yaml"))
+TUNING = sorted({*(CONF / "tuning").glob("train_asr_*.yaml")} - {*WHISPER})
 TOKENS = ["<blank>", "<unk>", "A", "B", "<sos/eos>"]
 encoders = pytest.mark.parametrize("encoder", ENCODERS)
 every_config = pytest.mark.parametrize(
@@ -182,6 +183,23 @@ def test_an_ablation_differs_only_where_it_says(name):
 
 def test_every_ablation_is_there():
     assert {p.stem.removeprefix("train_asr_") for p in TUNING} == set(ABLATIONS)
+
+
+def test_whispers_differ_in_size_and_without_training_in_padding():
+    """test_whisper_recipe.py trains and decodes with them."""
+    names = [path.stem.removeprefix("train_asr_whisper_") for path in WHISPER]
+    assert names == ["base_finetune", "small_finetune", "tiny_finetune", "zero_shot"]
+    model = {f"{part}_conf.whisper_model" for part in ("encoder", "decoder")}
+    tiny, zero_shot = (load_yaml(config_file(f"tuning/whisper_{n}")) for n in names[2:])
+    for path in WHISPER[:2]:
+        assert differences(tiny, load_yaml(path)) == model
+    augmentation = {"encoder_conf.use_specaug", "encoder_conf.specaug_conf"}
+    padding = {"encoder_conf.do_pad_trim", "max_epoch"}
+    assert differences(tiny, zero_shot) == padding | augmentation
+    assert zero_shot["encoder_conf"]["do_pad_trim"] and zero_shot["max_epoch"] == 0
+    for config in map(load_yaml, WHISPER):
+        assert not set(config) - set(defaults())
+        assert config["encoder_conf"]["whisper_model"] == config["decoder_conf"]["whisper_model"]
 
 
 @pytest.mark.parametrize(

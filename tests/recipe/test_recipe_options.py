@@ -3,17 +3,11 @@
 from pathlib import Path
 
 import pytest
+from forecasts import RECIPE, pretend_done, recipe_place, stages
 
 from espnet_kv.config import load_yaml
-from espnet_kv.recipe.content import Content
-from espnet_kv.recipe.layout import Layout
-from espnet_kv.recipe.options import LAST_STAGE, NEUTRAL, PLACES, parse, parser
-from espnet_kv.recipe.plan import plan
-from espnet_kv.recipe.runner import forecast
-from espnet_kv.recipe.steps import Steps
+from espnet_kv.recipe.options import NEUTRAL, PLACES, parse, parser
 
-RECIPE = Path(__file__).parents[2] / "egs2/librispeech_100_kv/asr1"
-SETS = ("train_clean_100", "dev", "test_clean", "test_other", "other_set")
 GIVEN = ["--corpus", "synth", "--use_lm", "true", "--use_ngram", "true"]
 GIVEN += ["--speed_perturb_factors", "1.0 1.1", "--nj", "1", "--inference_nj", "1"]
 MHA, MLA = (f"conf/train_asr_conformer_{name}.yaml" for name in ("mha", "mla"))
@@ -77,6 +71,8 @@ RERUNS = {
     "nbpe": ("80", TOKENS_ON),
     "bpemode": ("bpe", TOKENS_ON),
     "bpe_char_cover": ("0.99", TOKENS_ON),
+    "cleaner": ("whisper_en", None),  # goes with Whisper's tokens: see test_whisper_options.py
+    "whisper_model": ("tiny.en", None),  # goes with Whisper models
     # language models
     "use_lm": ("false", {12, 13}),
     "lm_config": ("conf/train_lm_transformer.yaml", {7, 8, 12, 13}),
@@ -117,45 +113,7 @@ RERUNS = {
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
-    """A directory like the recipe's, with data directories of one utterance."""
-    monkeypatch.chdir(tmp_path)
-    for variable in ("LIBRISPEECH", "SPEECHOCEAN762", "FSDD"):
-        monkeypatch.delenv(variable, raising=False)
-    Path("conf").symlink_to(RECIPE / "conf")
-    Path("u.wav").write_bytes(b"audio")
-    for name in SETS:
-        data = Path("data") / name
-        data.mkdir(parents=True)
-        (data / "wav.scp").write_text(f"{name} {tmp_path / 'u.wav'}\n")
-        (data / "text").write_text(f"{name} WORDS OF {name.upper()}\n")
-        (data / "utt2spk").write_text(f"{name} speaker\n")
-    return tmp_path
-
-
-def stages(*options: str) -> set[int]:
-    """The stages of which a step would run or be refused with these options."""
-    args = parse(list(options))
-    judge = Steps(Content(args.dumpdir / "memory", keep=False))
-    said = list(forecast(plan(Layout(args)), judge, range(1, LAST_STAGE + 1)))
-    rerun = {step.stage for step, what in said if not what.startswith(("up to", "skipped"))}
-    always = {step.stage for step, what in said if what == "would run: always done"}
-    others = {
-        step.stage
-        for step, what in said
-        if not what.startswith(("up to", "skipped")) and what != "would run: always done"
-    }
-    return rerun - (always - others)
-
-
-def pretend_done(*options: str) -> None:
-    """Stamp all steps as done, without doing them."""
-    args = parse(list(options))
-    judge = Steps(Content(args.dumpdir / "memory", keep=False))
-    for step in plan(Layout(args)):
-        if not step.skipped and not step.always:
-            judge.begin(step)
-            object.__setattr__(step, "products", lambda: ())
-            judge.end(step)
+    return recipe_place(tmp_path, monkeypatch)
 
 
 @pytest.fixture
