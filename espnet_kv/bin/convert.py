@@ -171,6 +171,10 @@ def run(args: argparse.Namespace, command_line: str) -> None:
         args.asr_train_config, args.asr_model_file, options_of(args), command_line, source
     )
     write_experiment(args.output_dir, args.asr_model_file.name, conversion, provenance)
+    for part, choice in conversion.choices.items():
+        errors = (f"{name}: {error:.4f}" for name, error in choice["errors"].items())
+        print(f"  {part}: error on held-out audio: {'; '.join(errors)}", flush=True)
+        print(f"  {part}: chosen: {choice['chosen']}", flush=True)
     for part, cache in conversion.cache.items():
         before, after = cache["before"]["bytes"], cache["after"]["bytes"]
         print(f"  {part}: attention cache {before} -> {after} bytes", flush=True)

@@ -1,8 +1,12 @@
 """Calibration audio: its selection, and running a model on it. No transcripts are needed.
 
-The decoder input is the model's own greedy search result instead of a transcript.
+Instead of transcripts, the decoder's inputs are results of its own greedy search and disturbed
+copies of them: a converted decoder makes errors, and then has to go on from prefixes that the
+search of the source does not contain. The copies also give the decoder's attention more queries
+per utterance, of which there are few.
 """
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +26,8 @@ KINDS = ("kaldi_ark", "sound")
 HELD_OUT = 5
 # seconds; shorter utterances may be too short for the encoder and carry little information
 SHORTEST = 0.5
+# disturbed copies of each decoder input, and the share of their tokens that is disturbed
+COPIES, DISTURBANCE = 2, 0.3
 # limit of greedy search, in tokens per encoder frame
 TOKENS_PER_FRAME = 1.0
 
@@ -117,27 +123,43 @@ class CalibrationRunner:
     Args:
         model: the ESPnet model, in eval mode.
         decoding: whether to run the decoder too.
+        seed: for the disturbed decoder inputs.
     """
 
-    def __init__(self, model: Any, decoding: bool):
-        self._model, self._decoding = model, decoding
-        self._tokens: dict[int, Tensor] = {}
+    def __init__(self, model: Any, decoding: bool, seed: int = 0):
+        self._model, self._decoding, self._seed = model, decoding, seed
+        self._encoded: dict[int, tuple[Tensor, Tensor]] = {}
+        self._texts: dict[int, list[Tensor]] = {}
 
     def transcribe(self, utterances: Sequence[Tensor], step: Callable[[], object]) -> None:
-        """Find the decoder input of each utterance by greedy search; `run` needs it.
+        """Find the decoder inputs of each utterance; `run` needs them.
 
         Call it before the calls of attention modules are recorded. step: called after each.
         """
+        greedy: dict[int, Tensor] = {}
         for speech in utterances if self._decoding else ():
-            encoded, _ = self._encode(speech)
-            self._tokens[id(speech)] = greedy_tokens(self._model, encoded[0])
+            encoded, lengths = self._encode(speech)
+            self._encoded[id(speech)] = encoded, lengths
+            greedy[id(speech)] = greedy_tokens(self._model, encoded[0])
             step()
+        generator = torch.Generator().manual_seed(self._seed)
+        for key, tokens in greedy.items():
+            others = torch.cat(list(greedy.values()))
+            copies = (disturbed(tokens, others, generator) for _ in range(COPIES))
+            self._texts[key] = [tokens, *copies]
 
     @torch.no_grad()
     def run(
-        self, utterances: Sequence[Tensor], step: Callable[[], object] = lambda: None
+        self,
+        utterances: Sequence[Tensor],
+        step: Callable[[], object] = lambda: None,
+        modules: Sequence[str] = ("encoder", "decoder"),
     ) -> dict[str, Tensor]:
-        """Run the model on utterances. step: called after each.
+        """Run the model on utterances.
+
+        Args:
+            step: called after each utterance.
+            modules: without "encoder", the decoder gets the encoder output from `transcribe`.
 
         Returns:
             Outputs of all utterances, concatenated: "encoder" (frames, D), and with `decoding`
@@ -145,12 +167,13 @@ class CalibrationRunner:
         """
         outputs: dict[str, list[Tensor]] = {"encoder": [], "decoder": []}
         for speech in utterances:
-            encoded, lengths = self._encode(speech)
+            key = id(speech)
+            encoder = "encoder" in modules or key not in self._encoded
+            encoded, lengths = self._encode(speech) if encoder else self._encoded[key]
             outputs["encoder"].append(encoded[0])
-            if self._decoding:
-                tokens = self._tokens[id(speech)][None]  # (1, L), <sos> first
-                token_lengths = torch.tensor([tokens.size(1)])
-                scores, _ = self._model.decoder(encoded, lengths, tokens, token_lengths)
+            for tokens in self._texts[key] if self._decoding and "decoder" in modules else ():
+                inputs, sizes = tokens[None], torch.tensor([len(tokens)])  # (1, L), <sos> first
+                scores, _ = self._model.decoder(encoded, lengths, inputs, sizes)
                 outputs["decoder"].append(scores[0].log_softmax(dim=-1))
             step()
         return {module: torch.cat(parts) for module, parts in outputs.items() if parts}
@@ -165,6 +188,27 @@ class CalibrationRunner:
                 "training of the model diverged; use the model of an earlier epoch"
             )
         return encoded, lengths
+
+
+def disturbed(tokens: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
+    """A copy of (L,) tokens in which some are replaced, dropped or repeated.
+
+    Each with probability DISTURBANCE / 3. The first token, <sos>, remains.
+
+    Args:
+        others: (n,) tokens to draw replacements from.
+        generator: of the random numbers.
+    """
+    length = len(tokens)
+    kind = torch.rand(length, generator=generator) / (DISTURBANCE / 3)
+    kind[:1] = math.inf
+    drawn = others[torch.randint(len(others), (length,), generator=generator)]
+    copies = torch.ones(length, dtype=torch.long)
+    copies[(kind >= 1) & (kind < 2)] = 0
+    copies[(kind >= 2) & (kind < 3)] = 2
+    return torch.where((kind < 1).to(tokens.device), drawn, tokens).repeat_interleave(
+        copies.to(tokens.device)
+    )
 
 
 @torch.no_grad()

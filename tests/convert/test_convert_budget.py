@@ -1,13 +1,11 @@
-"""Allocation of a budget to layers, and effects of layer errors on the model output."""
+"""Allocation of a budget to layers."""
 
 from itertools import pairwise, product
 
 import pytest
-import torch
 from layers import SIZE, Source, layer
 
 from espnet_kv.convert.budget import choose_ranks, lower_hull, predicted_errors
-from espnet_kv.convert.effects import measure_effects
 from espnet_kv.convert.statistics import LayerStatistics
 from espnet_kv.errors import UserError
 
@@ -74,26 +72,3 @@ def test_lower_hull():
     hull = [8.0, 5.0, 2.0, 4 / 3, 2 / 3, 0.0]
     assert lower_hull([8.0, 7.0, 2.0, 1.5, 1.0, 0.0]) == pytest.approx(hull)
     assert lower_hull([3.0]) == [3.0]
-
-
-class Chain(torch.nn.Module):
-    """Two linear layers; the second multiplies the output of the first by three."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
-        with torch.no_grad():
-            self.second.weight.copy_(3 * torch.eye(6))
-
-    def forward(self, x):
-        return self.second(self.first(x))
-
-
-def test_effects_are_the_gains_of_a_linear_model():
-    chain, x = Chain(), torch.randn(40, 6)
-    modules = {"first": chain.first, "second": chain.second}
-    effects = measure_effects(modules, lambda: chain(x))
-    assert effects["first"] == pytest.approx(9, rel=1e-3)
-    assert effects["second"] == pytest.approx(1, rel=1e-3)
-    assert measure_effects(modules, lambda: chain(x)) == effects
-    assert not chain.first._forward_hooks
