@@ -59,6 +59,11 @@ setup(
             "dask-jobqueue",
             "asyncssh",
         ],
+        # token_type whisper_en or whisper_multilingual, encoder and decoder whisper or kv_whisper
+        "whisper": [
+            "openai-whisper",
+            "tiktoken",
+        ],
         "dev": [
             "pytest",
             "pytest-xdist",

@@ -24,8 +24,20 @@ LAYERS = {
     "channels": set(),
     "cache": set(),
     "attention": {"cache"},
-    "encoder": {"cache", "attention", "espnet.signatures", "espnet.loading"},
-    "decoder": {"cache", "attention", "espnet.signatures", "espnet.loading"},
+    "encoder": {
+        "cache",
+        "attention",
+        "espnet.signatures",
+        "espnet.loading",
+        "espnet.openai_whisper",
+    },
+    "decoder": {
+        "cache",
+        "attention",
+        "espnet.signatures",
+        "espnet.loading",
+        "espnet.openai_whisper",
+    },
     "espnet": {
         "cli",
         "files",

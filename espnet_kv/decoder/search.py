@@ -23,17 +23,17 @@ FIRST_SLOTS = 64
 
 
 class StoreStep(CacheStep):
-    """One more token for K hypotheses of each utterance.
+    """One more token for K hypotheses of each utterance, or several for each.
 
-    In the terms of `CacheStep`, utterances are the streams and hypotheses the frames of a chunk.
-    Each hypothesis attends to its own slots only.
+    In the terms of `CacheStep`, utterances are the streams and the new tokens of their hypotheses
+    the frames of a chunk. Each hypothesis attends to its own slots only.
 
     Args:
         states: states of the self-attention modules.
         memory: encoded utterances for cross-attention.
-        first: the first of the K slots for the new tokens.
-        count: K.
-        visible: (B, 1, K, S), added to the logits.
+        first: the first of the slots for the new tokens.
+        count: K, or K times the number of new tokens.
+        visible: (B, 1, count, S), added to the logits.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Search:
     """The caches of a decoder for a batch of utterances.
 
     Args:
-        decoder: the KVTransformerDecoder.
+        decoder: a CachedDecoder.
         xs: (B, T, D) encoder output.
         mask: (B, 1, T), frames that exist; None: all.
     """
@@ -111,7 +111,7 @@ class Search:
         self._slots, self._used = FIRST_SLOTS, 0
         self._living: weakref.WeakSet[Hypothesis] = weakref.WeakSet()
         spec = self._make_spec(xs, FIRST_SLOTS)
-        self.states = [layer.self_attn.init_state(spec) for layer in decoder.decoders]
+        self.states = [attention.init_state(spec) for attention in decoder.self_attentions]
         self._held = [0] * self.batch_size  # tokens in the store, of each utterance
         self.replace_memory(xs, mask)
 
@@ -122,18 +122,24 @@ class Search:
         """Replace the encoder output by (B, T, D), e.g. when it has grown."""
         self.frames = xs.size(1)
         spec = self._make_spec(xs, self.frames)
-        states = [
-            layer.src_attn.init_cross_state(xs, spec, mask) for layer in self._decoder.decoders
-        ]
+        states = [a.init_cross_state(xs, spec, mask) for a in self._decoder.src_attentions]
         self.memory = Memory(states, self.frames, None if mask is None else mask[:, None].ne(0))
 
-    def begin(self, hypotheses: Sequence[Hypothesis]) -> tuple[StoreStep, Tensor]:
-        """Begin the step of one more token for N hypotheses, K of each utterance.
+    @property
+    def tokens_per_step(self) -> int | None:
+        """How many tokens of a hypothesis a step can take; None: any number."""
+        return 1 if any(isinstance(state, SumState) for state in self.states) else None
+
+    def begin(self, hypotheses: Sequence[Hypothesis], tokens: int = 1) -> tuple[StoreStep, Tensor]:
+        """Begin the step of more tokens for N hypotheses, K of each utterance.
+
+        Args:
+            tokens: new tokens of each hypothesis, at most `tokens_per_step`.
 
         Returns:
             The step and the paths (N, L) of the hypotheses after it.
         """
-        count = len(hypotheses) // self.batch_size
+        count = len(hypotheses) // self.batch_size * tokens  # slots for each utterance
         if self._used + count > self._slots:
             self._compact(count)
         b, first, device = self.batch_size, self._used, self._device
@@ -143,11 +149,13 @@ class Search:
         ]
         self._used += count
         self._held = [held + count for held in self._held]
-        new = torch.arange(first, self._used, device=device).repeat(b)[:, None]
+        new = torch.arange(first, self._used, device=device).repeat(b).view(-1, tokens)
         paths = torch.cat([torch.stack([h.path for h in hypotheses]), new], dim=1)
-        size = (len(hypotheses), self._used)
+        size = (len(hypotheses), tokens, self._used)
         hidden = torch.full(size, -torch.inf, dtype=self._dtype, device=device)
-        visible = hidden.scatter_(1, paths, 0.0).view(b, 1, count, self._used)
+        for token in range(tokens):  # a token attends to itself and those before
+            hidden[:, token].scatter_(1, paths[:, : paths.size(1) - tokens + token + 1], 0.0)
+        visible = hidden.view(b, 1, count, self._used)
         return StoreStep(states, self.memory, first, count, visible), paths
 
     def _sums(self, hypotheses: Sequence[Hypothesis], index: int) -> SumState:
@@ -232,12 +240,14 @@ class Search:
 
     def nbytes_analytic(self) -> dict[str, int]:
         """The expected `nbytes_by_kind`, computed from the configuration of the decoder."""
-        layers, stored, dtype = self._decoder.decoders, self._decoder.cache_dtype, self._dtype
-        own = sum(layer.self_attn.footprint.nbytes(self._held, stored, dtype) for layer in layers)
+        stored, dtype = self._decoder.cache_dtype, self._dtype
+        layers = [attention.footprint for attention in self._decoder.self_attentions]
+        own = sum(layer.nbytes(self._held, stored, dtype) for layer in layers)
         # the constant part is per hypothesis, not per utterance
-        constant = sum(layer.self_attn.footprint.nbytes([0], stored, dtype) for layer in layers)
+        constant = sum(layer.nbytes([0], stored, dtype) for layer in layers)
         frames = [self.frames] * self.batch_size
-        cross = sum(layer.src_attn.footprint.nbytes(frames, stored, dtype) for layer in layers)
+        layers = [attention.footprint for attention in self._decoder.src_attentions]
+        cross = sum(layer.nbytes(frames, stored, dtype) for layer in layers)
         sums = (len(self._living) - self.batch_size) * constant
         return {"self": own + sums, "cross": cross}
 

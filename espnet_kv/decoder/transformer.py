@@ -1,24 +1,22 @@
 """The decoder kv_transformer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from espnet2.asr.decoder.transformer_decoder import TransformerDecoder
-from torch import Tensor, nn
+from torch import Tensor
 
-from espnet_kv.attention import check_attention, layer_confs, replace_attention
-from espnet_kv.attention.base import HeadSizes
+from espnet_kv.attention import replace_attention
+from espnet_kv.attention.base import Attention, HeadSizes
 from espnet_kv.attention.positions import at_positions
-from espnet_kv.cache.step import active_step
-from espnet_kv.decoder.search import Hypothesis, Search
-from espnet_kv.errors import ConfigError
+from espnet_kv.decoder.cached import CachedDecoder, check_places
 from espnet_kv.espnet.loading import refuse_partial_loads
 from espnet_kv.espnet.signatures import complete_arguments, with_arguments_of
 
 
 @with_arguments_of(TransformerDecoder)
-class KVTransformerDecoder(TransformerDecoder):
+class KVTransformerDecoder(CachedDecoder, TransformerDecoder):
     """ESPnet's TransformerDecoder with a key/value cache in search.
 
     Parameters and training are ESPnet's; with mha for both attentions its checkpoints load. In
@@ -26,7 +24,7 @@ class KVTransformerDecoder(TransformerDecoder):
     utterance for the encoder output. ESPnet's decoder caches layer outputs and projects the whole
     prefix and the whole encoder output again at every token.
 
-    Shape letters: N hypotheses, B utterances, K = N / B, L tokens, V vocabulary, D model size.
+    Shape letters: V vocabulary, D model size, and those of CachedDecoder.
 
     Args:
         vocab_size: V.
@@ -57,15 +55,7 @@ class KVTransformerDecoder(TransformerDecoder):
             "src": (src_attention_type, dict(src_attention_conf or {})),
         }
         espnet = complete_arguments("decoder_conf", type(self), TransformerDecoder, espnet_conf)
-        layer_conf = {}
-        for place, (kind, conf) in confs.items():
-            try:
-                check_attention(kind, conf)
-                layer_conf[place] = layer_confs(conf, espnet["num_blocks"])
-            except ConfigError as error:
-                raise ConfigError(f"{place}_{error}") from error
-            if conf.get("decay") is not None:
-                raise ConfigError(f"{place}_attention_conf.decay: works in encoders only")
+        layer_conf = check_places(confs, espnet["num_blocks"])
         super().__init__(vocab_size, encoder_output_size, attention_heads, **espnet_conf)
         for index, layer in enumerate(self.decoders):
             for place, (kind, _) in confs.items():
@@ -81,108 +71,32 @@ class KVTransformerDecoder(TransformerDecoder):
                     qk_norm=espnet["qk_norm"],
                 )
                 attention.state_index, attention.cross = index, place == "src"
-        self.cache_dtype: str | None = None
         # ESPnet loads with strict=False and would keep random attention weights
         self.load_guard = refuse_partial_loads(self)
 
-    def prepare_search(self) -> None:
-        """Transpose the memory layout of weights for products with few rows on a CPU.
+    @property
+    def self_attentions(self) -> list[Attention]:
+        return [layer.self_attn for layer in self.decoders]
 
-        BLAS then takes about half the time. Values do not change, but parameters are no longer
-        contiguous, so only decoding commands call this, and not training.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Linear) and module.weight.device.type == "cpu":
-                module.weight.data = module.weight.data.t().contiguous().t()
+    @property
+    def src_attentions(self) -> list[Attention]:
+        return [layer.src_attn for layer in self.decoders]
 
-    def init_state(self, x: Tensor) -> Hypothesis:
-        """Create the empty hypothesis for encoder output x (T, D)."""
-        return self.batch_init_state(x)
-
-    def batch_init_state(self, x: Tensor, xs_lengths: Tensor | None = None) -> Hypothesis:
-        """Create the empty hypothesis for one utterance (T, D) or several (B, T, D).
-
-        xs_lengths: (B,), frames of each utterance; None: T.
-        """
-        x = x[None] if x.dim() == 2 else x
-        mask = None
-        if xs_lengths is not None and int(min(xs_lengths)) < x.size(1):
-            frames = torch.arange(x.size(1), device=x.device)
-            mask = (frames < xs_lengths.to(x.device)[:, None])[:, None]  # (B, 1, T)
-        return Hypothesis(Search(self, x, mask), 0, x.new_zeros(0, dtype=torch.long))
-
-    def score(self, ys: Tensor, state: Hypothesis | None, x: Tensor, return_hs: bool = False):
-        """Score the next token of one hypothesis (ESPnet's ScorerInterface).
-
-        Args:
-            ys: (L,) tokens. state: state before the last token. x: (T, D).
-
-        Returns:
-            (V,) log-probabilities, with return_hs also the hidden state (D,), and the new state.
-        """
-        scores, (state,) = self.batch_score(ys[None], [state], x[None], return_hs)
-        if return_hs:
-            return scores[0][0], scores[1][0], state
-        return scores[0], state
-
-    @torch.no_grad()
-    def batch_score(
-        self,
-        ys: Tensor,
-        states: Sequence[Hypothesis | None],
-        xs: Tensor,
-        return_hs: bool = False,
-        xs_mask: Tensor | None = None,
-    ):
-        """Score the next token of every hypothesis (ESPnet's BatchScorerInterface).
-
-        Args:
-            ys: (N, L) tokens; the hypotheses of an utterance are consecutive.
-            states: states before the last token.
-            xs: (N, T, D), the encoder output of each hypothesis.
-            xs_mask: (N, 1, T), frames that exist; None: all.
-
-        Returns:
-            (N, V) log-probabilities, with return_hs also hidden states (N, D), and N new states.
-        """
-        states = self._current_states(states, xs, xs_mask)
-        search = states[0].search
-        for position in range(len(states[0].path), ys.size(1)):  # a primer has more than one
-            x = self._embed(ys[:, position], position).view(search.batch_size, -1, xs.size(-1))
-            step, paths = search.begin(states)
-            with active_step(step):
-                for layer in self.decoders:
-                    x = layer(x, None, x, None)[0]  # (B, K, D)
-            states = search.end(step, paths)
-        hidden = x.flatten(0, 1)  # (N, D)
-        if self.normalize_before:
-            hidden = self.after_norm(hidden)
-        scores = hidden
-        if self.output_layer is not None:
-            scores = torch.log_softmax(self.output_layer(hidden), dim=-1)
-        return ((scores, hidden) if return_hs else scores), states
-
-    def _current_states(
-        self, states: Sequence[Hypothesis | None], xs: Tensor, xs_mask: Tensor | None
-    ) -> list[Hypothesis]:
-        """The states, after creating missing ones and updating a changed encoder output."""
-        first = states[0]
-        if first is not None and first.search.frames == xs.size(1):
-            return list(states)  # type: ignore[arg-type]
-        if first is not None and len(first.path):
-            each = slice(None, None, len(xs) // first.search.batch_size)
-            first.search.replace_memory(xs[each], None if xs_mask is None else xs_mask[each])
-            return list(states)  # type: ignore[arg-type]
-        # ESPnet expands one utterance to a view per hypothesis, but copies several
-        if xs.stride(0) == 0 or len(xs) == 1:
-            xs, xs_mask = xs[:1], None if xs_mask is None else xs_mask[:1]
-        search = Search(self, xs, xs_mask)
-        return [Hypothesis(search, 0, xs.new_zeros(0, dtype=torch.long))] * len(states)
-
-    def _embed(self, tokens: Tensor, position: int) -> Tensor:
-        """Embed (N,) tokens at one position, or (N, mels) inputs -> (N, D)."""
+    def embed_tokens(self, tokens: Tensor, position: int) -> Tensor:
         *layers, encoding = self.embed
-        x = tokens
+        x = tokens  # (N, L), or (N, L, mels) with another input layer
         for layer in layers:
             x = layer(x)
-        return at_positions(encoding, x, torch.tensor(position, device=x.device))
+        last = position + tokens.size(1)
+        return at_positions(encoding, x, torch.arange(position, last, device=x.device))
+
+    def run_layers(self, x: Tensor) -> Tensor:
+        for layer in self.decoders:
+            x = layer(x, None, x, None)[0]
+        return x
+
+    def token_scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.after_norm(x) if self.normalize_before else x
+        if self.output_layer is None:
+            return hidden, hidden
+        return torch.log_softmax(self.output_layer(hidden), dim=-1), hidden

@@ -6,12 +6,12 @@ larger than the vocabulary. The subclass here handles these cases.
 
 import argparse
 import inspect
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from espnet2.asr.encoder.whisper_encoder import OpenAIWhisperEncoder
 from espnet2.asr.frontend.default import DefaultFrontend
 from espnet2.bin import asr_inference as espnet
 from espnet2.bin.asr_inference import Hypothesis, TooShortUttError
@@ -28,12 +28,13 @@ from espnet_kv.espnet.loading import (
     read_config,
     refuse_partial_loads,
 )
+from espnet_kv.espnet.openai_whisper import build_within
 from espnet_kv.espnet.packs import unpacked
 from espnet_kv.espnet.parser import PAIRS, check_search
+from espnet_kv.espnet.replacing import replaced
 from espnet_kv.espnet.task import ASRTask, CachedDecodingTask
 
 _SIGNATURE = inspect.signature(espnet.Speech2Text)
-_REPLACING = threading.RLock()
 
 
 class Speech2Text(espnet.Speech2Text):
@@ -67,6 +68,8 @@ class Speech2Text(espnet.Speech2Text):
             "LMTask": lm_task,
             "CTCPrefixScorer": FastCTCPrefixScorer if fast_ctc else WideCTCPrefixScorer,
         }
+        for name in ("build_tokenizer", "OpenAIWhisperTokenIDConverter"):
+            ours[name] = build_within(getattr(espnet, name))
         try:
             with replaced(espnet, **ours):
                 super().__init__(**given)
@@ -92,6 +95,9 @@ class Speech2Text(espnet.Speech2Text):
             self.dtype = "float32"  # type of the audio
         if hasattr(self.asr_model.decoder, "prepare_search"):
             self.asr_model.decoder.prepare_search()
+        positions = getattr(self.asr_model.decoder, "text_positions", None)
+        if positions is not None and hasattr(self.beam_search, "post_process"):
+            _limit_length(self.beam_search, positions)
 
     @classmethod
     def from_pretrained(cls, model_tag: str | None = None, **options: Any) -> "Speech2Text":
@@ -132,18 +138,6 @@ def search_task(kv_decoder: bool, partial_ar: bool = False) -> type[ASRTask]:
         partial_ar: a search of another kind, which keeps the stock decoder.
     """
     return CachedDecodingTask if kv_decoder and not partial_ar else ASRTask
-
-
-@contextmanager
-def replaced(module: Any, **ours: Any) -> Iterator[Any]:
-    """Yield a module of ESPnet in which names stand for other objects; one thread at a time."""
-    with _REPLACING:
-        own = {name: getattr(module, name) for name in ours}
-        vars(module).update(ours)
-        try:
-            yield module
-        finally:
-            vars(module).update(own)
 
 
 def language_model_task(espnet_task: Any) -> Any:
@@ -201,11 +195,33 @@ def _check(given: Mapping[str, Any]) -> None:
             raise ArgumentError(name, f"needs {other}")
 
 
+def _limit_length(search: Any, positions: int) -> None:
+    """End hypotheses of a BeamSearch or BatchBeamSearch when the decoder has no more positions."""
+    own = search.post_process
+    said: list[bool] = []
+
+    def post_process(i: int, maxlen: Any, *rest: Any) -> Any:
+        most = positions - search._primer_length() + 1  # <eos> needs no position
+        wanted = maxlen if isinstance(maxlen, list) else [maxlen]
+        if i == most - 1 and max(wanted) > most and not said:
+            said.append(True)
+            logging.warning(
+                f"a hypothesis has {positions} tokens, the most that the decoder has positions "
+                "for: hypotheses end there"
+            )
+        least = [min(count, most) for count in wanted]
+        return own(i, least if isinstance(maxlen, list) else least[0], *rest)
+
+    search.post_process = post_process
+
+
 def _check_length(model: nn.Module, lengths: list[int]) -> None:
     frontend, least = getattr(model, "frontend", None), 1
     if isinstance(frontend, DefaultFrontend) and frontend.stft is not None:
         stft = frontend.stft
         least = stft.n_fft // 2 + 1 if stft.center else stft.n_fft
+    elif isinstance(model.encoder, OpenAIWhisperEncoder):
+        least = model.encoder.n_fft // 2 + 1
     if min(lengths) < least:
         raise TooShortUttError(
             f"{min(lengths)} samples of audio are too few: features need at least {least}; its "
@@ -220,6 +236,9 @@ def _features_in_32_bits(model: Any, dtype: torch.dtype) -> None:
     for module in (model.frontend, model.normalize):
         if module is not None:
             module.float()
+
+    if isinstance(model.encoder, OpenAIWhisperEncoder):
+        return  # it computes features itself
 
     def narrow(module: nn.Module, inputs: tuple) -> tuple:
         features, *rest = inputs

@@ -13,6 +13,7 @@ import yaml
 from torch import Tensor, nn
 
 from espnet_kv.errors import ConfigError, UserError, is_out_of_memory, one_line
+from espnet_kv.espnet.openai_whisper import build_within
 from espnet_kv.names import plain_names
 
 if TYPE_CHECKING:
@@ -264,6 +265,14 @@ def load_tokenizer(
     from espnet2.text.build_tokenizer import build_tokenizer
 
     token_type = token_type or args.token_type
+    if token_type and "whisper" in token_type:
+        conf = getattr(args, "preprocessor_conf", None) or {}
+        return build_within(build_tokenizer)(
+            token_type=token_type,
+            bpemodel=bpemodel or args.bpemodel,
+            whisper_language=conf.get("whisper_language"),
+            whisper_task=conf.get("whisper_task"),
+        )
     if token_type != "bpe":
         return build_tokenizer(token_type=token_type) if token_type else None
     bpemodel = bpemodel or args.bpemodel

@@ -23,9 +23,11 @@ CHOICES = {
         "kv_branchformer": "espnet_kv.encoder.encoders:KVBranchformerEncoder",
         "kv_e_branchformer": "espnet_kv.encoder.encoders:KVEBranchformerEncoder",
         "kv_transformer": "espnet_kv.encoder.encoders:KVTransformerEncoder",
+        "kv_whisper": "espnet_kv.encoder.whisper_encoder:KVWhisperEncoder",
     },
     "decoder_choices": {
         "kv_transformer": "espnet_kv.decoder.transformer:KVTransformerDecoder",
+        "kv_whisper": "espnet_kv.decoder.whisper_decoder:KVWhisperDecoder",
     },
 }
 TASK_MODULES = ("espnet2.tasks.asr", "espnet3.systems.esp2_asr.task")

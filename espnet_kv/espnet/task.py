@@ -1,14 +1,14 @@
 """ESPnet's ASR task with the plug-in registered and checkpoints loaded strictly."""
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from espnet2.tasks.asr import ASRTask as ESPnetASRTask
 from espnet2.train.abs_espnet_model import AbsESPnetModel
 
-from espnet_kv.decoder.transformer import KVTransformerDecoder
-from espnet_kv.encoder.chunked import KVEncoder
 from espnet_kv.errors import ArgumentError, UserError, one_line
 from espnet_kv.espnet.loading import (
     build_filled,
@@ -18,6 +18,8 @@ from espnet_kv.espnet.loading import (
     read_config,
     refuse_partial_loads,
 )
+from espnet_kv.espnet.openai_whisper import with_whisper
+from espnet_kv.espnet.whisper_weights import weights_follow
 from espnet_kv.names import plain_names
 
 
@@ -35,13 +37,23 @@ class ASRTask(ESPnetASRTask):
             ConfigError: a key of encoder_conf is not allowed.
         """
         vars(args).update(plain_names(vars(args)))
-        model = super().build_model(args)
-        for module in model.modules():
-            if isinstance(module, KVEncoder | KVTransformerDecoder):
+        with with_whisper(vars(args)):
+            model = super().build_model(args)
+        for part in ("encoder", "decoder"):
+            module: Any = getattr(model, part, None)
+            if hasattr(module, "load_guard"):
                 module.load_guard.remove()  # the guard of the whole model names all keys at once
+            if hasattr(module, "dims"):  # config.yaml says what whisper_model may no longer tell
+                setattr(args, f"{part}_conf", getattr(args, f"{part}_conf") | {"dims": module.dims})
         if not getattr(args, "use_adapter", False):  # adapters are saved without the model
             refuse_partial_loads(model)
         return model
+
+    @classmethod
+    def build_preprocess_fn(cls, args: argparse.Namespace, train: bool) -> Any:
+        """ESPnet's preprocessing; with Whisper's tokens also with PyPI's openai-whisper."""
+        with with_whisper(vars(args)):
+            return super().build_preprocess_fn(args, train)
 
     @classmethod
     def build_model_from_file(
@@ -80,7 +92,8 @@ class ASRTask(ESPnetASRTask):
             @classmethod
             def build_model(inner, args: argparse.Namespace) -> AbsESPnetModel:
                 vars(args).update(find_files(named, config))
-                return build_filled(super().build_model, args, checkpoint, named)
+                with nullcontext() if model_file is None else weights_follow():
+                    return build_filled(super().build_model, args, checkpoint, named)
 
         try:
             load = super(ASRTask, Loading).build_model_from_file  # type: ignore[misc]
@@ -99,12 +112,18 @@ class ASRTask(ESPnetASRTask):
 
 
 class CachedDecodingTask(ASRTask):
-    """ASRTask for inference with kv_transformer in place of ESPnet's `transformer` decoder."""
+    """ASRTask for inference with cached decoders in place of ESPnet's.
+
+    `transformer` becomes kv_transformer, and `whisper` kv_whisper, the encoder too: ESPnet's drops
+    what is longer than 30 s.
+    """
 
     @classmethod
     def build_model(cls, args: argparse.Namespace) -> AbsESPnetModel:
-        if getattr(args, "decoder", None) == "transformer":
-            args.decoder = "kv_transformer"
+        if getattr(args, "decoder", None) in ("transformer", "whisper"):
+            args.decoder = f"kv_{args.decoder}"
+        if args.encoder == "whisper":
+            args.encoder = "kv_whisper"
         return super().build_model(args)
 
 
@@ -121,10 +140,13 @@ class TrainingTask(ASRTask):
         Raises:
             UserError: files in init_param have missing keys or other sizes.
         """
-        model = super().build_model(args)
         files = list(getattr(args, "init_param", None) or [])
         parts = [file for file in files if ":" in file]  # FILE:FROM:TO selects a part on purpose
-        if files and not parts and not args.ignore_init_mismatch:
+        whole = bool(files) and not parts and not args.ignore_init_mismatch
+        resumed = args.resume and (Path(args.output_dir) / "checkpoint.pth").is_file()
+        with weights_follow() if whole or resumed else nullcontext():
+            model = super().build_model(args)
+        if whole:
             _check_init(model, files)
         return model
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from espnet_kv.errors import ArgumentError, UserError, one_line
+from espnet_kv.espnet.openai_whisper import WINDOW, too_long, uses_whisper
 from espnet_kv.streaming.recordings import (
     model_rate,
     read_lines,
@@ -82,8 +83,10 @@ class ReadAudio:
         self.channels = bool(
             inner.get("use_beamformer") or inner.get("use_wpe") or hasattr(args, "enh_separator")
         )
-        # a model without frontend reads features
-        self.prepares = getattr(args, "input_size", None) is None
+        whisper = uses_whisper({"encoder": getattr(args, "encoder", None)})
+        # a model without frontend reads features, but Whisper's encoder has its own
+        self.prepares = getattr(args, "input_size", None) is None or whisper
+        self.most = WINDOW if whisper else None  # seconds
         self._noted: set[str] = set()
 
     def __call__(self, key: str, data: dict[str, Any]) -> dict[str, Any]:
@@ -99,7 +102,10 @@ class ReadAudio:
     def _read(self, entry: str, kind: str) -> np.ndarray:
         if not self.prepares:
             return read_recording(entry, kind)[0]
-        return read_utterance(entry, kind, self.rate, self.channels, self._note)
+        samples = read_utterance(entry, kind, self.rate, self.channels, self._note)
+        if self.most is not None and len(samples) > self.most * self.rate:
+            raise too_long(len(samples) / self.rate, self.most)
+        return samples
 
     def _note(self, text: str) -> None:
         if text not in self._noted:  # once, not for every utterance

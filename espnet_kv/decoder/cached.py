@@ -1,0 +1,173 @@
+"""Search with a decoder that caches keys and values."""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from espnet_kv.attention import check_attention, layer_confs
+from espnet_kv.attention.base import Attention
+from espnet_kv.cache.step import active_step
+from espnet_kv.decoder.search import Hypothesis, Search
+from espnet_kv.errors import ConfigError
+
+
+class CachedDecoder:
+    """Mixin for an ESPnet decoder class: ESPnet's scorer interfaces with the cache of `Search`.
+
+    It must come before the ESPnet class in the bases. Attention modules must be `Attention`s with
+    their `state_index` and `cross`.
+
+    Shape letters: N hypotheses, B utterances, K = N / B, L tokens, T encoder frames, V vocabulary,
+    D model size.
+
+    Attributes:
+        cache_dtype: see `espnet_kv.cache.codec`; None: the model's type.
+    """
+
+    cache_dtype: str | None = None
+    modules: Any
+
+    @property
+    @abstractmethod
+    def self_attentions(self) -> list[Attention]:
+        """The self-attention module of each block."""
+
+    @property
+    @abstractmethod
+    def src_attentions(self) -> list[Attention]:
+        """The cross-attention module of each block."""
+
+    @abstractmethod
+    def embed_tokens(self, tokens: Tensor, position: int) -> Tensor:
+        """Embed tokens (N, L), of which the first is at `position` -> (N, L, D)."""
+
+    @abstractmethod
+    def run_layers(self, x: Tensor) -> Tensor:
+        """Call the blocks with x (B, K L, D), while a step of `Search` is active."""
+
+    @abstractmethod
+    def token_scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, D) from the blocks -> log-probabilities (N, V) and hidden states (N, D)."""
+
+    def prepare_search(self) -> None:
+        """Transpose the memory layout of weights for products with few rows on a CPU.
+
+        BLAS then takes about half the time. Values do not change, but parameters are no longer
+        contiguous, so only decoding commands call this, and not training.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and module.weight.device.type == "cpu":
+                module.weight.data = module.weight.data.t().contiguous().t()
+
+    def init_state(self, x: Tensor) -> Hypothesis:
+        """Create the empty hypothesis for encoder output x (T, D)."""
+        return self.batch_init_state(x)
+
+    def batch_init_state(self, x: Tensor, xs_lengths: Tensor | None = None) -> Hypothesis:
+        """Create the empty hypothesis for one utterance (T, D) or several (B, T, D).
+
+        xs_lengths: (B,), frames of each utterance; None: T.
+        """
+        x = x[None] if x.dim() == 2 else x
+        mask = None
+        if xs_lengths is not None and int(min(xs_lengths)) < x.size(1):
+            frames = torch.arange(x.size(1), device=x.device)
+            mask = (frames < xs_lengths.to(x.device)[:, None])[:, None]  # (B, 1, T)
+        return Hypothesis(Search(self, x, mask), 0, x.new_zeros(0, dtype=torch.long))
+
+    def score(self, ys: Tensor, state: Hypothesis | None, x: Tensor, return_hs: bool = False):
+        """Score the next token of one hypothesis (ESPnet's ScorerInterface).
+
+        Args:
+            ys: (L,) tokens. state: state before the last token. x: (T, D).
+
+        Returns:
+            (V,) log-probabilities, with return_hs also the hidden state (D,), and the new state.
+        """
+        scores, (state,) = self.batch_score(ys[None], [state], x[None], return_hs)
+        if return_hs:
+            return scores[0][0], scores[1][0], state
+        return scores[0], state
+
+    @torch.no_grad()
+    def batch_score(
+        self,
+        ys: Tensor,
+        states: Sequence[Hypothesis | None],
+        xs: Tensor,
+        return_hs: bool = False,
+        xs_mask: Tensor | None = None,
+    ):
+        """Score the next token of every hypothesis (ESPnet's BatchScorerInterface).
+
+        Args:
+            ys: (N, L) tokens; the hypotheses of an utterance are consecutive.
+            states: states before the last token.
+            xs: (N, T, D), the encoder output of each hypothesis.
+            xs_mask: (N, 1, T), frames that exist; None: all.
+
+        Returns:
+            (N, V) log-probabilities, with return_hs also hidden states (N, D), and N new states.
+        """
+        states = self._current_states(states, xs, xs_mask)
+        search = states[0].search
+        position, length = len(states[0].path), ys.size(1)
+        most = search.tokens_per_step or length
+        while position < length:  # a primer has more than one token
+            tokens = ys[:, position : position + most]
+            x = self.embed_tokens(tokens, position)  # (N, l, D)
+            step, paths = search.begin(states, tokens.size(1))
+            with active_step(step):
+                # the l tokens of the K hypotheses of an utterance are the rows of its chunk
+                x = self.run_layers(x.reshape(search.batch_size, -1, x.size(-1))).view(x.shape)
+            states = search.end(step, paths)
+            position += tokens.size(1)
+        scores, hidden = self.token_scores(x[:, -1])
+        return ((scores, hidden) if return_hs else scores), states
+
+    def _current_states(
+        self, states: Sequence[Hypothesis | None], xs: Tensor, xs_mask: Tensor | None
+    ) -> list[Hypothesis]:
+        """The states, after creating missing ones and updating a changed encoder output."""
+        first = states[0]
+        if first is not None and first.search.frames == xs.size(1):
+            return list(states)  # type: ignore[arg-type]
+        if first is not None and len(first.path):
+            each = slice(None, None, len(xs) // first.search.batch_size)
+            first.search.replace_memory(xs[each], None if xs_mask is None else xs_mask[each])
+            return list(states)  # type: ignore[arg-type]
+        # ESPnet expands one utterance to a view per hypothesis, but copies several
+        if xs.stride(0) == 0 or len(xs) == 1:
+            xs, xs_mask = xs[:1], None if xs_mask is None else xs_mask[:1]
+        search = Search(self, xs, xs_mask)
+        return [Hypothesis(search, 0, xs.new_zeros(0, dtype=torch.long))] * len(states)
+
+
+def check_places(
+    places: Mapping[str, tuple[str, Mapping[str, Any]]], layers: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Check the attention arguments of a decoder.
+
+    Args:
+        places: self and src -> attention_type and attention_conf.
+        layers: number of blocks.
+
+    Returns:
+        The options of each layer, by place.
+
+    Raises:
+        ConfigError (a ValueError): names the key, its value and the allowed values.
+    """
+    found = {}
+    for place, (kind, conf) in places.items():
+        try:
+            check_attention(kind, conf)
+            found[place] = layer_confs(conf, layers)
+        except ConfigError as error:
+            raise ConfigError(f"{place}_{error}") from error
+        if conf.get("decay") is not None:
+            raise ConfigError(f"{place}_attention_conf.decay: works in encoders only")
+    return found
