@@ -6,9 +6,9 @@ search of the source does not contain. The copies also give the decoder's attent
 per utterance, of which there are few.
 """
 
-import math
 import random
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from espnet_kv.decoder.transformer import KVTransformerDecoder
+from espnet_kv.decoder.cached import CachedDecoder
 from espnet_kv.errors import UserError
+from espnet_kv.espnet.openai_whisper import whisper_package
 from espnet_kv.streaming.recordings import model_rate, read_scp, read_utterance
 
 KINDS = ("kaldi_ark", "sound")
@@ -123,11 +124,13 @@ class CalibrationRunner:
     Args:
         model: the ESPnet model, in eval mode.
         decoding: whether to run the decoder too.
+        start: tokens that every decoder input begins with (`start_tokens`); empty: <sos>.
         seed: for the disturbed decoder inputs.
     """
 
-    def __init__(self, model: Any, decoding: bool, seed: int = 0):
+    def __init__(self, model: Any, decoding: bool, start: Sequence[int] = (), seed: int = 0):
         self._model, self._decoding, self._seed = model, decoding, seed
+        self._start = list(start) or [model.sos]
         self._encoded: dict[int, tuple[Tensor, Tensor]] = {}
         self._texts: dict[int, list[Tensor]] = {}
 
@@ -140,13 +143,14 @@ class CalibrationRunner:
         for speech in utterances if self._decoding else ():
             encoded, lengths = self._encode(speech)
             self._encoded[id(speech)] = encoded, lengths
-            greedy[id(speech)] = greedy_tokens(self._model, encoded[0])
+            greedy[id(speech)] = greedy_tokens(self._model, encoded[0], self._start)
             step()
-        generator = torch.Generator().manual_seed(self._seed)
+        generator, first = torch.Generator().manual_seed(self._seed), len(self._start)
         for key, tokens in greedy.items():
             others = torch.cat(list(greedy.values()))
-            copies = (disturbed(tokens, others, generator) for _ in range(COPIES))
-            self._texts[key] = [tokens, *copies]
+            copies = [disturbed(tokens[first:], others, generator) for _ in range(COPIES)]
+            texts = [tokens, *(torch.cat([tokens[:first], copy]) for copy in copies)]
+            self._texts[key] = [text[: _most_tokens(self._model)] for text in texts]
 
     @torch.no_grad()
     def run(
@@ -193,7 +197,7 @@ class CalibrationRunner:
 def disturbed(tokens: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
     """A copy of (L,) tokens in which some are replaced, dropped or repeated.
 
-    Each with probability DISTURBANCE / 3. The first token, <sos>, remains.
+    Each with probability DISTURBANCE / 3.
 
     Args:
         others: (n,) tokens to draw replacements from.
@@ -201,7 +205,6 @@ def disturbed(tokens: Tensor, others: Tensor, generator: torch.Generator) -> Ten
     """
     length = len(tokens)
     kind = torch.rand(length, generator=generator) / (DISTURBANCE / 3)
-    kind[:1] = math.inf
     drawn = others[torch.randint(len(others), (length,), generator=generator)]
     copies = torch.ones(length, dtype=torch.long)
     copies[(kind >= 1) & (kind < 2)] = 0
@@ -212,20 +215,45 @@ def disturbed(tokens: Tensor, others: Tensor, generator: torch.Generator) -> Ten
 
 
 @torch.no_grad()
-def greedy_tokens(model: Any, encoded: Tensor) -> Tensor:
-    """Greedy search: (L,) tokens, <sos> first, without <eos>.
+def greedy_tokens(model: Any, encoded: Tensor, start: Sequence[int]) -> Tensor:
+    """Greedy search: (L,) tokens, those of `start` first, without <eos>.
 
     Args:
-        model: the ESPnet model, with a kv_transformer decoder.
+        model: the ESPnet model, with a kv_transformer or kv_whisper decoder.
         encoded: (T, D) encoder output.
     """
-    decoder: KVTransformerDecoder = model.decoder
-    tokens = torch.tensor([model.sos], device=encoded.device)
+    decoder: CachedDecoder = model.decoder
+    tokens = torch.tensor(start, device=encoded.device)
     state = decoder.init_state(encoded)
-    for _ in range(max(1, int(TOKENS_PER_FRAME * len(encoded)))):
+    most = max(1, int(TOKENS_PER_FRAME * len(encoded)))
+    for _ in range(min(most, _most_tokens(model) - len(tokens))):
         scores, state = decoder.score(tokens, state, encoded)
         best = scores.argmax()
         if best == model.eos:
             break
         tokens = torch.cat([tokens, best[None]])
     return tokens
+
+
+def _most_tokens(model: Any) -> int:
+    """The longest input of the decoder: Whisper's has a limit."""
+    return getattr(model.decoder, "text_positions", sys.maxsize)
+
+
+def start_tokens(model: Any, config: Mapping[str, Any]) -> list[int]:
+    """The tokens that every decoder input begins with: <sos>, or Whisper's language and task.
+
+    Args:
+        model: the ESPnet model.
+        config: its training configuration.
+    """
+    kind = str(config.get("token_type"))
+    if "whisper" not in kind:
+        return [model.sos]
+    conf = config.get("preprocessor_conf") or {}
+    tokenizer = whisper_package().tokenizer.get_tokenizer(
+        multilingual=kind != "whisper_en",
+        language=conf.get("whisper_language") or "en",
+        task=conf.get("whisper_task") or "transcribe",
+    )
+    return list(tokenizer.sot_sequence_including_notimestamps)

@@ -11,6 +11,7 @@ from torch import Tensor
 from espnet_kv.convert.budget import choose_ranks, predicted_errors
 from espnet_kv.convert.calls import Call
 from espnet_kv.convert.factorize import SECOND_MOMENT, Fit, fit_mla
+from espnet_kv.convert.modules import in_place_of
 from espnet_kv.convert.source import Part
 from espnet_kv.convert.statistics import LayerStatistics
 
@@ -55,7 +56,7 @@ def replaced(model: Any, part: Part, modules: Mapping[str, Any]) -> Iterator[Non
     before = [getattr(block, attribute) for _, block, attribute in slots]
     try:
         for name, block, attribute in slots:
-            setattr(block, attribute, modules[name])
+            setattr(block, attribute, in_place_of(getattr(block, attribute), modules[name]))
         yield
     finally:
         for (_, block, attribute), module in zip(slots, before, strict=True):
@@ -113,25 +114,31 @@ def choose_mla(
         UserError: see `fit_mla`.
     """
 
-    def fitted(ranks: Mapping[str, int]) -> dict[str, Fit]:
-        fits = {}
-        for name, (attention, statistics) in layers.items():
-            fits[name] = fit_mla(attention, ranks[name], statistics, unseen[name])
-            step()
-        return fits
-
-    equal = fitted(dict.fromkeys(layers, rank))
+    equal = {}
+    for name, (attention, statistics) in layers.items():
+        equal[name] = fit_mla(attention, rank, statistics, unseen[name])
+        step()
     choices = [Choice(equal, EQUAL), Choice(equal, USUAL)]
     if budget is not None:
-        tiny = torch.finfo(torch.float64).tiny
-        effects = {
-            name: model_error({name: equal[name].module})
-            / max(predicted_errors(*layer)[min(rank, layer[0].n_feat)], tiny)
+        weighted = {
+            name: _measured(layer, equal[name], rank, model_error({name: equal[name].module}))
             for name, layer in layers.items()
         }
-        ranks = choose_ranks(layers, budget, effects)
-        choices.append(Choice(fitted(ranks), SHARED))
+        shared = {}
+        for name, wanted in choose_ranks(weighted, budget).items():
+            attention, statistics = layers[name]
+            method = equal[name].method
+            shared[name] = fit_mla(attention, wanted, statistics, unseen[name], method)
+            step()
+        choices.append(Choice(shared, SHARED))
     errors = {choice.chosen: model_error(choice.modules) for choice in choices}
     best = min(choices, key=lambda choice: errors[choice.chosen])
     best.errors = errors
     return best
+
+
+def _measured(layer: tuple[Any, LayerStatistics], fit: Fit, rank: int, error: float) -> list[float]:
+    """Predicted errors at rank 0, 1, ..., D, multiplied so that `error` is the one at `rank`."""
+    predicted = predicted_errors(*layer, fit.method.metric(*layer))
+    effect = error / max(predicted[rank], torch.finfo(torch.float64).tiny)
+    return [effect * value for value in predicted]

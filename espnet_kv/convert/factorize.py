@@ -3,9 +3,9 @@
 Shape letters: H heads, D model size, d_k head size, r rank.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,19 +32,35 @@ type Weights = tuple[Tensor, Tensor, Tensor, Tensor]
 """down (r, D), up_k, up_v (D, r), and the bias of the values (D,)."""
 
 
+class Method(NamedTuple):
+    """A norm of the output error: share of the covariance, and weight of key errors (`metric`)."""
+
+    shrink: float
+    key_scale: float
+
+    def __str__(self) -> str:
+        return f"output error, shrink {self.shrink:g}, keys x {self.key_scale:g}"
+
+    def metric(self, attention: MultiHeadAttention, statistics: LayerStatistics) -> OutputMetric:
+        """The norm for a layer."""
+        scaled = OutputMetric.of(attention, statistics, self.shrink)
+        return scaled.with_keys_scaled(self.key_scale)
+
+
 @dataclass(frozen=True)
 class Fit:
     """A converted layer and the candidates it was chosen from.
 
     chosen: name of its method, a key of errors.
     errors: method -> relative error of the attention output on the inputs to choose by.
-    second_moment: the candidate SECOND_MOMENT.
+    second_moment: the candidate SECOND_MOMENT. method: the best of the others.
     """
 
     module: MultiHeadLatentAttention
     chosen: str
     errors: dict[str, float]
     second_moment: MultiHeadLatentAttention
+    method: Method
 
 
 def factorize_kv(
@@ -95,7 +111,7 @@ def to_mla(
     if statistics is not None:
         return fit_mla(attention, rank, statistics, unseen).module
     plain = factorize_kv(attention.linear_k.weight, attention.linear_v.weight, rank)
-    return _module(attention, rank, (*plain, attention.linear_v.bias))
+    return with_weights(attention, rank, (*plain, attention.linear_v.bias))
 
 
 @torch.no_grad()
@@ -104,6 +120,7 @@ def fit_mla(
     rank: int,
     statistics: LayerStatistics,
     unseen: Sequence[Call] = (),
+    method: Method | None = None,
 ) -> Fit:
     """Convert to latent attention by the method with the smallest error of the attention output.
 
@@ -115,6 +132,7 @@ def fit_mla(
     Args:
         unseen: calls to choose by that the statistics do not contain; if empty, those of the
             statistics, which favours candidates that are fitted too closely.
+        method: try only this norm of the output error.
 
     Raises:
         UserError: keys are normalised (qk_norm).
@@ -123,23 +141,29 @@ def fit_mla(
     calls = unseen or statistics.calls
     k, v = attention.linear_k, attention.linear_v
     usual = factorize_kv(k.weight, v.weight, rank, statistics.second_moment)
-    second_moment = _module(attention, rank, (*usual, v.bias))
-    modules, errors = {SECOND_MOMENT: second_moment}, {}
+    second_moment = with_weights(attention, rank, (*usual, v.bias))
+    best = method or Method(SHRINK, 1.0)
     if rank >= k.in_features:  # no loss
-        return Fit(second_moment, SECOND_MOMENT, {SECOND_MOMENT: 0.0}, second_moment)
+        return Fit(second_moment, SECOND_MOMENT, {SECOND_MOMENT: 0.0}, second_moment, best)
+    modules: dict[str, MultiHeadLatentAttention] = {SECOND_MOMENT: second_moment}
     expected = outputs(attention, calls)
-    errors[SECOND_MOMENT] = relative_error(outputs(second_moment, calls), expected)
-    best = KEY_SCALES[0], math.inf
-    for shrink in SHRINKS:
-        metric = OutputMetric.of(attention, statistics, shrink)
-        for scale in KEY_SCALES if shrink == SHRINKS[0] else (best[0],):
-            weights = _latent(attention, rank, statistics, metric.with_keys_scaled(scale))
-            name = f"output, shrink {shrink:g}, keys x {scale:g}"
-            modules[name] = _module(attention, rank, weights)
+    errors = {SECOND_MOMENT: relative_error(outputs(second_moment, calls), expected)}
+
+    def error(candidate: Method) -> float:
+        if (name := str(candidate)) not in errors:
+            metric = candidate.metric(attention, statistics)
+            modules[name] = with_weights(
+                attention, rank, _latent(attention, rank, statistics, metric)
+            )
             errors[name] = relative_error(outputs(modules[name], calls), expected)
-            best = min(best, (scale, errors[name]), key=lambda pair: pair[1])
+        return errors[name]
+
+    if method is None:
+        best = min((Method(SHRINK, scale) for scale in KEY_SCALES), key=error)
+        best = min((Method(shrink, best.key_scale) for shrink in SHRINKS), key=error)
+    error(best)
     chosen = min(errors, key=lambda name: errors[name])
-    return Fit(modules[chosen], chosen, errors, second_moment)
+    return Fit(modules[chosen], chosen, errors, second_moment, best)
 
 
 def _latent(
@@ -161,7 +185,10 @@ def _latent(
     return basis @ rows, up_k, up_v, bias.flatten()
 
 
-def _module(attention: MultiHeadAttention, rank: int, weights: Weights) -> MultiHeadLatentAttention:
+@torch.no_grad()
+def with_weights(
+    attention: MultiHeadAttention, rank: int, weights: Weights
+) -> MultiHeadLatentAttention:
     """The attention with `weights`, its latent rotated so that its numbers are of similar size.
 
     The first numbers of a latent from an SVD are much larger than the rest. Integers of a

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from espnet_kv.convert.calibration import Calibration, CalibrationRunner
+from espnet_kv.convert.calibration import Calibration, CalibrationRunner, start_tokens
 from espnet_kv.convert.calls import Call, recording
 from espnet_kv.convert.choice import Choice, ModelError, choose_mla
 from espnet_kv.convert.factorize import to_mla
 from espnet_kv.convert.layer_error import layer_errors
 from espnet_kv.convert.linalg import symmetric_root
 from espnet_kv.convert.measure import cache_bytes
+from espnet_kv.convert.modules import in_place_of, plain_attention
 from espnet_kv.convert.pooling import to_gqa
 from espnet_kv.convert.source import PARTS
 from espnet_kv.convert.statistics import LayerStatistics
@@ -25,6 +26,7 @@ from espnet_kv.convert.transfer import to_linear, transfer
 from espnet_kv.errors import ArgumentError, UserError
 from espnet_kv.espnet.loading import build_filled
 from espnet_kv.espnet.task import ASRTask
+from espnet_kv.espnet.whisper_weights import weights_follow
 
 # attention transfer: utterances in one training step
 UTTERANCES = 4
@@ -94,18 +96,27 @@ def convert_model(
     parameters = {"before": _count(model)}
     cache = {part: {"before": cache_bytes(model, part)} for part in parts}
     names = {part: PARTS[part].attentions(model) for part in parts}
+    modules = {name: a for attentions in names.values() for name, a in attentions.items()}
+    names = {
+        part: {name: plain_attention(a) for name, a in attentions.items()}
+        for part, attentions in names.items()
+    }
     sources = {name: a for attentions in names.values() for name, a in attentions.items()}
+    if target.attention_type == "linear" and any(sources[n] is not modules[n] for n in modules):
+        raise ArgumentError("attention_type", "linear: Whisper models become mla or gqa only")
     fit_calls: dict[str, list[Call]] = {}
     held_out_calls: dict[str, list[Call]] = {}
     runner = None
     if calibration is not None:
-        runner = CalibrationRunner(model, any(PARTS[p].module == "decoder" for p in parts))
+        decoding = any(PARTS[p].module == "decoder" for p in parts)
+        start = start_tokens(model, config) if decoding else ()
+        runner = CalibrationRunner(model, decoding, start)
         audio = [*calibration.fit, *calibration.held_out]
         runner.transcribe(audio, progress("greedy search", len(audio)))
         step = progress("calibration", len(audio))
-        with recording(sources) as fit_calls:
+        with recording(modules) as fit_calls:
             runner.run(calibration.fit, step)
-        with recording(sources) as held_out_calls:
+        with recording(modules) as held_out_calls:
             runner.run(calibration.held_out, step)
     step = progress("statistics", len(sources))
     statistics: dict[str, LayerStatistics] = {}
@@ -152,12 +163,16 @@ def convert_model(
 
     for part in parts:
         for name, block, slot in PARTS[part].slots(model):
-            setattr(block, slot, converted[name])
+            setattr(block, slot, in_place_of(getattr(block, slot), converted[name]))
     # rebuilt from the configuration, to check that it describes all the weights
     args = argparse.Namespace(**copy.deepcopy(new_config))
-    rebuilt: Any = build_filled(
-        ASRTask.build_model, args, model.state_dict(), "the configuration of the converted model"
-    )
+    with weights_follow():
+        rebuilt: Any = build_filled(
+            ASRTask.build_model,
+            args,
+            model.state_dict(),
+            "the configuration of the converted model",
+        )
     rebuilt.load_state_dict(model.state_dict())
     rebuilt.eval()
     for part in parts:
@@ -223,11 +238,10 @@ def _set_options(
 ) -> None:
     """Set attention_type and attention_conf of a part; one value if all layers have the same."""
     where = PARTS[part]
-    module = getattr(model, where.module)
-    blocks = module.encoders if where.module == "encoder" else module.decoders
     of_block = {id(block): confs[name] for name, block, _ in where.slots(model)}
     first: dict[str, Any] = next(iter(confs.values()))
-    rows = [of_block.get(id(block), first) for block in blocks]  # any for a block without attention
+    # any for a block without attention
+    rows = [of_block.get(id(block), first) for block in where.blocks(model)]
     options: dict[str, Any] = {}
     for key in first:
         values = [row[key] for row in rows]

@@ -67,7 +67,7 @@ class LayerStatistics:
         total, second, query_second = zeros.new_zeros(d), zeros.new_zeros(d, d), zeros
         pooled, pooled_second, weighted_second = zeros.new_zeros(h, d), zeros, zeros
         frames = queries = 0
-        for _, group in itertools.groupby(calls, lambda call: (call.key.data_ptr(), call.key.shape)):
+        for _, group in itertools.groupby(calls, _storage):
             same = list(group)  # several decoder inputs for one utterance
             first = same[0]
             x = first.key[first.frames].double()  # (N, D)
@@ -103,6 +103,11 @@ class LayerStatistics:
             spread=(weighted_second - pooled_second) / queries,
             calls=tuple(calls),
         )
+
+
+def _storage(call: Call) -> tuple[int, torch.Size]:
+    """Equal for calls with the same keys."""
+    return call.key.data_ptr(), call.key.shape
 
 
 class AttentionWeights(MultiHeadAttention):

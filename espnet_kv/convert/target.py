@@ -57,7 +57,6 @@ class Target:
         """Whether each layer gets its own rank, from one budget for all layers."""
         return self.attention_type == "mla" and self.target_compression is not None
 
-
     def budget(self, attentions: Mapping[str, Any]) -> int | None:
         """Numbers per frame of all layers of a part, if they share them; else None.
 
