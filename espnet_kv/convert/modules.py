@@ -37,9 +37,14 @@ def replacement_module[T: Attention](source: MultiHeadAttention, kind: type[T], 
     return new.train(source.training)
 
 
+def is_whisper(module: Any) -> bool:
+    """Whether a module has the parameter names and the call of openai-whisper's attention."""
+    return isinstance(module, WhisperAttention)
+
+
 def plain_attention(attention: Any) -> MultiHeadAttention:
     """`attention`, of a Whisper model a copy with ESPnet's parameter names and call."""
-    if not isinstance(attention, WhisperAttention):
+    if not is_whisper(attention):
         return attention
     sizes = HeadSizes(attention.h, attention.n_feat)
     new = MultiHeadAttention(sizes, 0.0, False).to(attention.linear_q.weight)
@@ -55,10 +60,11 @@ def in_place_of(old: Any, new: Any) -> Any:
 
     A bias of the keys is dropped in a Whisper model; mla and gqa have none, or zeros.
     """
-    if not isinstance(old, WhisperAttention) or isinstance(new, WhisperAttention):
+    if not is_whisper(old) or is_whisper(new):
         return new
     conf = {name: getattr(new, name) for name in new.options}
-    whisper = whisper_class(type(new))(HeadSizes(new.h, new.n_feat), **conf)
+    kind: Any = type(new)
+    whisper = whisper_class(kind)(HeadSizes(new.h, new.n_feat), **conf)
     whisper.to(new.linear_q.weight)
     state = {}
     for key, tensor in new.state_dict().items():

@@ -142,7 +142,7 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
 def _choice_lines(choices: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if not choices:
         return []
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (part, name, f"{error:.4f}", "yes" if name == choice["chosen"] else "")
         for part, choice in choices.items()
         for name, error in choice["errors"].items()
