@@ -54,10 +54,19 @@ class WhisperAttention:
         Returns:
             (B, Q, D), and None in place of the logits.
         """
+        return super().forward(*self.espnet_arguments(x, xa, mask)), None  # type: ignore[misc]
+
+    def espnet_arguments(
+        self,
+        x: Tensor,
+        xa: Tensor | None = None,
+        mask: Tensor | None = None,
+        kv_cache: Any = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The arguments of `forward` as ESPnet's: query, key, value and mask."""
         keys = x if xa is None else xa
         frames = x.size(1)
-        visible = None if mask is None else mask[None, :frames, :frames].eq(0)
-        return super().forward(x, keys, keys, visible), None  # type: ignore[misc]
+        return x, keys, keys, None if mask is None else mask[None, :frames, :frames].eq(0)
 
 
 @cache

@@ -123,6 +123,7 @@ def run(args: argparse.Namespace, command_line: str) -> None:
 
     from espnet_kv.convert.calibration import read_calibration
     from espnet_kv.convert.experiment import check_new, describe, write_experiment
+    from espnet_kv.convert.measure import FRAMES
     from espnet_kv.convert.model import convert_model
     from espnet_kv.convert.source import load_source
     from espnet_kv.convert.target import Target
@@ -171,8 +172,22 @@ def run(args: argparse.Namespace, command_line: str) -> None:
         args.asr_train_config, args.asr_model_file, options_of(args), command_line, source
     )
     write_experiment(args.output_dir, args.asr_model_file.name, conversion, provenance)
+    for part, choice in conversion.choices.items():
+        errors = (f"{name}: {error:.4f}" for name, error in choice["errors"].items())
+        print(f"  {part}: error on held-out audio: {'; '.join(errors)}", flush=True)
+        print(f"  {part}: chosen: {choice['chosen']}", flush=True)
+    parameters = conversion.parameters
     for part, cache in conversion.cache.items():
         before, after = cache["before"]["bytes"], cache["after"]["bytes"]
+        if cache["after"]["how"].startswith("one pass"):
+            print(
+                f"  {part}: keys and values {before} -> {after} bytes of {FRAMES} frames, but "
+                "whole utterances are encoded in one pass, which keeps no cache: the conversion "
+                f"saves parameters ({parameters['before']} -> {parameters['after']} in the "
+                "model), not memory in decoding",
+                flush=True,
+            )
+            continue
         print(f"  {part}: attention cache {before} -> {after} bytes", flush=True)
     print(f"  {args.output_dir}", flush=True)
 

@@ -16,15 +16,22 @@ from espnet_kv.convert.subspace import error_by_rank
 from espnet_kv.errors import UserError
 
 
-def predicted_errors(attention: MultiHeadAttention, statistics: LayerStatistics) -> list[float]:
+def predicted_errors(
+    attention: MultiHeadAttention,
+    statistics: LayerStatistics,
+    metric: OutputMetric | None = None,
+) -> list[float]:
     """Squared error of the attention output at rank 0, 1, ..., D, predicted to first order.
 
     This is the lower convex hull of `subspace.error_by_rank`. The entry at rank 0 is the error
     without any keys and values.
+
+    Args:
+        metric: the norm of the errors; None: the one of `OutputMetric.of`.
     """
     keys = head_rows(attention.linear_k.weight, attention.h)
     values = head_rows(attention.linear_v.weight, attention.h)
-    metric = OutputMetric.of(attention, statistics)
+    metric = metric or OutputMetric.of(attention, statistics)
     maps = torch.cat([metric.left_k @ keys, metric.left_v @ values])
     roots = torch.cat([metric.right_k, metric.right_v])
     return lower_hull(error_by_rank(maps, roots @ roots).tolist())
@@ -46,41 +53,32 @@ def lower_hull(values: Sequence[float]) -> list[float]:
     return hull
 
 
-def choose_ranks(
-    layers: Mapping[str, tuple[MultiHeadAttention, LayerStatistics]],
-    budget: int,
-    effects: Mapping[str, float] | None = None,
-) -> dict[str, int]:
+def choose_ranks(errors: Mapping[str, Sequence[float]], budget: int) -> dict[str, int]:
     """Choose a rank from 1 to D for each layer; the ranks sum to at most `budget`.
 
-    Greedy: each further number goes to the layer where it reduces the weighted predicted error
-    most. The errors are convex in the rank, so the result minimises their sum. A larger budget
-    never lowers a rank.
+    Greedy: each further number goes to the layer where it reduces the error most. The errors are
+    convex in the rank, so the result minimises their sum. A larger budget never lowers a rank.
 
     Args:
-        layers: name -> attention module and its statistics.
+        errors: name -> weighted error of the layer at rank 0, 1, ..., D (`predicted_errors`).
         budget: numbers per frame, all layers together.
-        effects: weight of each layer's error (`measure_effects`). None: errors are relative to
-            the layer's own output.
 
     Raises:
         UserError: budget below one number per layer.
     """
-    if budget < len(layers):
+    if budget < len(errors):
         raise UserError(
-            f"a cache of {budget} numbers per frame is too small for {len(layers)} layers: each "
+            f"a cache of {budget} numbers per frame is too small for {len(errors)} layers: each "
             "needs at least 1"
         )
     gains = []
-    for position, (name, layer) in enumerate(layers.items()):
-        errors = predicted_errors(*layer)
-        weight = effects[name] if effects else 1 / max(errors[0], torch.finfo(torch.float64).tiny)
+    for position, (name, of_layer) in enumerate(errors.items()):
         gains += [
-            (weight * (after - before), rank, position, name)
-            for rank, (before, after) in enumerate(pairwise(errors), 1)
+            (after - before, rank, position, name)
+            for rank, (before, after) in enumerate(pairwise(of_layer), 1)
             if rank > 1
         ]
-    ranks = dict.fromkeys(layers, 1)
-    for *_, name in sorted(gains)[: budget - len(layers)]:
+    ranks = dict.fromkeys(errors, 1)
+    for *_, name in sorted(gains)[: budget - len(errors)]:
         ranks[name] += 1
     return ranks

@@ -1,10 +1,14 @@
 """Calibration audio: its selection, and running a model on it. No transcripts are needed.
 
-The decoder input is the model's own greedy search result instead of a transcript.
+Instead of transcripts, the decoder's inputs are results of its own greedy search and disturbed
+copies of them: a converted decoder makes errors, and then has to go on from prefixes that the
+search of the source does not contain. The copies also give the decoder's attention more queries
+per utterance, of which there are few.
 """
 
 import random
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from espnet_kv.decoder.transformer import KVTransformerDecoder
+from espnet_kv.decoder.cached import CachedDecoder
 from espnet_kv.errors import UserError
+from espnet_kv.espnet.openai_whisper import whisper_package
 from espnet_kv.streaming.recordings import model_rate, read_scp, read_utterance
 
 KINDS = ("kaldi_ark", "sound")
@@ -22,6 +27,8 @@ KINDS = ("kaldi_ark", "sound")
 HELD_OUT = 5
 # seconds; shorter utterances may be too short for the encoder and carry little information
 SHORTEST = 0.5
+# disturbed copies of each decoder input, and the share of their tokens that is disturbed
+COPIES, DISTURBANCE = 2, 0.3
 # limit of greedy search, in tokens per encoder frame
 TOKENS_PER_FRAME = 1.0
 
@@ -117,27 +124,46 @@ class CalibrationRunner:
     Args:
         model: the ESPnet model, in eval mode.
         decoding: whether to run the decoder too.
+        start: tokens that every decoder input begins with (`start_tokens`); empty: <sos>.
+        seed: for the disturbed decoder inputs.
     """
 
-    def __init__(self, model: Any, decoding: bool):
-        self._model, self._decoding = model, decoding
-        self._tokens: dict[int, Tensor] = {}
+    def __init__(self, model: Any, decoding: bool, start: Sequence[int] = (), seed: int = 0):
+        self._model, self._decoding, self._seed = model, decoding, seed
+        self._start = list(start) or [model.sos]
+        self._encoded: dict[int, tuple[Tensor, Tensor]] = {}
+        self._texts: dict[int, list[Tensor]] = {}
 
     def transcribe(self, utterances: Sequence[Tensor], step: Callable[[], object]) -> None:
-        """Find the decoder input of each utterance by greedy search; `run` needs it.
+        """Find the decoder inputs of each utterance; `run` needs them.
 
         Call it before the calls of attention modules are recorded. step: called after each.
         """
+        greedy: dict[int, Tensor] = {}
         for speech in utterances if self._decoding else ():
-            encoded, _ = self._encode(speech)
-            self._tokens[id(speech)] = greedy_tokens(self._model, encoded[0])
+            encoded, lengths = self._encode(speech)
+            self._encoded[id(speech)] = encoded, lengths
+            greedy[id(speech)] = greedy_tokens(self._model, encoded[0], self._start)
             step()
+        generator, first = torch.Generator().manual_seed(self._seed), len(self._start)
+        for key, tokens in greedy.items():
+            others = torch.cat(list(greedy.values()))
+            copies = [disturbed(tokens[first:], others, generator) for _ in range(COPIES)]
+            texts = [tokens, *(torch.cat([tokens[:first], copy]) for copy in copies)]
+            self._texts[key] = [text[: _most_tokens(self._model)] for text in texts]
 
     @torch.no_grad()
     def run(
-        self, utterances: Sequence[Tensor], step: Callable[[], object] = lambda: None
+        self,
+        utterances: Sequence[Tensor],
+        step: Callable[[], object] = lambda: None,
+        modules: Sequence[str] = ("encoder", "decoder"),
     ) -> dict[str, Tensor]:
-        """Run the model on utterances. step: called after each.
+        """Run the model on utterances.
+
+        Args:
+            step: called after each utterance.
+            modules: without "encoder", the decoder gets the encoder output from `transcribe`.
 
         Returns:
             Outputs of all utterances, concatenated: "encoder" (frames, D), and with `decoding`
@@ -145,12 +171,13 @@ class CalibrationRunner:
         """
         outputs: dict[str, list[Tensor]] = {"encoder": [], "decoder": []}
         for speech in utterances:
-            encoded, lengths = self._encode(speech)
+            key = id(speech)
+            encoder = "encoder" in modules or key not in self._encoded
+            encoded, lengths = self._encode(speech) if encoder else self._encoded[key]
             outputs["encoder"].append(encoded[0])
-            if self._decoding:
-                tokens = self._tokens[id(speech)][None]  # (1, L), <sos> first
-                token_lengths = torch.tensor([tokens.size(1)])
-                scores, _ = self._model.decoder(encoded, lengths, tokens, token_lengths)
+            for tokens in self._texts[key] if self._decoding and "decoder" in modules else ():
+                inputs, sizes = tokens[None], torch.tensor([len(tokens)])  # (1, L), <sos> first
+                scores, _ = self._model.decoder(encoded, lengths, inputs, sizes)
                 outputs["decoder"].append(scores[0].log_softmax(dim=-1))
             step()
         return {module: torch.cat(parts) for module, parts in outputs.items() if parts}
@@ -167,21 +194,66 @@ class CalibrationRunner:
         return encoded, lengths
 
 
-@torch.no_grad()
-def greedy_tokens(model: Any, encoded: Tensor) -> Tensor:
-    """Greedy search: (L,) tokens, <sos> first, without <eos>.
+def disturbed(tokens: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:
+    """A copy of (L,) tokens in which some are replaced, dropped or repeated.
+
+    Each with probability DISTURBANCE / 3.
 
     Args:
-        model: the ESPnet model, with a kv_transformer decoder.
+        others: (n,) tokens to draw replacements from.
+        generator: of the random numbers.
+    """
+    length = len(tokens)
+    kind = torch.rand(length, generator=generator) / (DISTURBANCE / 3)
+    drawn = others[torch.randint(len(others), (length,), generator=generator)]
+    copies = torch.ones(length, dtype=torch.long)
+    copies[(kind >= 1) & (kind < 2)] = 0
+    copies[(kind >= 2) & (kind < 3)] = 2
+    return torch.where((kind < 1).to(tokens.device), drawn, tokens).repeat_interleave(
+        copies.to(tokens.device)
+    )
+
+
+@torch.no_grad()
+def greedy_tokens(model: Any, encoded: Tensor, start: Sequence[int]) -> Tensor:
+    """Greedy search: (L,) tokens, those of `start` first, without <eos>.
+
+    Args:
+        model: the ESPnet model, with a kv_transformer or kv_whisper decoder.
         encoded: (T, D) encoder output.
     """
-    decoder: KVTransformerDecoder = model.decoder
-    tokens = torch.tensor([model.sos], device=encoded.device)
+    decoder: CachedDecoder = model.decoder
+    tokens = torch.tensor(start, device=encoded.device)
     state = decoder.init_state(encoded)
-    for _ in range(max(1, int(TOKENS_PER_FRAME * len(encoded)))):
+    most = max(1, int(TOKENS_PER_FRAME * len(encoded)))
+    for _ in range(min(most, _most_tokens(model) - len(tokens))):
         scores, state = decoder.score(tokens, state, encoded)
         best = scores.argmax()
         if best == model.eos:
             break
         tokens = torch.cat([tokens, best[None]])
     return tokens
+
+
+def _most_tokens(model: Any) -> int:
+    """The longest input of the decoder: Whisper's has a limit."""
+    return getattr(model.decoder, "text_positions", sys.maxsize)
+
+
+def start_tokens(model: Any, config: Mapping[str, Any]) -> list[int]:
+    """The tokens that every decoder input begins with: <sos>, or Whisper's language and task.
+
+    Args:
+        model: the ESPnet model.
+        config: its training configuration.
+    """
+    kind = str(config.get("token_type"))
+    if "whisper" not in kind:
+        return [model.sos]
+    conf = config.get("preprocessor_conf") or {}
+    tokenizer = whisper_package().tokenizer.get_tokenizer(
+        multilingual=kind != "whisper_en",
+        language=conf.get("whisper_language") or "en",
+        task=conf.get("whisper_task") or "transcribe",
+    )
+    return list(tokenizer.sot_sequence_including_notimestamps)

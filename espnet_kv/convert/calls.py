@@ -6,9 +6,12 @@ Shape letters: B batch, Q queries, S keys, D model size.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from espnet_kv.attention.whisper import WhisperAttention
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,18 @@ def recording(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]
     calls: dict[str, list[Call]] = {name: [] for name in modules}
 
     def hook_of(name: str) -> Callable:
-        def record(module: nn.Module, args: tuple) -> None:
+        def record(module: nn.Module, args: tuple, options: dict[str, Any]) -> None:
+            if isinstance(module, WhisperAttention):
+                args = module.espnet_arguments(*args, **options)
             query, key, _, *context = args
             calls[name].append(Call(query.detach(), key.detach(), tuple(context)))
 
         return record
 
-    hooks = [module.register_forward_pre_hook(hook_of(name)) for name, module in modules.items()]
+    hooks = [
+        module.register_forward_pre_hook(hook_of(name), with_kwargs=True)
+        for name, module in modules.items()
+    ]
     try:
         yield calls
     finally:

@@ -83,6 +83,7 @@ def write_experiment(
             **provenance,
             "parameters": conversion.parameters,
             "cache": conversion.cache,
+            "choices": conversion.choices,
             "layers": [dataclasses.asdict(layer) for layer in conversion.layers],
         }
         (new / FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

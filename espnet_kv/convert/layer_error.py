@@ -18,8 +18,17 @@ def output_error(source: Attention, converted: Attention, calls: Sequence[Call])
 
     0: no error; 1: no better than a constant output.
     """
-    expected = rows(calls, "queries", lambda call: call.run(source)).double()
-    actual = rows(calls, "queries", lambda call: call.run(converted)).double()
+    return relative_error(outputs(converted, calls), outputs(source, calls))
+
+
+@torch.no_grad()
+def outputs(attention: Attention, calls: Sequence[Call]) -> Tensor:
+    """(N, D) attention outputs of all queries, in float64."""
+    return rows(calls, "queries", lambda call: call.run(attention)).double()
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """sqrt(E |actual - expected|^2 / E |expected - E expected|^2) over rows (N, n)."""
     return _relative(actual - expected, expected)
 
 

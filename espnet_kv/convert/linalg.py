@@ -1,4 +1,6 @@
-"""Square roots of moments that may be singular, and singular vectors with a fixed sign."""
+"""Square roots of moments that may be singular, singular vectors with a fixed sign, a rotation."""
+
+import math
 
 import torch
 from torch import Tensor
@@ -21,3 +23,13 @@ def left_vectors(matrix: Tensor, rank: int) -> Tensor:
     # the sign depends on the SVD routine; a positive largest entry makes results reproducible
     signs = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True)).sign()
     return torch.nn.functional.pad(vectors * signs, (0, rank - vectors.size(1)))
+
+
+def hartley(size: int) -> Tensor:
+    """(n, n) matrix of the discrete Hartley transform, in float64: symmetric and orthogonal.
+
+    Its entries are at most sqrt(2 / n), so it spreads one large number over all n.
+    """
+    index = torch.arange(size, dtype=torch.float64)
+    angle = 2 * math.pi / size * (torch.outer(index, index) % size)
+    return (angle.cos() + angle.sin()) / math.sqrt(size)

@@ -64,6 +64,8 @@ def _of_encoder(model: Any) -> dict[str, Any]:
     attentions = PARTS["encoder"].attentions(model).values()
     generator = torch.Generator().manual_seed(0)
     try:
+        if not hasattr(encoder, "init_state"):
+            raise ConfigError("Whisper's encoder attends to the whole utterance")
         state = encoder.init_state(chunk_size=encoder.chunk_size or CHUNK, left_chunks=-1)
     except ConfigError as error:
         weight = next(encoder.parameters())

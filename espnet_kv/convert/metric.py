@@ -16,7 +16,7 @@ Shape letters: H heads, D model size, d_k head size.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,23 +44,30 @@ class OutputMetric:
 
     @classmethod
     def of(
-        cls, attention: MultiHeadAttention, statistics: LayerStatistics, key_scale: float = 1.0
+        cls, attention: MultiHeadAttention, statistics: LayerStatistics, shrink: float = SHRINK
     ) -> "OutputMetric":
         """The metric of an attention layer.
 
         For keys it is an estimate: the variance of the logit errors under the attention weights
-        times that of the values after the output projection (an upper bound by Cauchy-Schwarz),
-        each averaged over queries, times key_scale^2.
+        is multiplied by the variance of the values (to first order an upper bound by
+        Cauchy-Schwarz), each averaged over queries.
+
+        Args:
+            shrink: share of the covariance of all frames in both norms.
         """
         h, d_k = attention.h, attention.d_k
         out = head_rows(attention.linear_out.weight.T, h).transpose(1, 2)  # (H, D, d_k)
         left_v = symmetric_root(out.transpose(1, 2) @ out)
-        right_k = symmetric_root(statistics.spread + SHRINK * statistics.covariance)
+        right_k = symmetric_root(statistics.spread + shrink * statistics.covariance)
         values = left_v @ head_rows(attention.linear_v.weight, h) @ right_k
         value_std = values.square().sum(dim=(1, 2)).sqrt()[:, None, None]  # of each head
-        left_k = symmetric_root(statistics.query_moment) * value_std * key_scale / math.sqrt(d_k)
-        right_v = symmetric_root(statistics.pooled_covariance + SHRINK * statistics.covariance)
+        left_k = symmetric_root(statistics.query_moment) * value_std / math.sqrt(d_k)
+        right_v = symmetric_root(statistics.pooled_covariance + shrink * statistics.covariance)
         return cls(left_k, left_v, right_k, right_v)
+
+    def with_keys_scaled(self, factor: float) -> "OutputMetric":
+        """The metric with key errors multiplied by `factor`."""
+        return replace(self, left_k=factor * self.left_k)
 
     @classmethod
     def frobenius(cls, attention: MultiHeadAttention) -> "OutputMetric":

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from espnet_kv.convert.calibration import Calibration, CalibrationRunner
+from espnet_kv.convert.calibration import Calibration, CalibrationRunner, start_tokens
 from espnet_kv.convert.calls import Call, recording
-from espnet_kv.convert.effects import measure_effects
+from espnet_kv.convert.choice import Choice, ModelError, choose_mla
 from espnet_kv.convert.factorize import to_mla
 from espnet_kv.convert.layer_error import layer_errors
 from espnet_kv.convert.linalg import symmetric_root
 from espnet_kv.convert.measure import cache_bytes
+from espnet_kv.convert.modules import in_place_of, plain_attention
 from espnet_kv.convert.pooling import to_gqa
 from espnet_kv.convert.source import PARTS
 from espnet_kv.convert.statistics import LayerStatistics
@@ -25,11 +26,10 @@ from espnet_kv.convert.transfer import to_linear, transfer
 from espnet_kv.errors import ArgumentError, UserError
 from espnet_kv.espnet.loading import build_filled
 from espnet_kv.espnet.task import ASRTask
+from espnet_kv.espnet.whisper_weights import weights_follow
 
 # attention transfer: utterances in one training step
 UTTERANCES = 4
-# utterances for measuring the effects of layer errors
-UTTERANCES_OF_EFFECTS = 16
 
 type Progress = Callable[[str, int], Callable[[], object]]
 """progress("label", total) -> a function to be called after each of `total` steps."""
@@ -43,6 +43,7 @@ class Layer:
     spectrum: singular values of [W_k; W_v], with audio weighted by the square root of the frame
         covariance, in descending order, normalised to a sum of squares of 1.
     errors: relative errors of k, v and output on held-out audio; None without audio.
+    method: how its latent was found (`factorize.Fit`); None: not mla, or without audio.
     """
 
     part: str
@@ -50,6 +51,7 @@ class Layer:
     conf: dict[str, Any]
     spectrum: list[float]
     errors: dict[str, float] | None = None
+    method: str | None = None
 
 
 @dataclass
@@ -58,6 +60,8 @@ class Conversion:
 
     config: its training configuration.
     cache: part -> {"before": ..., "after": ...}, results of `cache_bytes`.
+    choices: part -> {"chosen": candidate, "errors": {candidate: error of the model}}, see
+        `choose_mla`; empty for other attention types and without audio.
     """
 
     model: Any
@@ -65,6 +69,7 @@ class Conversion:
     layers: list[Layer] = field(default_factory=list)
     cache: dict[str, dict[str, Any]] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
+    choices: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def convert_model(
@@ -91,18 +96,27 @@ def convert_model(
     parameters = {"before": _count(model)}
     cache = {part: {"before": cache_bytes(model, part)} for part in parts}
     names = {part: PARTS[part].attentions(model) for part in parts}
+    modules = {name: a for attentions in names.values() for name, a in attentions.items()}
+    names = {
+        part: {name: plain_attention(a) for name, a in attentions.items()}
+        for part, attentions in names.items()
+    }
     sources = {name: a for attentions in names.values() for name, a in attentions.items()}
+    if target.attention_type == "linear" and any(sources[n] is not modules[n] for n in modules):
+        raise ArgumentError("attention_type", "linear: Whisper models become mla or gqa only")
     fit_calls: dict[str, list[Call]] = {}
     held_out_calls: dict[str, list[Call]] = {}
     runner = None
     if calibration is not None:
-        runner = CalibrationRunner(model, any(PARTS[p].module == "decoder" for p in parts))
+        decoding = any(PARTS[p].module == "decoder" for p in parts)
+        start = start_tokens(model, config) if decoding else ()
+        runner = CalibrationRunner(model, decoding, start)
         audio = [*calibration.fit, *calibration.held_out]
         runner.transcribe(audio, progress("greedy search", len(audio)))
         step = progress("calibration", len(audio))
-        with recording(sources) as fit_calls:
+        with recording(modules) as fit_calls:
             runner.run(calibration.fit, step)
-        with recording(sources) as held_out_calls:
+        with recording(modules) as held_out_calls:
             runner.run(calibration.held_out, step)
     step = progress("statistics", len(sources))
     statistics: dict[str, LayerStatistics] = {}
@@ -111,22 +125,31 @@ def convert_model(
         step()
 
     layers = []
+    choices = {}
     new_config = copy.deepcopy(dict(config))
     converted: dict[str, Any] = {}
     for part, attentions in names.items():
-        effects = None
-        if calibration is not None and runner is not None and target.shares_a_budget:
-            subset = calibration.fit[:UTTERANCES_OF_EFFECTS]
-            effects = _effects(part, attentions, subset, runner, progress)
-        confs = layer_options(target, attentions, statistics, effects)
-        step = progress(f"{part} to {target.attention_type}", len(attentions))
-        for name, attention in attentions.items():
-            converted[name] = _convert_layer(
-                name, attention, target, confs[name], statistics.get(name)
+        conf = layer_options(target, attentions)
+        confs, methods = dict.fromkeys(attentions, conf), {}
+        if target.attention_type == "mla" and calibration is not None and runner is not None:
+            known = {name: (attention, statistics[name]) for name, attention in attentions.items()}
+            choice = _choose(
+                model, part, known, held_out_calls, target, runner, calibration, progress
             )
+            converted |= choice.modules
+            confs = {name: {"kv_rank": new.kv_rank} for name, new in choice.modules.items()}
+            methods = choice.methods
+            choices[part] = {"chosen": choice.chosen, "errors": choice.errors}
+        else:
+            step = progress(f"{part} to {target.attention_type}", len(attentions))
+            for name, attention in attentions.items():
+                converted[name] = _convert_layer(
+                    name, attention, target, conf, statistics.get(name)
+                )
+                step()
+        for name, attention in attentions.items():
             spectrum = _spectrum(attention, statistics.get(name))
-            layers.append(Layer(part, name, confs[name], spectrum))
-            step()
+            layers.append(Layer(part, name, confs[name], spectrum, method=methods.get(name)))
         _set_options(new_config, part, model, target.attention_type, confs)
     if target.attention_type == "linear":
         assert calibration is not None and runner is not None
@@ -140,40 +163,49 @@ def convert_model(
 
     for part in parts:
         for name, block, slot in PARTS[part].slots(model):
-            setattr(block, slot, converted[name])
+            setattr(block, slot, in_place_of(getattr(block, slot), converted[name]))
     # rebuilt from the configuration, to check that it describes all the weights
     args = argparse.Namespace(**copy.deepcopy(new_config))
-    rebuilt: Any = build_filled(
-        ASRTask.build_model, args, model.state_dict(), "the configuration of the converted model"
-    )
+    with weights_follow():
+        rebuilt: Any = build_filled(
+            ASRTask.build_model,
+            args,
+            model.state_dict(),
+            "the configuration of the converted model",
+        )
     rebuilt.load_state_dict(model.state_dict())
     rebuilt.eval()
     for part in parts:
         cache[part]["after"] = cache_bytes(rebuilt, part)
     parameters["after"] = _count(rebuilt)
-    return Conversion(rebuilt, new_config, layers, cache, parameters)
+    return Conversion(rebuilt, new_config, layers, cache, parameters, choices)
 
 
 def _count(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _effects(
+def _choose(
+    model: Any,
     part: str,
-    attentions: Mapping[str, Any],
-    audio: Sequence[Tensor],
+    layers: Mapping[str, tuple[Any, LayerStatistics]],
+    unseen: Mapping[str, Sequence[Call]],
+    target: Target,
     runner: CalibrationRunner,
+    calibration: Calibration,
     progress: Progress,
-) -> dict[str, float]:
-    """Effect of each layer's error on the encoder or decoder output (`measure_effects`)."""
-    step = progress(f"{part}: sensitivity of the output", 1 + len(attentions))
+) -> Choice:
+    """`choose_mla` for a part of the model."""
+    attentions = {name: attention for name, (attention, _) in layers.items()}
+    rank = layer_options(target, attentions)["kv_rank"]
+    budget = target.budget(attentions)
+    where = PARTS[part]
 
     def run() -> Tensor:
-        output = runner.run(audio)[PARTS[part].module]
-        step()
-        return output
+        return runner.run(calibration.held_out, modules=[where.module])[where.module]
 
-    return measure_effects(attentions, run)
+    step = progress(f"{part} to mla", len(layers) * (1 if budget is None else 2))
+    return choose_mla(layers, unseen, rank, budget, ModelError(model, where, run).of, step)
 
 
 def _convert_layer(
@@ -206,11 +238,10 @@ def _set_options(
 ) -> None:
     """Set attention_type and attention_conf of a part; one value if all layers have the same."""
     where = PARTS[part]
-    module = getattr(model, where.module)
-    blocks = module.encoders if where.module == "encoder" else module.decoders
     of_block = {id(block): confs[name] for name, block, _ in where.slots(model)}
     first: dict[str, Any] = next(iter(confs.values()))
-    rows = [of_block.get(id(block), first) for block in blocks]  # any for a block without attention
+    # any for a block without attention
+    rows = [of_block.get(id(block), first) for block in where.blocks(model)]
     options: dict[str, Any] = {}
     for key in first:
         values = [row[key] for row in rows]

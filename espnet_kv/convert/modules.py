@@ -7,6 +7,7 @@ from torch import nn
 
 from espnet_kv.attention.base import Attention, HeadSizes
 from espnet_kv.attention.grouped import MultiHeadAttention
+from espnet_kv.attention.whisper import NAMES, WhisperAttention, whisper_class
 from espnet_kv.errors import UserError
 
 
@@ -34,6 +35,45 @@ def replacement_module[T: Attention](source: MultiHeadAttention, kind: type[T], 
             if name in own and own[name].shape == tensor.shape:
                 own[name].copy_(tensor)
     return new.train(source.training)
+
+
+def is_whisper(module: Any) -> bool:
+    """Whether a module has the parameter names and the call of openai-whisper's attention."""
+    return isinstance(module, WhisperAttention)
+
+
+def plain_attention(attention: Any) -> MultiHeadAttention:
+    """`attention`, of a Whisper model a copy with ESPnet's parameter names and call."""
+    if not is_whisper(attention):
+        return attention
+    sizes = HeadSizes(attention.h, attention.n_feat)
+    new = MultiHeadAttention(sizes, 0.0, False).to(attention.linear_q.weight)
+    state = {ours: getattr(attention, ours).state_dict() for ours in NAMES}
+    state["linear_k"]["bias"] = torch.zeros_like(attention.linear_q.bias)
+    for ours, tensors in state.items():
+        getattr(new, ours).load_state_dict(tensors)
+    return new.train(attention.training)
+
+
+def in_place_of(old: Any, new: Any) -> Any:
+    """`new` with the parameter names and the call of `old`, which it replaces in a model.
+
+    A bias of the keys is dropped in a Whisper model; mla and gqa have none, or zeros.
+    """
+    if not is_whisper(old) or is_whisper(new):
+        return new
+    conf = {name: getattr(new, name) for name in new.options}
+    kind: Any = type(new)
+    whisper = whisper_class(kind)(HeadSizes(new.h, new.n_feat), **conf)
+    whisper.to(new.linear_q.weight)
+    state = {}
+    for key, tensor in new.state_dict().items():
+        module, _, rest = key.partition(".")
+        if key != "linear_k.bias":
+            state[f"{NAMES.get(module, module)}.{rest}"] = tensor
+    whisper.load_state_dict(state)
+    whisper.state_index, whisper.cross = old.state_index, old.cross
+    return whisper.train(old.training)
 
 
 def refuse_normed_keys(source: MultiHeadAttention) -> None:

@@ -119,8 +119,9 @@ def page(record: Mapping[str, Any], name: str) -> str:
         errors = layer["errors"] or {}
         conf = ", ".join(f"{key} {value}" for key, value in layer["conf"].items())
         figures = [f"{errors[key]:.4f}" if key in errors else "" for key in ERRORS]
-        rows.append((layer["name"], conf, *figures))
-    lines += _table(("layer", "option", "error of K", "of V", "of the output"), rows)
+        rows.append((layer["name"], conf, layer.get("method") or "", *figures))
+    head = ("layer", "option", "method", "error of K", "of V", "of the output")
+    lines += _table(head, rows)
     lines += [
         "",
         "Errors were not measured, because there was no calibration audio."
@@ -128,6 +129,7 @@ def page(record: Mapping[str, Any], name: str) -> str:
         else "Error: root of the squared error divided by the variance. K and V are predicted from "
         "the cached vectors by the best affine map.",
     ]
+    lines += _choice_lines(record.get("choices") or {})
     lines += _wer_lines(record.get("wer") or {})
     lines += ["", f"![errors, spectra, cache]({FIGURE})", ""]
     return "\n".join(lines)
@@ -135,6 +137,25 @@ def page(record: Mapping[str, Any], name: str) -> str:
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)]
+
+
+def _choice_lines(choices: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    if not choices:
+        return []
+    rows: list[tuple[str, ...]] = [
+        (part, name, f"{error:.4f}", "yes" if name == choice["chosen"] else "")
+        for part, choice in choices.items()
+        for name, error in choice["errors"].items()
+    ]
+    return [
+        "",
+        "## Candidates, error of the model on held-out audio",
+        "",
+        *_table(("part", "candidate", "error", "chosen"), rows),
+        "",
+        "Encoder: squared error of the output divided by its variance. Decoder: divergence of its "
+        "distributions, in nats per token.",
+    ]
 
 
 def _length(cache: Mapping[str, Any]) -> str:

@@ -16,8 +16,10 @@ from espnet_kv.errors import UserError
 from espnet_kv.espnet.loading import find_files, read_config
 from espnet_kv.espnet.task import ASRTask
 
-ENCODERS = ("conformer", "branchformer", "e_branchformer", "transformer")
-DECODER = "transformer"
+ENCODERS = ("conformer", "branchformer", "e_branchformer", "transformer", "whisper")
+DECODERS = ("transformer", "whisper")
+# attributes of the blocks of Whisper models, by the prefix of a part
+WHISPER_SLOTS = {"": "attn", "self_": "attn", "src_": "cross_attn"}
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,21 @@ class Part:
     def slots(self, model: nn.Module) -> list[tuple[str, nn.Module, str]]:
         """(module name, block, attribute of the block) for every block that has this attention."""
         module: Any = getattr(model, self.module)
-        blocks = module.encoders if self.module == "encoder" else module.decoders
-        slot = module.attention_slot if self.module == "encoder" else f"{self.prefix}attn"
-        within = "encoders" if self.module == "encoder" else "decoders"
+        within = f"{self.module}.{self.module}s"
+        if hasattr(getattr(module, f"{self.module}s"), "blocks"):
+            slot, within = WHISPER_SLOTS[self.prefix], f"{within}.blocks"
+        else:
+            slot = module.attention_slot if self.module == "encoder" else f"{self.prefix}attn"
         return [
-            (f"{self.module}.{within}.{n}.{slot}", block, slot)
-            for n, block in enumerate(blocks)
+            (f"{within}.{n}.{slot}", block, slot)
+            for n, block in enumerate(self.blocks(model))
             if getattr(block, slot) is not None
         ]
+
+    def blocks(self, model: nn.Module) -> Any:
+        """The blocks of the encoder or decoder."""
+        found = getattr(getattr(model, self.module), f"{self.module}s")
+        return getattr(found, "blocks", found)
 
     def attentions(self, model: nn.Module) -> dict[str, Any]:
         """Name -> attention module, in the order of the blocks."""
@@ -119,7 +128,7 @@ def _kv_names(file: Path, config: dict[str, Any], parts: tuple[str, ...]) -> dic
         key = PARTS[name].module
         choice = str(config.get(key))
         stock = choice.removeprefix("kv_")
-        allowed = ENCODERS if key == "encoder" else (DECODER,)
+        allowed = ENCODERS if key == "encoder" else DECODERS
         if stock not in allowed:
             raise UserError(
                 f"{file}: {key}: {choice} cannot be converted (allowed: {', '.join(allowed)}, "

@@ -3,6 +3,7 @@
 Shape letters: B batch, H heads, Q queries, S keys, D model size, d_k head size.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -66,23 +67,29 @@ class LayerStatistics:
         total, second, query_second = zeros.new_zeros(d), zeros.new_zeros(d, d), zeros
         pooled, pooled_second, weighted_second = zeros.new_zeros(h, d), zeros, zeros
         frames = queries = 0
-        for call in calls:
-            x = call.key[call.frames].double()  # (N, D)
+        for _, group in itertools.groupby(calls, _storage):
+            same = list(group)  # several decoder inputs for one utterance
+            first = same[0]
+            x = first.key[first.frames].double()  # (N, D)
             total += x.sum(dim=0)
             second += x.T @ x
             frames += len(x)
-            q = attention.project_q(call.query.to(attention.linear_q.weight.dtype))
-            q = (q + attention.pos_bias_u if attention.rel_pos else q)[call.queries].double()
-            query_second = query_second + torch.einsum("nhi,nhj->hij", q, q)
-            queries += len(q)
-            weights = call.run(weights_of).unflatten(2, (h, -1))  # (B, Q, H, S)
-            for keys, valid, a in zip(call.key.double(), call.queries, weights, strict=True):
-                a = a[valid].double().transpose(0, 1)  # (H, N, S)
-                means = a @ keys  # (H, N, D)
-                pooled += means.sum(dim=1)
-                pooled_second = pooled_second + means.transpose(1, 2) @ means
-                total_weights = a.sum(dim=1)[:, :, None]  # (H, S, 1)
-                weighted_second = weighted_second + keys.T @ (total_weights * keys)  # (H, D, D)
+            keys = first.key.double()
+            received = zeros.new_zeros(len(keys), h, keys.size(1))  # (B, H, S), of all queries
+            for call in same:
+                q = attention.project_q(call.query.to(attention.linear_q.weight.dtype))
+                q = (q + attention.pos_bias_u if attention.rel_pos else q)[call.queries].double()
+                query_second = query_second + torch.einsum("nhi,nhj->hij", q, q)
+                queries += len(q)
+                weights = call.run(weights_of).unflatten(2, (h, -1))  # (B, Q, H, S)
+                for row, (valid, a) in enumerate(zip(call.queries, weights, strict=True)):
+                    a = a[valid].double().transpose(0, 1)  # (H, N, S)
+                    means = a @ keys[row]  # (H, N, D)
+                    pooled += means.sum(dim=1)
+                    pooled_second = pooled_second + means.transpose(1, 2) @ means
+                    received[row] += a.sum(dim=1)
+            for row, of_heads in zip(keys, received, strict=True):
+                weighted_second = weighted_second + row.T @ (of_heads[:, :, None] * row)
         if not frames or not queries:
             raise UserError("calibration: the attention layers processed no audio")
         return cls(
@@ -96,6 +103,11 @@ class LayerStatistics:
             spread=(weighted_second - pooled_second) / queries,
             calls=tuple(calls),
         )
+
+
+def _storage(call: Call) -> tuple[int, torch.Size]:
+    """Equal for calls with the same keys."""
+    return call.key.data_ptr(), call.key.shape
 
 
 class AttentionWeights(MultiHeadAttention):

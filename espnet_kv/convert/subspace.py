@@ -9,7 +9,7 @@ from torch import Tensor
 from espnet_kv.convert.linalg import left_vectors, symmetric_root
 
 # L-BFGS iterations; the start, the solution for one common norm, is already close to the optimum
-STEPS = 100
+STEPS = 50
 # regularisation of inverted matrices: relative to their diagonal, and the smallest diagonal
 RIDGE, TINY = 1e-10, 1e-100
 

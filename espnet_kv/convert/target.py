@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from espnet_kv.attention import ATTENTIONS
-from espnet_kv.convert.budget import choose_ranks
-from espnet_kv.convert.statistics import LayerStatistics
 from espnet_kv.errors import ArgumentError
 
 
@@ -59,43 +57,43 @@ class Target:
         """Whether each layer gets its own rank, from one budget for all layers."""
         return self.attention_type == "mla" and self.target_compression is not None
 
+    def budget(self, attentions: Mapping[str, Any]) -> int | None:
+        """Numbers per frame of all layers of a part, if they share them; else None.
 
-def layer_options(
-    target: Target,
-    attentions: Mapping[str, Any],
-    statistics: Mapping[str, LayerStatistics],
-    effects: Mapping[str, float] | None,
-) -> dict[str, dict[str, Any]]:
-    """attention_conf of each layer of a part.
+        Raises:
+            UserError: it is less than one number per layer.
+        """
+        if not self.shares_a_budget:
+            return None
+        numbers = sum(2 * attention.n_feat for attention in attentions.values())
+        budget = round((1 - (self.target_compression or 0.0)) * numbers)
+        if budget < len(attentions):
+            message = f"{self.target_compression}: the rank would be below 1; choose less"
+            raise ArgumentError("target_compression", message)
+        return budget
+
+
+def layer_options(target: Target, attentions: Mapping[str, Any]) -> dict[str, Any]:
+    """attention_conf of the layers of a part, the same for all.
 
     Args:
         attentions: name -> MultiHeadAttention.
-        statistics: of the layers; empty without audio. effects: from `measure_effects`, or None.
 
     Raises:
         UserError: the target compression is not possible.
     """
     if target.attention_type == "linear":
-        return {name: {"feature_map": target.feature_map or "hedgehog"} for name in attentions}
-    first = next(iter(attentions.values()))
+        return {"feature_map": target.feature_map or "hedgehog"}
     if target.attention_type == "gqa":
         heads = target.num_kv_heads
         if heads is None:
+            first = next(iter(attentions.values()))
             heads = _remaining_heads(first.h, target.target_compression or 0.0)
-        return {name: {"num_kv_heads": heads} for name in attentions}
-    if target.kv_rank is not None:
-        return {name: {"kv_rank": target.kv_rank} for name in attentions}
-    numbers = [2 * a.h * a.d_k for a in attentions.values()]
-    budget = round((1 - (target.target_compression or 0.0)) * sum(numbers))
-    if not statistics:
-        rank = budget // len(numbers)
-        if rank < 1:
-            message = f"{target.target_compression}: the rank would be below 1; choose less"
-            raise ArgumentError("target_compression", message)
-        return {name: {"kv_rank": rank} for name in attentions}
-    layers = {name: (attention, statistics[name]) for name, attention in attentions.items()}
-    ranks = choose_ranks(layers, budget, effects)
-    return {name: {"kv_rank": ranks[name]} for name in attentions}
+        return {"num_kv_heads": heads}
+    if (budget := target.budget(attentions)) is not None:
+        size = next(iter(attentions.values())).n_feat  # this rank is lossless
+        return {"kv_rank": min(size, budget // len(attentions))}
+    return {"kv_rank": target.kv_rank}
 
 
 def _remaining_heads(heads: int, fraction: float) -> int:

@@ -159,6 +159,7 @@ def convert_step(layout: Layout, converted: Converted, before: Sequence[Step]) -
         jobs=jobs,
         products=lambda: [out / "config.yaml", out / args.inference_asr_model],
         precious=True,
+        version=2,
         remedy="give another --expdir",
     )
 

@@ -1,13 +1,11 @@
-"""Allocation of a budget to layers, and effects of layer errors on the model output."""
+"""Allocation of a budget to layers."""
 
 from itertools import pairwise, product
 
 import pytest
-import torch
 from layers import SIZE, Source, layer
 
 from espnet_kv.convert.budget import choose_ranks, lower_hull, predicted_errors
-from espnet_kv.convert.effects import measure_effects
 from espnet_kv.convert.statistics import LayerStatistics
 from espnet_kv.errors import UserError
 
@@ -16,46 +14,43 @@ EFFECTS = {"a": 1.0, "b": 5.0, "c": 0.1}
 
 @pytest.fixture
 def layers(rng):
+    """Predicted errors of three layers, weighted by EFFECTS."""
     found = {}
-    for name in EFFECTS:
+    for name, effect in EFFECTS.items():
         attention = layer()
-        found[name] = attention, LayerStatistics.of(attention, Source(rng).calls(4))
+        known = LayerStatistics.of(attention, Source(rng).calls(4))
+        found[name] = [effect * error for error in predicted_errors(attention, known)]
     return found
 
 
-def total(layers, ranks, effects) -> float:
-    """Weighted sum of the predicted errors, as minimised by `choose_ranks`."""
-    errors = {name: predicted_errors(*pair) for name, pair in layers.items()}
-    weights = effects or {name: 1 / errors[name][0] for name in layers}
-    return sum(weights[name] * errors[name][rank] for name, rank in ranks.items())
+def total(layers, ranks) -> float:
+    """Sum of the errors, as minimised by `choose_ranks`."""
+    return sum(layers[name][rank] for name, rank in ranks.items())
 
 
-@pytest.mark.parametrize("effects", [None, EFFECTS], ids=["shares", "effects"])
 @pytest.mark.parametrize("budget", [3, 7, 14, 24, 47])
-def test_no_other_ranks_have_less_error(layers, budget, effects):
-    ranks = choose_ranks(layers, budget, effects)
+def test_no_other_ranks_have_less_error(layers, budget):
+    ranks = choose_ranks(layers, budget)
     assert sum(ranks.values()) == budget and all(1 <= r <= SIZE for r in ranks.values())
-    errors = {name: predicted_errors(*pair) for name, pair in layers.items()}
-    weights = effects or {name: 1 / errors[name][0] for name in layers}
     best = min(
-        sum(weights[n] * errors[n][r] for n, r in zip(layers, other, strict=True))
+        total(layers, dict(zip(layers, other, strict=True)))
         for other in product(range(1, SIZE + 1), repeat=3)
         if sum(other) <= budget
     )
-    assert total(layers, ranks, effects) == pytest.approx(best)
+    assert total(layers, ranks) == pytest.approx(best)
     uniform = dict.fromkeys(layers, budget // 3)
-    assert total(layers, ranks, effects) <= total(layers, uniform, effects) * (1 + 1e-9)
+    assert total(layers, ranks) <= total(layers, uniform) * (1 + 1e-9)
 
 
 def test_more_budget_lowers_no_rank(layers):
-    before = choose_ranks(layers, 3, EFFECTS)
+    before = choose_ranks(layers, 3)
     assert set(before.values()) == {1}
     for budget in range(4, 3 * SIZE + 1):
-        after = choose_ranks(layers, budget, EFFECTS)
+        after = choose_ranks(layers, budget)
         assert all(after[name] >= before[name] for name in layers)
         before = after
     assert set(before.values()) == {SIZE}
-    assert choose_ranks(layers, 1000, EFFECTS) == before
+    assert choose_ranks(layers, 1000) == before
 
 
 def test_a_budget_too_small_is_refused(layers):
@@ -64,7 +59,7 @@ def test_a_budget_too_small_is_refused(layers):
 
 
 def test_predicted_errors_are_convex_and_fall_to_zero(layers):
-    errors = predicted_errors(*layers["a"])
+    errors = layers["a"]
     assert len(errors) == SIZE + 1 and errors[-1] == pytest.approx(0, abs=1e-9)
     gains = [a - b for a, b in pairwise(errors)]
     assert all(a >= b - 1e-12 for a, b in pairwise(gains))
@@ -74,26 +69,3 @@ def test_lower_hull():
     hull = [8.0, 5.0, 2.0, 4 / 3, 2 / 3, 0.0]
     assert lower_hull([8.0, 7.0, 2.0, 1.5, 1.0, 0.0]) == pytest.approx(hull)
     assert lower_hull([3.0]) == [3.0]
-
-
-class Chain(torch.nn.Module):
-    """Two linear layers; the second multiplies the output of the first by three."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
-        with torch.no_grad():
-            self.second.weight.copy_(3 * torch.eye(6))
-
-    def forward(self, x):
-        return self.second(self.first(x))
-
-
-def test_effects_are_the_gains_of_a_linear_model():
-    chain, x = Chain(), torch.randn(40, 6)
-    modules = {"first": chain.first, "second": chain.second}
-    effects = measure_effects(modules, lambda: chain(x))
-    assert effects["first"] == pytest.approx(9, rel=1e-3)
-    assert effects["second"] == pytest.approx(1, rel=1e-3)
-    assert measure_effects(modules, lambda: chain(x)) == effects
-    assert not chain.first._forward_hooks

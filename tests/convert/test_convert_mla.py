@@ -8,10 +8,11 @@ import torch
 from layers import HEADS, SIZE, Source, layer, outputs, permuted
 
 from espnet_kv.attention.latent import MultiHeadLatentAttention
-from espnet_kv.convert import metric as metrics
+from espnet_kv.cache.codec import build_codec
 from espnet_kv.convert.calls import Call
-from espnet_kv.convert.factorize import factorize_kv, to_mla
+from espnet_kv.convert.factorize import factorize_kv, fit_mla, to_mla
 from espnet_kv.convert.layer_error import layer_errors, output_error
+from espnet_kv.convert.linalg import hartley
 from espnet_kv.convert.metric import OutputMetric
 from espnet_kv.convert.statistics import LayerStatistics, gather
 from espnet_kv.convert.subspace import best_rows, best_ups, common_rows
@@ -59,7 +60,7 @@ def test_at_full_rank_the_output_is_unchanged(rng, kind, rank, calibrated):
     )
     single, attention = new.float(), attention.float()
     torch.testing.assert_close(
-        outputs(single, unseen), outputs(attention, unseen), rtol=1e-5, atol=1e-5
+        outputs(single, unseen), outputs(attention, unseen), rtol=5e-5, atol=5e-5
     )
 
 
@@ -172,6 +173,36 @@ def naive_weights(attention, call: Call) -> torch.Tensor:
     return weights
 
 
+def test_a_latent_survives_four_bits(rng):
+    """Its numbers are of similar size, so one scale for all of them resolves each."""
+    source = Source(rng, 64)
+    source.mix[:, 0] *= 8  # one direction dominates the latent, as in trained models
+    attention = layer(rel_pos=False, size=64)
+    calls = source.calls(6, rel_pos=False)
+    statistics = LayerStatistics.of(attention, calls)
+    x = torch.cat([call.key.flatten(0, 1) for call in calls])
+    fit = fit_mla(attention, 24, statistics)
+    for new in (fit.module, fit.second_moment):
+        latent = new.linear_kv_down(x).detach()
+        aligned = latent @ hartley(24)  # as the SVD gives it
+        codec = build_codec("int4", 24, torch.float64)
+        deviation = (latent - latent.mean(dim=0)).norm()
+        errors = [
+            float((codec.decode(codec.encode(c), torch.float64) - c).norm() / deviation)
+            for c in (latent, aligned)
+        ]
+        assert errors[0] < 0.6 * errors[1], errors
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 96])
+def test_the_rotation_is_orthogonal_and_spreads_a_number(size):
+    rotation = hartley(size)
+    unit = torch.eye(size, dtype=torch.float64)
+    torch.testing.assert_close(rotation @ rotation.T, unit, rtol=0, atol=1e-12)
+    torch.testing.assert_close(rotation, rotation.T, rtol=0, atol=1e-12)
+    assert rotation.abs().max() <= (2 / size) ** 0.5 + 1e-12
+
+
 @pytest.mark.parametrize("kind", ["rel", "rel-chunks"])
 @torch.no_grad()
 def test_statistics_equal_those_of_plain_loops(rng, kind):
@@ -216,11 +247,10 @@ def test_gather_records_the_calls_of_a_model(rng):
 
 
 @torch.no_grad()
-def test_the_metric_of_values_is_the_output_error(rng, monkeypatch):
+def test_the_metric_of_values_is_the_output_error(rng):
     """Equal to E |o' - o|^2 for any error of one head's values, with unchanged keys."""
-    monkeypatch.setattr(metrics, "SHRINK", 0.0)
     attention, statistics, _ = prepare(rng, KINDS["rel"], count=2)
-    metric = OutputMetric.of(attention, statistics)
+    metric = OutputMetric.of(attention, statistics, shrink=0.0)
     error = torch.randn(HEADS, D_K, SIZE, dtype=torch.float64)
     _, weighted = metric.weigh(torch.zeros_like(error), error)
     wrong = layer()

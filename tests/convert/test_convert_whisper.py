@@ -1,0 +1,123 @@
+"""espnet_kv.bin.convert on Whisper models: self-, cross- and encoder attention."""
+
+import argparse
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import small_models
+import torch
+import yaml
+from small_sources import load, outputs, run, write_audio
+
+from espnet_kv.convert.calibration import start_tokens
+from espnet_kv.convert.record import read_record
+from espnet_kv.convert.source import PARTS
+from espnet_kv.espnet.task import ASRTask
+
+pytest.importorskip("whisper.audio", reason="openai-whisper is not installed")
+
+SIZE, BLOCKS = 16, 2
+DIMS = {
+    "n_mels": 80,
+    "n_audio_ctx": 1500,
+    "n_audio_state": SIZE,
+    "n_audio_head": 4,
+    "n_audio_layer": BLOCKS,
+    "n_vocab": len(small_models.TOKENS),
+    "n_text_ctx": 100,
+    "n_text_state": SIZE,
+    "n_text_head": 4,
+    "n_text_layer": BLOCKS,
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> SimpleNamespace:
+    """An experiment with a small Whisper model of random weights."""
+    folder: Path = tmp_path_factory.mktemp("whisper") / "asr_whisper"
+    folder.mkdir()
+    conf = {"whisper_model": "", "dims": DIMS}
+    config = small_models.config(folder) | {
+        "encoder": "kv_whisper",
+        "encoder_conf": conf,
+        "decoder": "kv_whisper",
+        "decoder_conf": conf,
+        "frontend": None,
+        "frontend_conf": {},
+        "normalize": None,
+        "normalize_conf": {},
+        "input_size": 1,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    model = ASRTask.build_model(argparse.Namespace(**config)).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.nan_to_num_(0, 0, 0).clamp_(-1, 1).add_(0.2 * torch.randn_like(parameter))
+    model_file = folder / "valid.acc.ave.pth"
+    torch.save(model.state_dict(), model_file)
+    files = ["--asr_train_config", str(folder / "config.yaml"), "--asr_model_file", str(model_file)]
+    return SimpleNamespace(model=model, folder=folder, files=files)
+
+
+@pytest.fixture(scope="module")
+def audio(tmp_path_factory) -> list[str]:
+    scp = write_audio(tmp_path_factory.mktemp("audio"))
+    return ["--calibration_scp", str(scp), "--calibration_minutes", "0.1"]
+
+
+@pytest.mark.parametrize("calibrated", [True, False], ids=["audio", "weights"])
+def test_full_rank_is_lossless(calibrated, source, audio, tmp_path):
+    options = ["--attention_type", "mla", "--kv_rank", str(SIZE), "--parts", ",".join(PARTS)]
+    assert run(source, tmp_path / "out", *options, *(audio if calibrated else ())) == 0
+    expected = outputs(source.model)
+    for module, got in outputs(load(tmp_path / "out")).items():
+        torch.testing.assert_close(got, expected[module], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        (["mla", "--target_compression", "0.75"], SIZE // 2),
+        (["gqa", "--num_kv_heads", "2"], SIZE),
+    ],
+    ids=["mla", "gqa"],
+)
+def test_each_part_is_converted_alone(part, options, size, source, audio, tmp_path, capsys):
+    assert run(source, tmp_path / "out", "--attention_type", *options, "--parts", part, *audio) == 0
+    printed = capsys.readouterr().out
+    record, model = read_record(tmp_path / "out"), load(tmp_path / "out")
+    before = source.model.state_dict()
+    for name, tensor in model.state_dict().items():
+        if "attn" not in name:
+            assert torch.equal(tensor, before[name]), name
+    cache = record["cache"][part]
+    length = cache["after"].get("frames") or cache["after"]["tokens"]
+    assert cache["before"]["bytes"] == BLOCKS * 4 * 2 * SIZE * length
+    assert cache["after"]["bytes"] <= BLOCKS * 4 * size * length
+    assert ("saves parameters" in printed) == (part == "encoder")
+    assert record["parameters"]["after"] < record["parameters"]["before"]
+    assert all(layer["errors"]["output"] > 0 for layer in record["layers"])
+    if options[0] == "mla":
+        choice = record["choices"][part]
+        assert choice["errors"][choice["chosen"]] == min(choice["errors"].values())
+        assert f"{part}: chosen: {choice['chosen']}" in printed
+        assert choice["chosen"] in (tmp_path / "out/conversion.md").read_text()
+
+
+def test_linear_attention_is_refused_in_one_line(source, audio, tmp_path, capsys):
+    options = ["--attention_type", "linear", "--parts", "decoder_self"]
+    assert run(source, tmp_path / "out", *options, *audio) != 0
+    assert "mla or gqa only" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_decoder_inputs_begin_with_language_and_task():
+    model = SimpleNamespace(sos=7)
+    assert start_tokens(model, {"token_type": "bpe"}) == [7]
+    assert start_tokens(model, {"token_type": "whisper_en"}) == [50257, 50362]
+    conf = {"whisper_language": "de", "whisper_task": "transcribe"}
+    multilingual = {"token_type": "whisper_multilingual", "preprocessor_conf": conf}
+    assert start_tokens(model, multilingual) == [50258, 50261, 50359, 50363]
