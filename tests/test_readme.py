@@ -16,6 +16,7 @@ import yaml
 from packed import packed
 from small_models import RATE, save, speech
 
+from espnet_kv.espnet.whisper_weights import weights_follow
 from espnet_kv.recipe import options
 
 REPO = Path(__file__).parents[1]
@@ -192,6 +193,13 @@ def test_the_yaml_examples_build(block):
 
     config = yaml.safe_load(block)
     assert {"encoder", "decoder", "lm"} & set(config)
+    if "kv_whisper" in config.values():
+        pytest.importorskip("whisper.audio", reason="openai-whisper is not installed")
+        with weights_follow():  # without a download
+            encoder = encoder_choices.get_class(config["encoder"])(1, **config["encoder_conf"])
+            decoder = decoder_choices.get_class(config["decoder"])
+            decoder(51865, encoder.output_size(), **config["decoder_conf"])
+        return
     if "encoder" in config:
         conf = {"num_blocks": 1, "rel_pos_type": "latest"} | config["encoder_conf"]
         encoder_choices.get_class(config["encoder"])(80, **conf)
