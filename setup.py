@@ -9,8 +9,6 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "espnet_kv/__init__.py").read_text())[1]
 # the recipe, by way of links in the package
 RECIPE = (HERE / "espnet_kv/recipe_files.txt").read_text().split()
-SERVE = ["onnx", "onnxruntime"]
-WHISPER = ["openai-whisper", "tiktoken"]
 
 setup(
     name="espnet_kv",
@@ -62,15 +60,17 @@ setup(
             "asyncssh",
         ],
         # espnet_kv.bin.export
-        "serve": SERVE,
+        "serve": ["onnx", "onnxruntime"],
         # token_type whisper_en or whisper_multilingual, encoder and decoder whisper or kv_whisper
-        "whisper": WHISPER,
+        "whisper": ["openai-whisper", "tiktoken"],
         "dev": [
             "pytest",
             "pytest-xdist",
-            *SERVE,
-            *WHISPER,
+            "onnx",
+            "onnxruntime",
             "sherpa-onnx",
+            "openai-whisper",
+            "tiktoken",
             "hypothesis",
             "ruff",
             "mypy",

@@ -148,7 +148,8 @@ def arguments(kind: str, given: Mapping[str, Any], gpus: int) -> dict[str, Any]:
     path = os.pathsep.join(os.path.abspath(part) for part in path.split(os.pathsep) if part)
     if kind == "local":
         made |= {"processes": True, "silence_logs": logging.CRITICAL}
-        made.setdefault("dashboard_address", None)
+        # without an address Dask takes port 8787, which another run on this machine may have
+        made.setdefault("dashboard_address", "127.0.0.1:0")
         made |= {"resources": {"GPU": gpus}} if gpus else {}
     elif kind == "ssh":
         if path:

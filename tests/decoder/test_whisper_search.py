@@ -1,6 +1,7 @@
 """kv_whisper searches as ESPnet's decoder does: same hypotheses, same scores."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,13 @@ from small_whisper import (
     search,
 )
 
-from espnet_kv.espnet.inference import _limit_length
+from espnet_kv.espnet.inference import limit_length
+
+
+def limit(beam_search, model) -> None:
+    """Limit a search as Speech2Text limits its own."""
+    parts = SimpleNamespace(beam_search=beam_search, asr_model=SimpleNamespace(decoder=model))
+    limit_length(parts)
 
 
 @pytest.mark.parametrize("beam", [1, 5, 10])
@@ -74,7 +81,7 @@ def test_hypotheses_end_at_the_last_position(cls, caplog):
     model = decoder()
     model.text_positions = 24
     beam_search = search(model, 3, **({} if cls is None else {"cls": cls}))
-    _limit_length(beam_search, 24)
+    limit(beam_search, model)
     with torch.no_grad():  # <eos> is never likely
         model.decoders.ln.bias.zero_()
         model.decoders.token_embedding.weight[EOS] = 0
@@ -89,7 +96,7 @@ def test_hypotheses_end_at_the_last_position(cls, caplog):
 def test_a_shorter_limit_stays():
     model = decoder()
     limited, free = search(model, 3), search(model, 3)
-    _limit_length(limited, 448)
+    limit(limited, model)
     x = torch.randn(12, SIZE)
     assert_same(limited(x, maxlenratio=-7), free(x, maxlenratio=-7))
     assert VOCABULARY > EOS

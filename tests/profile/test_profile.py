@@ -121,7 +121,7 @@ class TestCache:
 
     def test_every_encoder_has_its_formula(self):
         names = {name.removeprefix("kv_") for name in CHOICES["encoder_choices"]}
-        assert names <= set(analytic.CONVOLUTIONS)
+        assert names - {"whisper"} <= set(analytic.CONVOLUTIONS)  # Whisper does not stream
 
     def test_figures_of_the_readme(self):
         """Numbers a layer and frame at D = 256, 4 heads; linear in all."""
