@@ -34,8 +34,6 @@ def scp(tmp_path_factory):
 
 def exported(folder, scp, encoder="kv_conformer", attention="mla", **options):
     conf = {"attention_type": attention, "attention_conf": ATTENTIONS[attention]}
-    if encoder == "kv_transformer":
-        conf |= {"rel_pos_type": None}
     model, _ = build(folder, encoder=encoder, encoder_conf=conf)
     features = read_features(model, scp, "sound", len(LETTERS))
     out = folder / "out"
@@ -49,6 +47,7 @@ def exported(folder, scp, encoder="kv_conformer", attention="mla", **options):
         *(("kv_conformer", attention) for attention in ATTENTIONS),
         ("kv_branchformer", "gqa"),
         ("kv_e_branchformer", "linear"),
+        ("kv_transformer", "gqa"),
     ],
 )
 def test_a_graph_equals_forward_chunk_for_streams_of_all_ages(tmp_path, scp, encoder, attention):

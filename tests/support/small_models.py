@@ -76,6 +76,8 @@ def config(folder: Path, **changes: Any) -> dict[str, Any]:
     )
     if changes.get("frontend") == "kaldi_fbank":
         conf["frontend_conf"] = {"n_mels": 20}
+    if changes.get("encoder") == "kv_transformer":
+        del conf["encoder_conf"]["cnn_module_kernel"], conf["encoder_conf"]["rel_pos_type"]
     if "branchformer" in changes.get("encoder", ""):
         sizes = {"cgmlp_linear_units": conf["encoder_conf"]["linear_units"], "cgmlp_conv_kernel": 5}
         del conf["encoder_conf"]["cnn_module_kernel"]
