@@ -17,7 +17,7 @@ import json
 import logging
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,12 +142,23 @@ def noise(setting: Setting, args: argparse.Namespace) -> Tensor:
 class SearchSide:
     """A side's beam search, its scorers and weights as in ESPnet's asr_inference."""
 
-    def __init__(self, decoder: Any, ctc: CTC, setting: Setting, args: argparse.Namespace):
+    def __init__(
+        self,
+        decoder: Any,
+        ctc: CTC,
+        setting: Setting,
+        args: argparse.Namespace,
+        others: Mapping[str, tuple[Any, float]] | None = None,
+    ):
+        """others: further scorers and their weights, by name."""
+        others = others or {}
         fast = args.fast_ctc and isinstance(decoder, CachedDecoder)
         scorer, eos = FastCTCPrefixScorer if fast else CTCPrefixScorer, args.vocabulary - 1
         self.search = BatchBeamSearch(
-            scorers={"decoder": decoder, "ctc": scorer(ctc, eos)},
-            weights={"decoder": 1 - setting.ctc, "ctc": setting.ctc},
+            scorers={"decoder": decoder, "ctc": scorer(ctc, eos)}
+            | {name: other for name, (other, _) in others.items()},
+            weights={"decoder": 1 - setting.ctc, "ctc": setting.ctc}
+            | {name: weight for name, (_, weight) in others.items()},
             beam_size=setting.beam,
             vocab_size=args.vocabulary,
             sos=args.sos,
@@ -179,8 +190,8 @@ class SearchSide:
                 worst = max(worst, *(abs(float(a) / float(b) - 1) for a, b in pairs))
         return same and worst <= TOLERANCE, worst
 
-    def nbytes(self) -> dict[str, int]:
-        return nbytes(hyp.states["decoder"] for nbest in self.found for hyp in nbest)
+    def nbytes(self, scorer: str = "decoder") -> dict[str, int]:
+        return nbytes(hyp.states[scorer] for nbest in self.found for hyp in nbest)
 
 
 class DecoderSide:

@@ -13,7 +13,6 @@ import json
 import logging
 import statistics
 import sys
-import time
 from typing import Any
 
 import torch
@@ -24,12 +23,13 @@ from common import (
     print_device,
     print_software,
     ratio,
+    rounds,
     set_up_machine,
     settings,
 )
+from decoding import NEVER, OURS, SEARCH, SIZE, SIZES, STOCK, SearchSide, Setting
 from espnet2.asr.ctc import CTC
 from espnet2.asr.decoder.transformer_decoder import TransformerDecoder
-from espnet2.legacy.nets.batch_beam_search import BatchBeamSearch
 from espnet2.legacy.nets.scorers.ctc import CTCPrefixScorer
 from espnet2.lm.transformer_lm import TransformerLM
 
@@ -38,13 +38,10 @@ from espnet_kv.decoder.transformer import KVTransformerDecoder
 from espnet_kv.espnet.ctc_prefix import FastCTCPrefixScorer
 from espnet_kv.lm.transformer_lm import KVTransformerLM
 
-SIZE = 256
-DECODER = {"attention_heads": 4, "linear_units": 2048, "num_blocks": 6}
+DECODER = SIZES | {"num_blocks": 6}
 LM = {"embed_unit": 128, "att_unit": 512, "head": 8, "unit": 2048}
-STOCK, OURS = "stock", "ours"
+LM_WEIGHT = 0.6
 STOCK_LM = "ours, stock LM"  # our decoder and CTC scorer with ESPnet's language model
-TOLERANCE = 1e-4  # highest relative difference of two scores
-NEVER = -1e4  # added to the score of <eos>, so that no hypothesis ends before the last token
 BAR_BEAM, BAR, LEAST = 10, 3.0, 1.0  # required speed-up at this beam, and at every other
 
 
@@ -65,8 +62,8 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build_sides(args: argparse.Namespace) -> dict[str, tuple[Any, Any, type]]:
-    """(decoder, language model, class of the CTC scorer) of each side, with the same weights."""
+def build_sides(args: argparse.Namespace) -> dict[str, tuple[Any, Any]]:
+    """(decoder, language model) of each side, with the same weights."""
     torch.manual_seed(0)
     stock = TransformerDecoder(args.vocabulary, SIZE, **DECODER)
     stock.output_layer.bias.data[-1] += NEVER
@@ -79,68 +76,24 @@ def build_sides(args: argparse.Namespace) -> dict[str, tuple[Any, Any, type]]:
     lm.prepare_search()
     for module in (stock, ours, stock_lm, lm):
         module.eval().to(args.device)
-    return {
-        STOCK: (stock, stock_lm, CTCPrefixScorer),
-        OURS: (ours, lm, FastCTCPrefixScorer),
-        STOCK_LM: (ours, stock_lm, FastCTCPrefixScorer),
-    }
-
-
-class Side:
-    """A side's beam search, its scorers and weights as in ESPnet's asr_inference."""
-
-    def __init__(self, parts: tuple, ctc: CTC, beam: int, weight: float, args: argparse.Namespace):
-        decoder, lm, scorer = parts
-        eos = args.vocabulary - 1
-        self.search = BatchBeamSearch(
-            scorers={"decoder": decoder, "ctc": scorer(ctc, eos), "lm": lm},
-            weights={"decoder": 1 - weight, "ctc": weight, "lm": 0.6},
-            beam_size=beam,
-            vocab_size=args.vocabulary,
-            sos=eos,
-            eos=eos,
-            pre_beam_score_key="full",
-        ).eval()
-        self.x = torch.randn(args.frames, SIZE, generator=torch.Generator().manual_seed(0))
-        self.x, self.tokens, self.found = self.x.to(args.device), args.tokens, []
-
-    def seconds(self, tokens: int | None = None) -> float:
-        """CPU time of a search."""
-        begin = time.process_time()
-        self.found = self.search(self.x, maxlenratio=-(tokens or self.tokens))
-        return time.process_time() - begin
-
-    def difference(self, stock: "Side") -> float:
-        """Largest relative difference of two scores; infinity: the n-best tokens differ."""
-        if [h.yseq.tolist() for h in self.found] != [h.yseq.tolist() for h in stock.found]:
-            return float("inf")
-        assert all(len(hyp.yseq) == self.tokens + 2 for hyp in self.found)  # <sos> and <eos>
-        pairs = [
-            (float(score), float((other.scores | {"total": other.score})[name]))
-            for one, other in zip(self.found, stock.found, strict=True)
-            for name, score in (one.scores | {"total": one.score}).items()
-        ]
-        return max(abs(a / b - 1) for a, b in pairs)
-
-    def nbytes(self) -> int:
-        """Bytes of the language model after the last token."""
-        states = [hyp.states["lm"] for hyp in self.found]
-        if isinstance(states[0], list):  # ESPnet's: the outputs of each layer
-            return sum(layer.nbytes for state in states for layer in state)
-        return states[0].search.nbytes_by_kind()["self"]
+    return {STOCK: (stock, stock_lm), OURS: (ours, lm), STOCK_LM: (ours, stock_lm)}
 
 
 def measure(parts: dict, ctc: CTC, beam: int, weight: float, args: argparse.Namespace) -> dict:
     """Measure one row and check the results of every round."""
-    sides = {name: Side(given, ctc, beam, weight, args) for name, given in parts.items()}
+    setting = Setting(SEARCH, args.frames, beam, weight, batch=1)
+    sides = {
+        name: SearchSide(decoder, ctc, setting, args, {"lm": (lm, LM_WEIGHT)})
+        for name, (decoder, lm) in parts.items()
+    }
     for side in sides.values():
-        side.seconds(2)
-    timings, worst = [], 0.0
-    for turn in range(args.rounds):
-        names = list(sides)
-        first = turn % len(names)
-        timings.append({name: sides[name].seconds() for name in names[first:] + names[:first]})
-        worst = max(worst, sides[OURS].difference(sides[STOCK]))
+        side.warm_up()
+    runs = {name: side.run for name, side in sides.items()}
+    timings, same, worst = [], True, 0.0
+    for spent in rounds(runs, args.device, args.rounds):
+        timings.append(spent)
+        now, difference = sides[OURS].check(sides[STOCK])
+        same, worst = same and now, max(worst, difference)
     seconds = by_side(timings)
     return {
         "beam": beam,
@@ -149,9 +102,9 @@ def measure(parts: dict, ctc: CTC, beam: int, weight: float, args: argparse.Name
         "seconds": {name: round(statistics.median(s), 2) for name, s in seconds.items()},
         "faster": ratio(seconds[STOCK], seconds[OURS]),
         "by_lm": ratio(seconds[STOCK_LM], seconds[OURS]),
-        "identical": worst <= TOLERANCE,
+        "identical": same,
         "difference": worst,
-        "bytes": {name: sides[name].nbytes() for name in (STOCK, OURS)},
+        "bytes": {name: sides[name].nbytes("lm")["self"] for name in (STOCK, OURS)},
     }
 
 
@@ -186,7 +139,7 @@ def judge(rows: list[dict]) -> list[dict]:
 def print_card(args: argparse.Namespace) -> None:
     """The card: settings of the measurement."""
     print(f"decoder   {DECODER}, size {SIZE}, vocabulary {args.vocabulary}")
-    print(f"LM        {LM | {'layer': args.layers}}, weight 0.6")
+    print(f"LM        {LM | {'layer': args.layers}}, weight {LM_WEIGHT}")
     print_software()
     print_device(args.device)
     print(f"input     {args.frames} frames of noise as encoder output; random weights")
@@ -202,6 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     if not all(0 <= weight < 1 for weight in args.ctc):
         parser.error(f"--ctc {args.ctc}: weights lie in [0, 1); the decoder has the rest")
     set_up_machine(parser, args)
+    args.size, args.sos, args.fast_ctc = SIZE, args.vocabulary - 1, True
     logging.getLogger("espnet2").setLevel(logging.ERROR)  # it warns of every maximum length
     rows = []
     with torch.inference_mode():

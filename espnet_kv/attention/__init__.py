@@ -3,6 +3,7 @@
 A new mechanism needs a file here, a line in ATTENTIONS and a YAML. Importing does not load ESPnet.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -138,3 +139,24 @@ def attention_like(
     """
     with torch.device("meta"):
         return build_attention(attention_type, attention_conf, n_head, n_feat)
+
+
+def attention_label(model: nn.Module, cross: bool = False) -> str:
+    """The label of a model's attention modules: one, or several where its layers differ.
+
+    Labels that differ in numbers alone become one with ranges: mla r32-64.
+
+    Args:
+        model: an encoder or decoder.
+        cross: whether the modules that attend to encoded utterances are meant.
+    """
+    modules = [m for m in model.modules() if isinstance(m, Attention) and m.cross is cross]
+    labels = list(dict.fromkeys(module.label for module in modules))
+    parts = [re.split(r"(\d+(?:\.\d+)?)", label) for label in labels]
+    if len({(*words[::2],) for words in parts}) != 1:
+        return ", ".join(labels) or "no attention"
+    merged = list(parts[0])
+    for place in range(1, len(merged), 2):
+        numbers = sorted({words[place] for words in parts}, key=float)
+        merged[place] = "-".join(dict.fromkeys((numbers[0], numbers[-1])))
+    return "".join(merged)

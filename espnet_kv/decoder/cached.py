@@ -139,6 +139,24 @@ class CachedDecoder:
         return [Search(self, xs, xs_mask).first()] * len(states)
 
 
+def check_cached(
+    attention_type: str, attention_conf: Mapping[str, Any], layers: int
+) -> list[dict[str, Any]]:
+    """Check the attention arguments of a decoder or language model.
+
+    Returns:
+        The options of each layer.
+
+    Raises:
+        ConfigError (a ValueError): names the key, its value and the allowed values.
+    """
+    check_attention(attention_type, attention_conf)
+    confs = layer_confs(attention_conf, layers)
+    if attention_conf.get("decay") is not None:
+        raise ConfigError("attention_conf.decay: works in encoders only")
+    return confs
+
+
 def check_places(
     places: Mapping[str, tuple[str, Mapping[str, Any]]], layers: int
 ) -> dict[str, list[dict[str, Any]]]:
@@ -157,10 +175,7 @@ def check_places(
     found = {}
     for place, (kind, conf) in places.items():
         try:
-            check_attention(kind, conf)
-            found[place] = layer_confs(conf, layers)
+            found[place] = check_cached(kind, conf, layers)
         except ConfigError as error:
             raise ConfigError(f"{place}_{error}") from error
-        if conf.get("decay") is not None:
-            raise ConfigError(f"{place}_attention_conf.decay: works in encoders only")
     return found

@@ -173,13 +173,12 @@ class TokenSearch:
         paths = torch.cat([torch.stack([h.path for h in hypotheses]), new], dim=1)
         size = (len(hypotheses), tokens, self._used)
         hidden = torch.full(size, -torch.inf, dtype=self._dtype, device=device)
+        bias = hidden.new_zeros(paths.shape)
+        if exist is not None:
+            bias.masked_fill_(~exist, -torch.inf)
         for token in range(tokens):  # a token attends to itself and those before
             last = paths.size(1) - tokens + token + 1
-            bias: Any = 0.0
-            if exist is not None:
-                bias = hidden.new_zeros(paths[:, :last].shape)
-                bias.masked_fill_(~exist[:, :last], -torch.inf)
-            hidden[:, token].scatter_(1, paths[:, :last], bias)
+            hidden[:, token].scatter_(1, paths[:, :last], bias[:, :last])
         visible = hidden.view(b, 1, count, self._used)
         valid = None if exist is None else exist[:, -1, None, None, None]
         return StoreStep(states, self.memory, first, count, visible, valid), paths
@@ -308,14 +307,17 @@ class Search(TokenSearch):
         return super().nbytes_analytic() | {"cross": cross}
 
 
-def transpose_weights(model: nn.Module) -> None:
+def transpose_weights(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> None:
     """Transpose the memory layout of weights for products with few rows on a CPU.
 
     BLAS then takes about half the time. Values do not change, but parameters are no longer
     contiguous, so only decoding commands call this, and not training.
+
+    Args:
+        kinds: classes of the modules whose `weight` is transposed.
     """
     for module in model.modules():
-        if isinstance(module, nn.Linear) and module.weight.device.type == "cpu":
+        if isinstance(module, kinds) and module.weight.device.type == "cpu":
             module.weight.data = module.weight.data.t().contiguous().t()
 
 

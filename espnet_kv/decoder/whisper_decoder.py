@@ -11,7 +11,7 @@ from torch.nn import functional
 from espnet_kv.attention.base import Attention
 from espnet_kv.attention.whisper import replace_whisper_attention
 from espnet_kv.decoder.cached import CachedDecoder, check_places
-from espnet_kv.decoder.search import Hypothesis
+from espnet_kv.decoder.search import Hypothesis, transpose_weights
 from espnet_kv.errors import ConfigError, UserError
 from espnet_kv.espnet.loading import refuse_partial_loads
 from espnet_kv.espnet.openai_whisper import replace_norms, whisper_for_espnet
@@ -175,10 +175,7 @@ class KVWhisperDecoder(CachedDecoder, OpenAIWhisperDecoder):
 
     def prepare_search(self) -> None:
         """As CachedDecoder, and the embeddings: their product gives the logits."""
-        super().prepare_search()
-        for module in self.decoders.modules():
-            if isinstance(module, nn.Embedding) and module.weight.device.type == "cpu":
-                module.weight.data = module.weight.data.t().contiguous().t()
+        transpose_weights(self, (nn.Linear, nn.Embedding))
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espnet_kv.attention.base import Attention
+from espnet_kv.attention import attention_label
 from espnet_kv.cache.state import FrameState, State, StateSpec
 from espnet_kv.cache.step import CacheStep
 from espnet_kv.errors import ArgumentError
@@ -119,8 +119,7 @@ class StreamingGraph(nn.Module):
         self.features = encoder.input_size
         spec = StateSpec(1, self.left, cache_dtype, stream.dtype, torch.device("cpu"))
         self.states = encoder.module_states(spec)
-        labels = [m.label for m in encoder.modules() if isinstance(m, Attention)]
-        self.attention = ", ".join(dict.fromkeys(labels))
+        self.attention = attention_label(encoder)
         with torch.no_grad():
             self.tables = encoder.position_tables(self.left + self.chunk_size, self.chunk_size)
 

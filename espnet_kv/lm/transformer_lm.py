@@ -7,9 +7,10 @@ import torch
 from espnet2.lm.transformer_lm import TransformerLM
 from torch import Tensor, nn
 
-from espnet_kv.attention import check_attention, layer_confs, replace_attention
+from espnet_kv.attention import replace_attention
 from espnet_kv.attention.positions import at_positions
 from espnet_kv.cache.step import active_step
+from espnet_kv.decoder.cached import check_cached
 from espnet_kv.decoder.search import Hypothesis, TokenSearch, transpose_weights
 from espnet_kv.errors import ConfigError
 from espnet_kv.espnet.loading import refuse_partial_loads
@@ -59,10 +60,7 @@ class KVTransformerLM(TransformerLM):
             raise ConfigError(
                 f"lm_conf.pos_enc: unknown {espnet['pos_enc']!r} (allowed: null, sinusoidal)"
             )
-        check_attention(attention_type, conf)
-        if conf.get("decay") is not None:
-            raise ConfigError("attention_conf.decay: works in encoders only")
-        each = layer_confs(conf, espnet["layer"])
+        each = check_cached(attention_type, conf, espnet["layer"])
         super().__init__(vocab_size, att_unit=att_unit, head=head, **espnet_conf)
         dropout = espnet["attention_dropout_rate"]
         for index, layer in enumerate(self.encoder.encoders):

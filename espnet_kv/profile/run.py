@@ -1,13 +1,12 @@
 """A whole profile: every measurement of one model, as docs/profile.md describes it."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from espnet_kv.attention import ATTENTIONS, Attention
+from espnet_kv.attention import ATTENTIONS, attention_label
 from espnet_kv.cache.codec import FLOATS
 from espnet_kv.decoder.cached import CachedDecoder
 from espnet_kv.errors import UserError
@@ -184,27 +183,6 @@ def _model(subject: Subject, macs_per_second: float | None) -> schema.Model:
         **counted,
         macs_per_second=macs_per_second,
     )
-
-
-def attention_label(model: torch.nn.Module, cross: bool = False) -> str:
-    """The label of a model's attention modules: one, or several where its layers differ.
-
-    Labels that differ in numbers alone become one with ranges: mla r32-64.
-
-    Args:
-        model: an encoder or decoder.
-        cross: whether the modules that attend to encoded utterances are meant.
-    """
-    modules = [m for m in model.modules() if isinstance(m, Attention) and m.cross is cross]
-    labels = list(dict.fromkeys(module.label for module in modules))
-    parts = [re.split(r"(\d+(?:\.\d+)?)", label) for label in labels]
-    if len({(*words[::2],) for words in parts}) != 1:
-        return ", ".join(labels) or "no attention"
-    merged = list(parts[0])
-    for place in range(1, len(merged), 2):
-        numbers = sorted({words[place] for words in parts}, key=float)
-        merged[place] = "-".join(dict.fromkeys((numbers[0], numbers[-1])))
-    return "".join(merged)
 
 
 def _settings(

@@ -7,12 +7,11 @@ from small_encoders import FEATURES, assert_close, batch, build, encoders
 from streams import Feeder, streaming, utterances
 from torch import Tensor, nn
 
-from espnet_kv.attention import ATTENTIONS, attention_like
+from espnet_kv.attention import ATTENTIONS, attention_label, attention_like
 from espnet_kv.attention.softmax import SoftmaxAttention
 from espnet_kv.bin import report
 from espnet_kv.cache import Footprint
 from espnet_kv.decoder.transformer import KVTransformerDecoder
-from espnet_kv.profile.run import attention_label
 from espnet_kv.report.comparison import PALETTE
 
 
