@@ -3,8 +3,7 @@
 import json
 
 import pytest
-import soundfile
-from small_models import RATE, save, speech
+from small_models import save, write_scp
 
 pytest.importorskip("onnx", reason="the extra [serve] is not installed")
 pytest.importorskip("onnxruntime", reason="the extra [serve] is not installed")
@@ -18,12 +17,7 @@ LETTERS = ("ABBAAB", "BBAABA", "BABAAB")
 def model(tmp_path_factory) -> tuple[list[str], list[str]]:
     """Options that name a model with ESPnet's features, and a wav.scp of tones."""
     folder = tmp_path_factory.mktemp("model")
-    lines = []
-    for number, letters in enumerate(LETTERS):
-        soundfile.write(folder / f"{number}.wav", speech(letters).numpy(), RATE)
-        lines.append(f"{number} {folder}/{number}.wav\n")
-    (folder / "wav.scp").write_text("".join(lines))
-    return save(folder), ["--check_scp", str(folder / "wav.scp")]
+    return save(folder), ["--check_scp", str(write_scp(folder, LETTERS))]
 
 
 def test_it_writes_graphs_tokens_and_shapes(model, tmp_path, capsys):

@@ -3,8 +3,7 @@
 import json
 
 import pytest
-import soundfile
-from small_models import RATE, build, speech
+from small_models import build, write_scp
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra [serve] is not installed")
 pytest.importorskip("onnx", reason="the extra [serve] is not installed")
@@ -23,13 +22,7 @@ LETTERS = ("ABBAAB", "BBAABA", "BABAAB", "AABBA", "BAB", "ABAB")
 @pytest.fixture(scope="module")
 def scp(tmp_path_factory):
     """A wav.scp of tones, 60 chunks of 4 frames and more."""
-    folder = tmp_path_factory.mktemp("tones")
-    lines = []
-    for number, letters in enumerate(LETTERS):
-        soundfile.write(folder / f"{number}.wav", speech(letters).numpy(), RATE)
-        lines.append(f"{number} {folder}/{number}.wav\n")
-    (folder / "wav.scp").write_text("".join(lines))
-    return folder / "wav.scp"
+    return write_scp(tmp_path_factory.mktemp("tones"), LETTERS)
 
 
 def exported(folder, scp, encoder="kv_conformer", attention="mla", **options):

@@ -5,10 +5,12 @@ least squares, so that the model recognizes tones without training.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soundfile
 import torch
 import yaml
 from torch import Tensor
@@ -31,6 +33,16 @@ def speech(letters: str, seconds: float = 0.4, pause: float = 0.3) -> Tensor:
     audio = sum((heard == TOKENS.index(letter)) * tone for letter, tone in tones.items())
     noise = torch.randn(len(heard), generator=torch.Generator().manual_seed(len(letters)))
     return 0.3 * audio + 1e-3 * noise
+
+
+def write_scp(folder: Path, letters: Sequence[str]) -> Path:
+    """Write a `speech` of each entry of `letters`, and a wav.scp of them, which is returned."""
+    lines = []
+    for number, spoken in enumerate(letters):
+        soundfile.write(folder / f"{number}.wav", speech(spoken).numpy(), RATE)
+        lines.append(f"{number} {folder}/{number}.wav\n")
+    (folder / "wav.scp").write_text("".join(lines))
+    return folder / "wav.scp"
 
 
 def sounds(letters: str, seconds: float, pause: float) -> Tensor:
