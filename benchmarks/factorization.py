@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     layers = {part: SLOTS[part].attentions(model) for part in args.parts}
     every = {name: layer for named in layers.values() for name, layer in named.items()}
     with recording(every) as seen:
-        runner.run(audio.fit)
+        runner.backward(audio.fit)
     with recording(every) as unseen:
         runner.run(audio.held_out)
 

@@ -18,7 +18,8 @@ from espnet_kv.cli import command
 from espnet_kv.errors import UserError
 
 METHODS = ("plain SVD", "second moment", "bin.convert")
-RESAMPLES = 2000
+RESAMPLES, BATCH = 2000, 10
+LONGEST = 30.0  # seconds
 
 
 class Utterance(NamedTuple):
@@ -28,10 +29,11 @@ class Utterance(NamedTuple):
     text: str
 
 
-class WhisperModel:
+class WhisperModel(torch.nn.Module):
     """An encoder and a decoder with what `espnet_kv.convert` uses of an ESPnet model."""
 
     def __init__(self, weights: str):
+        super().__init__()
         from espnet_kv.decoder.whisper_decoder import KVWhisperDecoder
         from espnet_kv.encoder.whisper_encoder import KVWhisperEncoder
 
@@ -70,7 +72,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def read_utterances(data: Path, count: int, seed: int) -> list[Utterance]:
-    """`count` random utterances of a LibriSpeech directory.
+    """`count` random utterances of a LibriSpeech directory that Whisper encodes whole.
 
     Raises:
         UserError: there are fewer.
@@ -81,7 +83,8 @@ def read_utterances(data: Path, count: int, seed: int) -> list[Utterance]:
     for file in sorted(data.rglob("*.trans.txt")):
         for line in file.read_text(encoding="utf-8").splitlines():
             name, _, text = line.partition(" ")
-            if (audio := file.parent / f"{name}.flac").is_file():
+            audio = file.parent / f"{name}.flac"
+            if audio.is_file() and soundfile.info(audio).duration <= LONGEST:
                 found.append((audio, text))
     if len(found) < count:
         raise UserError(f"{data}: {len(found)} utterances with transcripts, {count} are needed")
@@ -137,9 +140,7 @@ class Conversions:
         modules = {name: a for named in attentions.values() for name, a in named.items()}
         sides = sorted({SLOTS[part].module for part in parts})
         with recording(modules) as seen:
-            self.runner.run(fit, modules=sides)
-        with recording(modules) as self.unseen:
-            self.runner.run(self.held_out, modules=sides)
+            self.runner.backward(fit, modules=sides)
         self.layers: dict[str, dict[str, tuple[Any, Any]]] = {}
         for part, named in attentions.items():
             self.layers[part] = {}
@@ -151,7 +152,7 @@ class Conversions:
     def of(self, part: str, cut: float, method: str) -> dict[str, Any]:
         """Name -> module."""
         from espnet_kv.convert.choice import ModelError, choose_mla
-        from espnet_kv.convert.factorize import factorize_kv, to_mla, with_weights
+        from espnet_kv.convert.factorize import to_mla, to_mla_by_second_moment
 
         if (key := (part, cut, method)) in self.made:
             return self.made[key]
@@ -165,15 +166,14 @@ class Conversions:
                 return self.runner.run(self.held_out, modules=[side])[side]
 
             error = ModelError(self.model, slot, run)
-            choice = choose_mla(layers, self.unseen, rank, budget, error.of)
+            choice = choose_mla(layers, rank, budget, error.of)
             print(f"{part}, {cut:g}: {choice.chosen}; {choice.errors}", file=sys.stderr, flush=True)
             self.made[key] = choice.modules
         elif method == METHODS[1]:
-            self.made[key] = {}
-            for name, (a, known) in layers.items():
-                k, v = a.linear_k.weight, a.linear_v.weight
-                weights = factorize_kv(k, v, rank, known.second_moment)
-                self.made[key][name] = with_weights(a, rank, (*weights, a.linear_v.bias))
+            self.made[key] = {
+                name: to_mla_by_second_moment(attention, rank, known)
+                for name, (attention, known) in layers.items()
+            }
         else:
             self.made[key] = {name: to_mla(a, rank) for name, (a, _) in layers.items()}
         return self.made[key]
@@ -183,15 +183,26 @@ class Conversions:
 def decode(
     model: WhisperModel, encoded: Sequence[Tensor], start: list[int], cache_dtype: str
 ) -> list[str]:
-    """Greedy transcripts of encoder outputs, each (T, D)."""
+    """Greedy transcripts of encoder outputs, each (T, D), BATCH utterances at a time."""
     from whisper.tokenizer import get_tokenizer
-
-    from espnet_kv.convert.calibration import greedy_tokens
 
     tokenizer = get_tokenizer(model.token_type == "whisper_multilingual", language="en")
     model.decoder.cache_dtype = cache_dtype
-    tokens = [greedy_tokens(model, x, start).tolist()[len(start) :] for x in encoded]
-    return [tokenizer.decode([t for t in text if t < model.eos]) for text in tokens]
+    texts = []
+    for first in range(0, len(encoded), BATCH):
+        xs = torch.stack(list(encoded[first : first + BATCH]))
+        tokens = torch.tensor(start).expand(len(xs), -1)
+        states = [model.decoder.batch_init_state(xs)] * len(xs)
+        while tokens.size(1) < model.decoder.text_positions:
+            scores, states = model.decoder.batch_score(tokens, states, xs)
+            best = scores.argmax(dim=1, keepdim=True)
+            tokens = torch.cat([tokens, best], dim=1)
+            if (tokens == model.eos).any(dim=1).all():
+                break
+        for text in tokens[:, len(start) :].tolist():
+            text = text[: text.index(model.eos)] if model.eos in text else text
+            texts.append(tokenizer.decode([token for token in text if token < model.eos]))
+    return texts
 
 
 @torch.no_grad()
@@ -212,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     read = read_utterances(args.data, args.utterances + args.calibration, args.seed)
     tested = read[: args.utterances]
     calibration = [x for x, _ in read[args.utterances :]]
-    encoded = encode(model, tested)
+    encodings = {None: encode(model, tested)}
     rows = []
 
     def measure(
@@ -221,7 +232,10 @@ def main(argv: list[str] | None = None) -> None:
         with ExitStack() as stack:
             for name, modules in converted.items():
                 stack.enter_context(replaced(model, SLOTS[name], modules))
-            xs = encode(model, tested) if "encoder" in converted else encoded
+            of = (cut, method) if "encoder" in converted else None
+            if of not in encodings:  # once for `encoder` and `all`
+                encodings[of] = encode(model, tested)
+            xs = encodings[of]
             for cache_dtype in args.cache_dtypes:
                 found = word_errors(decode(model, xs, start, cache_dtype), tested)
                 row = {"part": part, "cut": cut, "method": method, "cache_dtype": cache_dtype}

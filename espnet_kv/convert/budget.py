@@ -17,21 +17,19 @@ from espnet_kv.errors import UserError
 
 
 def predicted_errors(
-    attention: MultiHeadAttention,
-    statistics: LayerStatistics,
-    metric: OutputMetric | None = None,
+    attention: MultiHeadAttention, statistics: LayerStatistics, key_scale: float = 1.0
 ) -> list[float]:
-    """Squared error of the attention output at rank 0, 1, ..., D, predicted to first order.
+    """Squared error of the model's output at rank 0, 1, ..., D, predicted to first order.
 
     This is the lower convex hull of `subspace.error_by_rank`. The entry at rank 0 is the error
-    without any keys and values.
+    without any keys and values. Layers of one model are comparable (`metric.OutputMetric`).
 
     Args:
-        metric: the norm of the errors; None: the one of `OutputMetric.of`.
+        key_scale: of the metric.
     """
     keys = head_rows(attention.linear_k.weight, attention.h)
     values = head_rows(attention.linear_v.weight, attention.h)
-    metric = metric or OutputMetric.of(attention, statistics)
+    metric = OutputMetric.of(attention, statistics, key_scale)
     maps = torch.cat([metric.left_k @ keys, metric.left_v @ values])
     roots = torch.cat([metric.right_k, metric.right_v])
     return lower_hull(error_by_rank(maps, roots @ roots).tolist())
@@ -60,7 +58,7 @@ def choose_ranks(errors: Mapping[str, Sequence[float]], budget: int) -> dict[str
     convex in the rank, so the result minimises their sum. A larger budget never lowers a rank.
 
     Args:
-        errors: name -> weighted error of the layer at rank 0, 1, ..., D (`predicted_errors`).
+        errors: name -> error by the layer at rank 0, 1, ..., D (`predicted_errors`).
         budget: numbers per frame, all layers together.
 
     Raises:

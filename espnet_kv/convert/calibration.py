@@ -8,7 +8,8 @@ per utterance, of which there are few.
 
 import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,7 @@ class CalibrationRunner:
         self._encoded: dict[int, tuple[Tensor, Tensor]] = {}
         self._texts: dict[int, list[Tensor]] = {}
 
+    @torch.no_grad()
     def transcribe(self, utterances: Sequence[Tensor], step: Callable[[], object]) -> None:
         """Find the decoder inputs of each utterance; `run` needs them.
 
@@ -171,18 +173,54 @@ class CalibrationRunner:
         """
         outputs: dict[str, list[Tensor]] = {"encoder": [], "decoder": []}
         for speech in utterances:
-            key = id(speech)
-            encoder = "encoder" in modules or key not in self._encoded
-            encoded, lengths = self._encode(speech) if encoder else self._encoded[key]
-            outputs["encoder"].append(encoded[0])
-            for tokens in self._texts[key] if self._decoding and "decoder" in modules else ():
-                inputs, sizes = tokens[None], torch.tensor([len(tokens)])  # (1, L), <sos> first
-                scores, _ = self._model.decoder(encoded, lengths, inputs, sizes)
-                outputs["decoder"].append(scores[0].log_softmax(dim=-1))
+            for module, output in self._outputs(speech, modules):
+                outputs[module].append(output)
             step()
         return {module: torch.cat(parts) for module, parts in outputs.items() if parts}
 
-    @torch.no_grad()
+    def backward(
+        self,
+        utterances: Sequence[Tensor],
+        step: Callable[[], object] = lambda: None,
+        modules: Sequence[str] = ("encoder", "decoder"),
+    ) -> None:
+        """Run the model and propagate gradients back to recorded calls of attention modules.
+
+        A decoder's output is the log-probability of tokens that are drawn from its distributions.
+        The mean square of its change is the Fisher information: twice the divergence that a small
+        error causes, in nats. An encoder's output is projected on Gaussian noise, which gives the
+        squared error of all its numbers. Encoder and decoder are separate: no gradient passes from
+        a decoder to the encoder.
+
+        Args:
+            utterances, step, modules: see `run`.
+        """
+        generator = torch.Generator().manual_seed(self._seed)
+        with _frozen(self._model), torch.enable_grad():
+            for speech in utterances:
+                for module, output in self._outputs(speech, modules):
+                    if not output.requires_grad:  # nothing was recorded in this module
+                        continue
+                    if module == "decoder":
+                        probabilities = output.detach().exp().cpu()
+                        drawn = torch.multinomial(probabilities, 1, generator=generator)
+                        output.gather(1, drawn.to(output.device)).sum().backward()
+                    else:
+                        noise = torch.randn(output.shape, generator=generator)
+                        (output * noise.to(output)).sum().backward()
+                step()
+
+    def _outputs(self, speech: Tensor, modules: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """("encoder", (frames, D)) and ("decoder", (tokens, V)) of each decoder input."""
+        key = id(speech)
+        encoder = "encoder" in modules or key not in self._encoded
+        encoded, lengths = self._encode(speech) if encoder else self._encoded[key]
+        yield "encoder", encoded[0]
+        for tokens in self._texts[key] if self._decoding and "decoder" in modules else ():
+            inputs, sizes = tokens[None], torch.tensor([len(tokens)])  # (1, L), <sos> first
+            scores, _ = self._model.decoder(encoded.detach(), lengths, inputs, sizes)
+            yield "decoder", scores[0].log_softmax(dim=-1)
+
     def _encode(self, speech: Tensor) -> tuple[Tensor, Tensor]:
         encoded, lengths = self._model.encode(speech[None], torch.tensor([len(speech)]))
         encoded = encoded[0] if isinstance(encoded, tuple) else encoded
@@ -192,6 +230,19 @@ class CalibrationRunner:
                 "training of the model diverged; use the model of an earlier epoch"
             )
         return encoded, lengths
+
+
+@contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    """Context manager within which no parameter of the model requires a gradient."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def disturbed(tokens: Tensor, others: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,11 +1,12 @@
 """Recording the calls of attention modules, to repeat them with other modules.
 
-Shape letters: B batch, Q queries, S keys, D model size.
+Shape letters: B batch, H heads, Q queries, S keys, D model size, d_k head size.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,18 +15,21 @@ from torch import Tensor, nn
 from espnet_kv.attention.whisper import WhisperAttention
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call:
     """The arguments of one forward pass through an attention module.
 
     query: (B, Q, D).
     key: (B, S, D), the frames that keys and values are projected from.
     context: the further arguments: relative positions or chunks, if any, then the mask.
+    gradient: (B, Q, H d_k), of the model's output with respect to the outputs of the heads; None:
+        no backward pass followed.
     """
 
     query: Tensor
     key: Tensor
     context: tuple
+    gradient: Tensor | None = None
 
     def run(self, attention: nn.Module) -> Tensor:
         """Output (B, Q, D) of `attention` for these arguments, in the dtype of its weights."""
@@ -66,7 +70,8 @@ def _cast(part, dtype: torch.dtype):
 def recording(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]]]:
     """Context manager that records every call of the modules: name -> calls, in order.
 
-    Tensors are kept without a copy: 4 D bytes per frame and layer in float32.
+    Tensors are kept without a copy: 4 D bytes per frame and layer in float32. Where gradients are
+    enabled, a backward pass adds those of the calls, even if no parameter requires a gradient.
     """
     calls: dict[str, list[Call]] = {name: [] for name in modules}
 
@@ -79,10 +84,21 @@ def recording(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]
 
         return record
 
-    hooks = [
-        module.register_forward_pre_hook(hook_of(name), with_kwargs=True)
-        for name, module in modules.items()
-    ]
+    def gradient_hook_of(name: str) -> Callable:
+        def watch(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+            if not torch.is_grad_enabled():
+                return None
+            heads = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
+            heads.register_hook(partial(setattr, calls[name][-1], "gradient"))
+            return (heads,)
+
+        return watch
+
+    hooks = []
+    for name, module in modules.items():
+        hooks.append(module.register_forward_pre_hook(hook_of(name), with_kwargs=True))
+        out: Any = module.linear_out
+        hooks.append(out.register_forward_pre_hook(gradient_hook_of(name)))
     try:
         yield calls
     finally:

@@ -1,23 +1,31 @@
 """Choice between conversions of one part to mla, by the error of the model on held-out audio."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from espnet_kv.attention.latent import MultiHeadLatentAttention
 from espnet_kv.convert.budget import choose_ranks, predicted_errors
-from espnet_kv.convert.calls import Call
-from espnet_kv.convert.factorize import SECOND_MOMENT, Fit, fit_mla
+from espnet_kv.convert.factorize import to_mla, to_mla_by_second_moment
 from espnet_kv.convert.modules import in_place_of
 from espnet_kv.convert.source import Part
 from espnet_kv.convert.statistics import LayerStatistics
 
 # names of the candidates in conversion.json
-USUAL = f"{SECOND_MOMENT}, equal ranks"
-EQUAL, SHARED = "best fit of each layer, equal ranks", "best fit of each layer, ranks by effect"
+USUAL = "second moment, equal ranks"
+EQUAL, SHARED = (
+    "model output, keys x {:g}, equal ranks",
+    "model output, keys x {:g}, ranks by layer",
+)
+
+# Factors of key errors in the norm of the model's output. Large key errors change the attention
+# weights less than to first order, or more.
+KEY_SCALES = (0.5, 1.0, 2.0)
 
 
 class ModelError:
@@ -67,30 +75,17 @@ def replaced(model: Any, part: Part, modules: Mapping[str, Any]) -> Iterator[Non
 class Choice:
     """The conversion of a part that was chosen.
 
-    fits: name -> conversion of each layer. chosen: key of errors.
+    modules: name -> module of each layer. chosen: key of errors.
     errors: candidate -> error of the model (`ModelError`).
     """
 
-    fits: dict[str, Fit]
+    modules: dict[str, MultiHeadLatentAttention]
     chosen: str
-    errors: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def modules(self) -> dict[str, Any]:
-        """Name -> module of each layer."""
-        usual = self.chosen == USUAL
-        return {n: fit.second_moment if usual else fit.module for n, fit in self.fits.items()}
-
-    @property
-    def methods(self) -> dict[str, str]:
-        """Name -> method of each layer."""
-        usual = self.chosen == USUAL
-        return {n: SECOND_MOMENT if usual else fit.chosen for n, fit in self.fits.items()}
+    errors: dict[str, float]
 
 
 def choose_mla(
     layers: Mapping[str, tuple[Any, LayerStatistics]],
-    unseen: Mapping[str, Sequence[Call]],
     rank: int,
     budget: int | None,
     model_error: Callable[[Mapping[str, Any]], float],
@@ -98,47 +93,43 @@ def choose_mla(
 ) -> Choice:
     """Convert the layers of a part to mla by the candidate with the smallest error of the model.
 
-    With a budget, one candidate has a rank for each layer. Its effects, which weight the predicted
-    errors (`choose_ranks`), are the errors of the model with one converted layer at a time: the
-    error of a layer has directions in which the model is more sensitive than to noise.
+    Candidates with equal ranks: the second moment of the frames, and the norm of the model's
+    output (`metric`) with KEY_SCALES. With a budget also the best of these scales, with the ranks
+    that minimise the sum of the predicted errors.
 
     Args:
         layers: name -> attention module and its statistics.
-        unseen: name -> calls that are not in the statistics.
         rank: the same for every layer.
         budget: numbers per frame of all layers; None: only equal ranks.
-        model_error: `ModelError.of`.
+        model_error: `ModelError.of`, for audio that is not in the statistics.
         step: called after each layer of a candidate.
 
     Raises:
-        UserError: see `fit_mla`.
+        UserError, ConfigError: see `to_mla`.
     """
+    choices: list[Choice] = []
+    errors: dict[str, float] = {}
 
-    equal = {}
-    for name, (attention, statistics) in layers.items():
-        equal[name] = fit_mla(attention, rank, statistics, unseen[name])
-        step()
-    choices = [Choice(equal, EQUAL), Choice(equal, USUAL)]
-    if budget is not None:
-        weighted = {
-            name: _measured(layer, equal[name], rank, model_error({name: equal[name].module}))
-            for name, layer in layers.items()
-        }
-        shared = {}
-        for name, wanted in choose_ranks(weighted, budget).items():
-            attention, statistics = layers[name]
-            method = equal[name].method
-            shared[name] = fit_mla(attention, wanted, statistics, unseen[name], method)
+    def attempt(name: str, convert: Callable[..., Any], ranks: Mapping[str, int]) -> None:
+        modules = {}
+        for layer, (attention, statistics) in layers.items():
+            modules[layer] = convert(attention, ranks[layer], statistics)
             step()
-        choices.append(Choice(shared, SHARED))
-    errors = {choice.chosen: model_error(choice.modules) for choice in choices}
-    best = min(choices, key=lambda choice: errors[choice.chosen])
-    best.errors = errors
-    return best
+        errors[name] = model_error(modules)
+        choices.append(Choice(modules, name, errors))
+
+    equal = dict.fromkeys(layers, rank)
+    attempt(USUAL, to_mla_by_second_moment, equal)
+    for scale in KEY_SCALES:
+        attempt(EQUAL.format(scale), partial(to_mla, key_scale=scale), equal)
+    if budget is not None:
+        scale = min(KEY_SCALES, key=lambda scale: errors[EQUAL.format(scale)])
+        predicted = {n: predicted_errors(*layer, scale) for n, layer in layers.items()}
+        ranks = choose_ranks(predicted, budget)
+        attempt(SHARED.format(scale), partial(to_mla, key_scale=scale), ranks)
+    return min(choices, key=lambda choice: errors[choice.chosen])
 
 
-def _measured(layer: tuple[Any, LayerStatistics], fit: Fit, rank: int, error: float) -> list[float]:
-    """Predicted errors at rank 0, 1, ..., D, multiplied so that `error` is the one at `rank`."""
-    predicted = predicted_errors(*layer, fit.method.metric(*layer))
-    effect = error / max(predicted[rank], torch.finfo(torch.float64).tiny)
-    return [effect * value for value in predicted]
+def candidates(budget: int | None) -> int:
+    """The number of candidates of `choose_mla`."""
+    return 1 + len(KEY_SCALES) + (budget is not None)

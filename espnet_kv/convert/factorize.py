@@ -3,64 +3,19 @@
 Shape letters: H heads, D model size, d_k head size, r rank.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from espnet_kv.attention.grouped import MultiHeadAttention
 from espnet_kv.attention.latent import MultiHeadLatentAttention
-from espnet_kv.convert.calls import Call
-from espnet_kv.convert.layer_error import outputs, relative_error
 from espnet_kv.convert.linalg import hartley, left_vectors, symmetric_root
-from espnet_kv.convert.metric import SHRINK, OutputMetric
+from espnet_kv.convert.metric import OutputMetric
 from espnet_kv.convert.modules import head_rows, replacement_module
 from espnet_kv.convert.statistics import LayerStatistics
 from espnet_kv.convert.subspace import best_rows, best_ups
 
-# Candidate weights of key errors: their first-order estimate (`metric`) is far off where attention
-# is concentrated on few frames.
-KEY_SCALES = (0.5, 1.0, 2.0, 4.0)
-# candidate shares of the covariance of all frames: few queries cover few directions
-SHRINKS = (SHRINK, 0.5)
-# the candidate of other methods, e.g. SVD-LLM: the same norm for all heads, keys and values
-SECOND_MOMENT = "second moment"
-
 type Weights = tuple[Tensor, Tensor, Tensor, Tensor]
 """down (r, D), up_k, up_v (D, r), and the bias of the values (D,)."""
-
-
-class Method(NamedTuple):
-    """A norm of the output error: share of the covariance, and weight of key errors (`metric`)."""
-
-    shrink: float
-    key_scale: float
-
-    def __str__(self) -> str:
-        return f"output error, shrink {self.shrink:g}, keys x {self.key_scale:g}"
-
-    def metric(self, attention: MultiHeadAttention, statistics: LayerStatistics) -> OutputMetric:
-        """The norm for a layer."""
-        scaled = OutputMetric.of(attention, statistics, self.shrink)
-        return scaled.with_keys_scaled(self.key_scale)
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A converted layer and the candidates it was chosen from.
-
-    chosen: name of its method, a key of errors.
-    errors: method -> relative error of the attention output on the inputs to choose by.
-    second_moment: the candidate SECOND_MOMENT. method: the best of the others.
-    """
-
-    module: MultiHeadLatentAttention
-    chosen: str
-    errors: dict[str, float]
-    second_moment: MultiHeadLatentAttention
-    method: Method
 
 
 def factorize_kv(
@@ -98,79 +53,49 @@ def to_mla(
     attention: MultiHeadAttention,
     rank: int,
     statistics: LayerStatistics | None = None,
-    unseen: Sequence[Call] = (),
+    key_scale: float = 1.0,
 ) -> MultiHeadLatentAttention:
     """Convert to latent attention with `rank` cached numbers per frame.
 
-    Without statistics, this is `factorize_kv` of the weights; with statistics, `fit_mla`.
+    Without statistics, this is `factorize_kv` of the weights. With statistics, the error in the
+    norm `metric.OutputMetric` is minimised: the down-projection is the best one in that norm
+    (`subspace.best_rows`), and so is each head's up-projection (`subspace.best_ups`). The bias of
+    the values compensates their mean error.
+
+    Args:
+        key_scale: of the norm.
 
     Raises:
         UserError: keys are normalised (qk_norm).
         ConfigError: rank is out of range.
     """
-    if statistics is not None:
-        return fit_mla(attention, rank, statistics, unseen).module
-    plain = factorize_kv(attention.linear_k.weight, attention.linear_v.weight, rank)
-    return with_weights(attention, rank, (*plain, attention.linear_v.bias))
+    k, v = attention.linear_k, attention.linear_v
+    if statistics is not None and rank < k.in_features:  # otherwise nothing is lost
+        weights = _latent(attention, rank, statistics, key_scale)
+    else:
+        weights = (*factorize_kv(k.weight, v.weight, rank), v.bias)
+    return _with_weights(attention, rank, weights)
 
 
 @torch.no_grad()
-def fit_mla(
-    attention: MultiHeadAttention,
-    rank: int,
-    statistics: LayerStatistics,
-    unseen: Sequence[Call] = (),
-    method: Method | None = None,
-) -> Fit:
-    """Convert to latent attention by the method with the smallest error of the attention output.
-
-    Candidates: `factorize_kv` with the second moment, and solutions in the norm
-    `metric.OutputMetric` for several shares of the covariance and weights of key errors. In that
-    norm, the down-projection is the best one (`subspace.best_rows`), and so is each head's
-    up-projection (`subspace.best_ups`). The bias of the values compensates their mean error.
-
-    Args:
-        unseen: calls to choose by that the statistics do not contain; if empty, those of the
-            statistics, which favours candidates that are fitted too closely.
-        method: try only this norm of the output error.
+def to_mla_by_second_moment(
+    attention: MultiHeadAttention, rank: int, statistics: LayerStatistics
+) -> MultiHeadLatentAttention:
+    """Convert by `factorize_kv` with the second moment of the frames (activation-aware SVD).
 
     Raises:
-        UserError: keys are normalised (qk_norm).
-        ConfigError: rank is out of range.
+        UserError, ConfigError: see `to_mla`.
     """
-    calls = unseen or statistics.calls
     k, v = attention.linear_k, attention.linear_v
-    usual = factorize_kv(k.weight, v.weight, rank, statistics.second_moment)
-    second_moment = with_weights(attention, rank, (*usual, v.bias))
-    best = method or Method(SHRINK, 1.0)
-    if rank >= k.in_features:  # no loss
-        return Fit(second_moment, SECOND_MOMENT, {SECOND_MOMENT: 0.0}, second_moment, best)
-    modules: dict[str, MultiHeadLatentAttention] = {SECOND_MOMENT: second_moment}
-    expected = outputs(attention, calls)
-    errors = {SECOND_MOMENT: relative_error(outputs(second_moment, calls), expected)}
-
-    def error(candidate: Method) -> float:
-        if (name := str(candidate)) not in errors:
-            metric = candidate.metric(attention, statistics)
-            modules[name] = with_weights(
-                attention, rank, _latent(attention, rank, statistics, metric)
-            )
-            errors[name] = relative_error(outputs(modules[name], calls), expected)
-        return errors[name]
-
-    if method is None:
-        best = min((Method(SHRINK, scale) for scale in KEY_SCALES), key=error)
-        best = min((Method(shrink, best.key_scale) for shrink in SHRINKS), key=error)
-    error(best)
-    chosen = min(errors, key=lambda name: errors[name])
-    return Fit(modules[chosen], chosen, errors, second_moment, best)
+    weights = factorize_kv(k.weight, v.weight, rank, statistics.second_moment)
+    return _with_weights(attention, rank, (*weights, v.bias))
 
 
 def _latent(
-    attention: MultiHeadAttention, rank: int, statistics: LayerStatistics, metric: OutputMetric
+    attention: MultiHeadAttention, rank: int, statistics: LayerStatistics, key_scale: float
 ) -> Weights:
-    """The best weights in the norm `metric`."""
-    h = attention.h
+    """The best weights in the norm `metric.OutputMetric`."""
+    h, metric = attention.h, OutputMetric.of(attention, statistics, key_scale)
     keys, values = head_rows(attention.linear_k.weight, h), head_rows(attention.linear_v.weight, h)
     maps = torch.cat([metric.left_k @ keys, metric.left_v @ values])
     roots = torch.cat([metric.right_k, metric.right_v])
@@ -185,8 +110,7 @@ def _latent(
     return basis @ rows, up_k, up_v, bias.flatten()
 
 
-@torch.no_grad()
-def with_weights(
+def _with_weights(
     attention: MultiHeadAttention, rank: int, weights: Weights
 ) -> MultiHeadLatentAttention:
     """The attention with `weights`, its latent rotated so that its numbers are of similar size.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from espnet_kv.convert.calibration import Calibration, CalibrationRunner, start_tokens
 from espnet_kv.convert.calls import Call, recording
-from espnet_kv.convert.choice import Choice, ModelError, choose_mla
+from espnet_kv.convert.choice import Choice, ModelError, candidates, choose_mla
 from espnet_kv.convert.factorize import to_mla
 from espnet_kv.convert.layer_error import layer_errors
 from espnet_kv.convert.linalg import symmetric_root
@@ -43,7 +43,6 @@ class Layer:
     spectrum: singular values of [W_k; W_v], with audio weighted by the square root of the frame
         covariance, in descending order, normalised to a sum of squares of 1.
     errors: relative errors of k, v and output on held-out audio; None without audio.
-    method: how its latent was found (`factorize.Fit`); None: not mla, or without audio.
     """
 
     part: str
@@ -51,7 +50,6 @@ class Layer:
     conf: dict[str, Any]
     spectrum: list[float]
     errors: dict[str, float] | None = None
-    method: str | None = None
 
 
 @dataclass
@@ -115,7 +113,7 @@ def convert_model(
         runner.transcribe(audio, progress("greedy search", len(audio)))
         step = progress("calibration", len(audio))
         with recording(modules) as fit_calls:
-            runner.run(calibration.fit, step)
+            runner.backward(calibration.fit, step)
         with recording(modules) as held_out_calls:
             runner.run(calibration.held_out, step)
     step = progress("statistics", len(sources))
@@ -130,15 +128,12 @@ def convert_model(
     converted: dict[str, Any] = {}
     for part, attentions in names.items():
         conf = layer_options(target, attentions)
-        confs, methods = dict.fromkeys(attentions, conf), {}
+        confs = dict.fromkeys(attentions, conf)
         if target.attention_type == "mla" and calibration is not None and runner is not None:
             known = {name: (attention, statistics[name]) for name, attention in attentions.items()}
-            choice = _choose(
-                model, part, known, held_out_calls, target, runner, calibration, progress
-            )
+            choice = _choose(model, part, known, target, runner, calibration, progress)
             converted |= choice.modules
             confs = {name: {"kv_rank": new.kv_rank} for name, new in choice.modules.items()}
-            methods = choice.methods
             choices[part] = {"chosen": choice.chosen, "errors": choice.errors}
         else:
             step = progress(f"{part} to {target.attention_type}", len(attentions))
@@ -149,7 +144,7 @@ def convert_model(
                 step()
         for name, attention in attentions.items():
             spectrum = _spectrum(attention, statistics.get(name))
-            layers.append(Layer(part, name, confs[name], spectrum, method=methods.get(name)))
+            layers.append(Layer(part, name, confs[name], spectrum))
         _set_options(new_config, part, model, target.attention_type, confs)
     if target.attention_type == "linear":
         assert calibration is not None and runner is not None
@@ -189,7 +184,6 @@ def _choose(
     model: Any,
     part: str,
     layers: Mapping[str, tuple[Any, LayerStatistics]],
-    unseen: Mapping[str, Sequence[Call]],
     target: Target,
     runner: CalibrationRunner,
     calibration: Calibration,
@@ -204,8 +198,8 @@ def _choose(
     def run() -> Tensor:
         return runner.run(calibration.held_out, modules=[where.module])[where.module]
 
-    step = progress(f"{part} to mla", len(layers) * (1 if budget is None else 2))
-    return choose_mla(layers, unseen, rank, budget, ModelError(model, where, run).of, step)
+    step = progress(f"{part} to mla", len(layers) * candidates(budget))
+    return choose_mla(layers, rank, budget, ModelError(model, where, run).of, step)
 
 
 def _convert_layer(

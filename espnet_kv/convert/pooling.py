@@ -50,7 +50,7 @@ def to_gqa(
         metric, mean = OutputMetric.frobenius(attention), keys.new_zeros(h, keys.size(-1))
     else:
         metric, mean = OutputMetric.of(attention, statistics), statistics.pooled_mean
-    groups = choose_groups(*metric.weigh(keys, values), num_kv_heads)
+    groups = choose_groups(*metric.with_common_inputs().weigh(keys, values), num_kv_heads)
     order = [head for group in groups for head in group]
     shared_k, transform_k = _share(groups, keys, metric.left_k, metric.right_k)
     shared_v, transform_v = _share(groups, values, metric.left_v, metric.right_v)

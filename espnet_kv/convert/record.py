@@ -119,8 +119,8 @@ def page(record: Mapping[str, Any], name: str) -> str:
         errors = layer["errors"] or {}
         conf = ", ".join(f"{key} {value}" for key, value in layer["conf"].items())
         figures = [f"{errors[key]:.4f}" if key in errors else "" for key in ERRORS]
-        rows.append((layer["name"], conf, layer.get("method") or "", *figures))
-    head = ("layer", "option", "method", "error of K", "of V", "of the output")
+        rows.append((layer["name"], conf, *figures))
+    head = ("layer", "option", "error of K", "of V", "of the output")
     lines += _table(head, rows)
     lines += [
         "",

@@ -29,6 +29,9 @@ class LayerStatistics:
         attention weights a of each head; W_v is effectively applied to these.
     spread (H, D, D): E_i of the covariance of the frames under the weights a_i, i.e. variation
         among the frames that one query attends to.
+    gradient_moment (H, d_k, d_k): E[g g'], g the gradient of the model's output with respect to
+        the output of a head.
+    logit_moment (H, D, D): E[z z'], z_i = sum_j (gradient by logit ij) x_j.
     calls: the calls that the moments were computed from.
     """
 
@@ -40,6 +43,8 @@ class LayerStatistics:
     pooled_mean: Tensor
     pooled_moment: Tensor
     spread: Tensor
+    gradient_moment: Tensor
+    logit_moment: Tensor
     calls: Sequence[Call]
 
     @property
@@ -57,6 +62,9 @@ class LayerStatistics:
     def of(cls, attention: MultiHeadAttention, calls: Sequence[Call]) -> "LayerStatistics":
         """Compute the statistics of recorded `calls` of `attention`.
 
+        Calls without a gradient get one of Gaussian noise on the output of the layer: all errors
+        of this output then count alike.
+
         Raises:
             UserError: there are no frames, or keys are normalised (qk_norm).
         """
@@ -66,6 +74,8 @@ class LayerStatistics:
         zeros = attention.linear_q.weight.new_zeros(1, dtype=torch.float64)
         total, second, query_second = zeros.new_zeros(d), zeros.new_zeros(d, d), zeros
         pooled, pooled_second, weighted_second = zeros.new_zeros(h, d), zeros, zeros
+        gradient_second, logit_second = zeros, zeros
+        generator = torch.Generator().manual_seed(0)
         frames = queries = 0
         for _, group in itertools.groupby(calls, _storage):
             same = list(group)  # several decoder inputs for one utterance
@@ -75,6 +85,8 @@ class LayerStatistics:
             second += x.T @ x
             frames += len(x)
             keys = first.key.double()
+            values = attention.linear_v(first.key.to(attention.linear_v.weight))
+            values = values.unflatten(2, (h, -1)).transpose(1, 2)  # (B, H, S, d_k)
             received = zeros.new_zeros(len(keys), h, keys.size(1))  # (B, H, S), of all queries
             for call in same:
                 q = attention.project_q(call.query.to(attention.linear_q.weight.dtype))
@@ -82,8 +94,16 @@ class LayerStatistics:
                 query_second = query_second + torch.einsum("nhi,nhj->hij", q, q)
                 queries += len(q)
                 weights = call.run(weights_of).unflatten(2, (h, -1))  # (B, Q, H, S)
+                gradients = _gradients(call, attention, generator)  # (B, Q, H, d_k)
                 for row, (valid, a) in enumerate(zip(call.queries, weights, strict=True)):
-                    a = a[valid].double().transpose(0, 1)  # (H, N, S)
+                    a = a[valid].transpose(0, 1)  # (H, N, S)
+                    g = gradients[row, valid].transpose(0, 1)  # (H, N, d_k)
+                    by_logit = a * (g @ values[row].transpose(1, 2))  # of softmax, next line too
+                    by_logit -= a * by_logit.sum(dim=2, keepdim=True)
+                    z = (by_logit @ first.key[row].to(by_logit)).double()  # (H, N, D)
+                    logit_second = logit_second + z.transpose(1, 2) @ z
+                    g, a = g.double(), a.double()
+                    gradient_second = gradient_second + g.transpose(1, 2) @ g
                     means = a @ keys[row]  # (H, N, D)
                     pooled += means.sum(dim=1)
                     pooled_second = pooled_second + means.transpose(1, 2) @ means
@@ -101,8 +121,19 @@ class LayerStatistics:
             pooled_mean=pooled / queries,
             pooled_moment=pooled_second / queries,
             spread=(weighted_second - pooled_second) / queries,
+            gradient_moment=gradient_second / queries,
+            logit_moment=logit_second / queries,
             calls=tuple(calls),
         )
+
+
+def _gradients(call: Call, attention: MultiHeadAttention, generator: torch.Generator) -> Tensor:
+    """(B, Q, H, d_k), those of the call or of noise on the output of the layer."""
+    gradient, out = call.gradient, attention.linear_out.weight
+    if gradient is None:
+        shape = (*call.query.shape[:2], out.size(0))
+        gradient = torch.randn(shape, generator=generator, dtype=torch.float64).to(out) @ out
+    return gradient.to(out).unflatten(2, (attention.h, -1))
 
 
 def _storage(call: Call) -> tuple[int, torch.Size]:
