@@ -159,7 +159,7 @@ def convert_step(layout: Layout, converted: Converted, before: Sequence[Step]) -
         jobs=jobs,
         products=lambda: [out / "config.yaml", out / args.inference_asr_model],
         precious=True,
-        version=2,
+        version=3,
         remedy="give another --expdir",
     )
 
