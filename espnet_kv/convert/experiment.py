@@ -18,7 +18,7 @@ import espnet_kv
 from espnet_kv.convert.model import Conversion
 from espnet_kv.convert.record import FILE, SCHEMA, write_pages
 from espnet_kv.errors import ArgumentError
-from espnet_kv.espnet.loading import write_statistics
+from espnet_kv.espnet.loading import named_files, write_statistics
 from espnet_kv.espnet.task import ASRTask
 from espnet_kv.files import check_writable, commit, new_directory
 
@@ -71,8 +71,8 @@ def write_experiment(
             name = "feats_stats" + Path(normalize["stats_file"]).suffix
             _write_statistics(Path(normalize["stats_file"]), conversion.model, new / name)
             config["normalize_conf"] = {**normalize, "stats_file": str(directory / name)}
-        if config.get("bpemodel"):
-            shutil.copyfile(config["bpemodel"], new / "bpe.model")
+        if bpe := named_files(config).get("bpemodel"):
+            shutil.copyfile(bpe, new / "bpe.model")
             config["bpemodel"] = str(directory / "bpe.model")
         with (new / model_name).open("wb") as file:  # torch hides the reason of a failure
             torch.save(conversion.model.state_dict(), file)

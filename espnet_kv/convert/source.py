@@ -13,7 +13,7 @@ from torch import nn
 
 from espnet_kv.attention.grouped import MultiHeadAttention
 from espnet_kv.errors import UserError
-from espnet_kv.espnet.loading import find_files, read_config
+from espnet_kv.espnet.loading import find_files, named_files, read_config
 from espnet_kv.espnet.task import ASRTask
 
 ENCODERS = ("conformer", "branchformer", "e_branchformer", "transformer", "whisper")
@@ -94,7 +94,7 @@ def load_source(
     config = read_config(config_file)
     names = _kv_names(config_file, config, parts)
     changes = names | find_files(config_file, config)
-    if isinstance(bpe := config.get("bpemodel"), str) and "bpemodel" not in changes:
+    if (bpe := named_files(config).get("bpemodel")) and "bpemodel" not in changes:
         raise UserError(
             f"{config_file}: bpemodel: {bpe} was found neither here nor relative to a directory "
             "above the config: put it beside config.yaml as bpe.model"

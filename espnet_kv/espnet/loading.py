@@ -198,15 +198,25 @@ def read_config(
     return plain_names(config)
 
 
+def named_files(config: Mapping[str, Any]) -> dict[str, str]:
+    """Keys of a config.yaml that name a file -> its name.
+
+    The tokenizers of Whisper are no files: `bpemodel` is then the name of one, e.g. whisper_en.
+    """
+    keys = ["token_list", "bpemodel", "non_linguistic_symbols"]
+    if str(config.get("token_type")).startswith("whisper"):
+        keys.remove("bpemodel")
+    return {key: config[key] for key in keys if isinstance(config.get(key), str)}
+
+
 def find_files(config_file: Path | str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Keys of a config.yaml that name files, with existing paths; missing files are left out.
 
     ESPnet writes paths relative to the directory of the recipe.
     """
     found: dict[str, Any] = {}
-    for key in ("token_list", "bpemodel", "non_linguistic_symbols"):
-        name = config.get(key)
-        if isinstance(name, str) and (path := find_file(config_file, name)) is not None:
+    for key, file in named_files(config).items():
+        if (path := find_file(config_file, file)) is not None:
             found[key] = str(path)
     normalize = config.get("normalize_conf") or {}
     if config.get("normalize") and isinstance(name := normalize.get("stats_file"), str):

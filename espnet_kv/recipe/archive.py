@@ -82,16 +82,20 @@ def _with_remarks(config: dict[str, Any]) -> dict[str, Any]:
 
 def _add_config(file: Path, model: Path, folder: Path, place: Path) -> list[Path]:
     """Add a config.yaml and the files that it names; their places."""
-    from espnet_kv.espnet.loading import STATISTICS, find_files, read_checkpoint, write_statistics
+    from espnet_kv.espnet.loading import (
+        STATISTICS,
+        find_files,
+        named_files,
+        read_checkpoint,
+        write_statistics,
+    )
 
     config = load_yaml(file)
     found = find_files(file, config)
     places = []
-    for key in ("bpemodel", "non_linguistic_symbols", "token_list"):
-        if not isinstance(config.get(key), str):
-            continue
+    for key, name in named_files(config).items():
         if key not in found:
-            if key == "bpemodel" or config[key] != "none":
+            if key == "bpemodel" or name != "none":
                 raise UserError(
                     f"{file}: {key}: {config[key]} is neither here nor below any directory that "
                     "holds the config: put it beside config.yaml"

@@ -1,6 +1,7 @@
 """espnet_kv.bin.convert on Whisper models: self-, cross- and encoder attention."""
 
 import argparse
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -105,6 +106,21 @@ def test_each_part_is_converted_alone(part, options, size, source, audio, tmp_pa
         assert choice["errors"][choice["chosen"]] == min(choice["errors"].values())
         assert f"{part}: chosen: {choice['chosen']}" in printed
         assert choice["chosen"] in (tmp_path / "out/conversion.md").read_text()
+
+
+def test_the_name_of_a_whisper_tokenizer_is_no_file(source, tmp_path):
+    """The recipe and asr.sh write it in place of a sentencepiece model."""
+    folder = tmp_path / "asr_named"
+    shutil.copytree(source.folder, folder)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    names = {"token_type": "whisper_en", "bpemodel": "whisper_en"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | names))
+    files = ["--asr_train_config", str(folder / "config.yaml")]
+    files += ["--asr_model_file", str(folder / "valid.acc.ave.pth")]
+    options = ["--attention_type", "mla", "--kv_rank", "4", "--parts", "decoder_self"]
+    assert run(SimpleNamespace(files=files), tmp_path / "out", *options) == 0
+    written = yaml.safe_load((tmp_path / "out/config.yaml").read_text())
+    assert {key: written[key] for key in names} == names
 
 
 def test_linear_attention_is_refused_in_one_line(source, audio, tmp_path, capsys):

@@ -168,6 +168,14 @@ class TestPack:
         config = yaml.safe_load(held(recipe / ZIP, "exp/lm_y/config.yaml"))
         assert config["lm"] == f"kv_transformer{REMARK}"
 
+    def test_the_name_of_a_whisper_tokenizer_is_no_file(self, recipe, exp):
+        config = yaml.safe_load((exp / "config.yaml").read_text())
+        names = {"token_type": "whisper_en", "bpemodel": "whisper_en"}
+        (exp / "config.yaml").write_text(yaml.safe_dump(config | names))
+        assert run(recipe, *PACK)[0] == 0
+        packed = yaml.safe_load(held(recipe / ZIP, f"exp/{exp.name}/config.yaml"))
+        assert packed["bpemodel"] == "whisper_en"
+
     def test_it_is_packed_again_when_model_or_figures_changed(self, recipe, exp):
         changes = [
             lambda: (exp / BEST).touch(),
