@@ -90,11 +90,11 @@ def write_experiment(
         write_pages(new, record, directory.name)
 
 
-def training_config(config: Mapping[str, Any], model_file: Path) -> dict[str, Any]:
-    """The configuration for `asr_train --config` to fine-tune `model_file`, based on `config`."""
+def training_config(config: Mapping[str, Any], model_file: Path | None = None) -> dict[str, Any]:
+    """The configuration for `asr_train --config` to train as in `config`, or fine-tune a model."""
     known = {action.dest for action in ASRTask.get_parser()._actions} - set(RUN_KEYS)
     kept = {key: value for key, value in config.items() if key in known}
-    return kept | {"init_param": [str(model_file)]}
+    return kept | ({"init_param": [str(model_file)]} if model_file else {})
 
 
 def describe(

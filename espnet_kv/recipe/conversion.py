@@ -15,7 +15,7 @@ from espnet_kv.files import commit, write_text
 from espnet_kv.recipe.jobs import Job
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.steps import Step
-from espnet_kv.recipe.train import MODES, training_step
+from espnet_kv.recipe.train import MODES, data_options, training_step
 
 # fine-tuning uses this fraction of the learning rate of the original training
 FINETUNE_LR = 0.1
@@ -164,11 +164,20 @@ def convert_step(layout: Layout, converted: Converted, before: Sequence[Step]) -
     )
 
 
+def is_untrained(args: argparse.Namespace) -> bool:
+    """Whether the source has no training data, as the released weights of Whisper.
+
+    It is then fine-tuned on the sets of the recipe.
+    """
+    file = args.convert_from / "config.yaml"
+    return file.is_file() and not load_yaml(file).get("train_data_path_and_name_and_type")
+
+
 def fine_tuning_step(layout: Layout, start: Path, directory: Path, before: Sequence[Step]) -> Step:
     """Stage 11: fine-tuning of the model in `start` with the options of its training.
 
     Args:
-        before: the conversion; empty for the control.
+        before: the conversion, except for the control, and statistics that are made for it.
     """
     args = layout.args
     names = ("finetune_epochs", "finetune_iters", "finetune_lr", "asr_args")
@@ -271,6 +280,8 @@ def _fine_tuning_config(layout: Layout, start: Path, directory: Path) -> dict[st
         "scheduler": None,
         "scheduler_conf": {},
     }
+    if is_untrained(args):
+        config |= data_options(layout, layout.stats(args.convert_from / "config.yaml"))
     if (start / FILE).exists():
         record = json.loads((start / FILE).read_text(encoding="utf-8"))
         stated = {"start": str(model), "epochs": args.finetune_epochs}

@@ -113,16 +113,21 @@ def _models(layout: Layout, lengths: Sequence[Step], tokens: Step) -> dict[int, 
             trainings.append(train.train_step(layout, config, [*text, stats[out]]))
         return {10: list(stats.values()), 11: trainings}
 
+    own_stats = []
+    if args.finetune_epochs and conversion.is_untrained(args):
+        source = args.convert_from / "config.yaml"
+        own_stats = [train.stats_step(layout, source, [*lengths, tokens])]
     steps = []
     for converted in conversion.plan(args):
         converting = conversion.convert_step(layout, converted, lengths[:1])
         steps.append(converting)
         if converted.fine_tuned is not None:
             start, end = converted.experiment, converted.fine_tuned
-            steps.append(conversion.fine_tuning_step(layout, start, end, [converting]))
+            before = [converting, *own_stats]
+            steps.append(conversion.fine_tuning_step(layout, start, end, before))
     if (control := conversion.control(args)) is not None:
-        steps.append(conversion.fine_tuning_step(layout, args.convert_from, control, []))
-    return {10: [_statistics_of_source(layout)], 11: steps}
+        steps.append(conversion.fine_tuning_step(layout, args.convert_from, control, own_stats))
+    return {10: own_stats or [_statistics_of_source(layout)], 11: steps}
 
 
 def _statistics_of_source(layout: Layout) -> Step:

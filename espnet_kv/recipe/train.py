@@ -44,10 +44,15 @@ def stats_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Ste
         # not more parts than utterances of a set, and independent of --nj, because features are
         # computed in padded batches, which affect the last frames of an utterance
         count = min(len(keys["train"]) // PART + 1, MOST_PARTS, *map(len, keys.values()))
+        trainable = config
+        if args.convert_from is not None:
+            from espnet_kv.convert.experiment import training_config  # loads ESPnet
+
+            trainable = training_config(config)
         made = []
         for n in range(1, count + 1):
             part = new / f"stats.{n}"
-            options = config | layout.data_options | {"collect_stats": True, "ngpu": 0}
+            options = trainable | layout.data_options | {"collect_stats": True, "ngpu": 0}
             options["output_dir"] = str(part)
             for mode in MODES:
                 file = new / f"{mode}.keys.{n}.scp"
@@ -104,9 +109,7 @@ def train_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Ste
         config = layout.model_config(config_file)
         if not trains:
             return config | layout.token_options | {"normalize": normalize}
-        config |= layout.data_options | {"fold_length": [80000, 150], "normalize": normalize}
-        for mode in MODES:
-            config[f"{mode}_shape_file"] = [str(file) for file in layout.shape_files(stats, mode)]
+        config |= data_options(layout, stats) | {"normalize": normalize}
         if args.feats_normalize == "global_mvn":
             config["normalize_conf"] = {"stats_file": str(stats / "train" / "feats_stats.npz")}
         else:
@@ -126,6 +129,14 @@ def train_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Ste
         after=before,
         remedy="name this one with --asr_tag",
     )
+
+
+def data_options(layout: Layout, stats: Path) -> dict[str, Any]:
+    """ESPnet's options for training on the sets of the recipe, with the shapes in `stats`."""
+    options = layout.data_options | {"fold_length": [80000, 150]}
+    for mode in MODES:
+        options[f"{mode}_shape_file"] = [str(file) for file in layout.shape_files(stats, mode)]
+    return options
 
 
 def training_step(

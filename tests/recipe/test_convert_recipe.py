@@ -176,6 +176,27 @@ def test_convert_fine_tune_decode_score(source, capsys):
     assert "--calibration_minutes was 0.1, is 0.05" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_weights_without_training_data_are_fine_tuned_on_the_sets_of_the_recipe(source, capsys):
+    """Such as those of Whisper, as released."""
+    file = Path("exp/asr_mha/config.yaml")
+    config = yaml.safe_load(file.read_text())
+    kept = {key: value for key, value in config.items() if not key.startswith(("train_", "valid_"))}
+    file.write_text(yaml.safe_dump(kept))
+    tokens = Path("data/en_token_list/char/tokens.txt")
+    tokens.parent.mkdir(parents=True)
+    tokens.write_text("\n".join(config["token_list"]) + "\n")
+    tuning = ["--finetune_epochs", "1", "--finetune_iters", "1", "--finetune_control", "true"]
+    command = [*RECIPE, *MLA, *tuning, "--calibration_minutes", "0"]
+    assert main([*command, "--stage", "10", "--stop_stage", "11"]) == 0, capsys.readouterr().err
+    for name in ("asr_mha_ft1x1", "asr_mha_mla_r4_plain_ft1x1"):
+        trained = yaml.safe_load(Path("exp", name, "config.yaml").read_text())
+        paths = trained["train_data_path_and_name_and_type"]
+        assert paths[0] == ["dump/raw/train/wav.scp", "speech", "sound"]
+        assert Path(trained["train_shape_file"][0]).is_file()
+        assert Path("exp", name, "valid.acc.ave.pth").is_file()
+
+
 def test_what_the_source_was_trained_on_must_be_there(source, capsys):
     Path("text_shape").unlink()
     stage = ["--stage", "11", "--stop_stage", "11", "--finetune_epochs", "1"]
