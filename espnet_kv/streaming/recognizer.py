@@ -118,6 +118,7 @@ class StreamingRecognizer:
         self.asr_model, self.asr_train_args = asr_model, asr_train_args
         self.engine = engine(asr_model, chunk_size, left_chunks, cache_dtype)
         self.chunk_size, self.left_chunks = self.engine.chunk_size, self.engine.left_chunks
+        self.cache_dtype = cache_dtype
         self.frontend = StreamingFrontend(asr_model.frontend, self.engine.normalize)
         self.beam_size, self.nbest, self.penalty = beam_size, nbest, penalty
         self.ctc_weight = 1.0 if asr_model.decoder is None else ctc_weight
