@@ -1,11 +1,16 @@
 """Shared by decoding commands: streaming options, checks of options, building the recognizer."""
 
 import argparse
-from typing import Any
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from espnet2.utils.types import str_or_none
 
 from espnet_kv.errors import UserError
+
+if TYPE_CHECKING:
+    from espnet_kv.streaming.engine import EngineBuilder
 
 RECOGNIZER = (
     "asr_train_config",
@@ -59,6 +64,17 @@ def add_streaming_options(
         default=max_segment_seconds,
         help="Maximum length of a segment; 0 = no limit",
     )
+    add(
+        "--engine",
+        default="torch",
+        choices=("torch", "onnx"),
+        help="What runs encoder and CTC: PyTorch, or an exported graph in onnxruntime",
+    )
+    add(
+        "--onnx_model",
+        type=str_or_none,
+        help="The graph of --engine onnx; default: onnx/model.onnx beside the model file",
+    )
 
 
 def build_recognizer(args: argparse.Namespace) -> Any:
@@ -69,9 +85,30 @@ def build_recognizer(args: argparse.Namespace) -> Any:
     """
     from espnet_kv.streaming.recognizer import StreamingRecognizer
 
+    engine = _engine(args)
     check_device(args.ngpu)
     options = {name: getattr(args, name) for name in RECOGNIZER if hasattr(args, name)}
-    return StreamingRecognizer(**options, device="cuda" if args.ngpu else "cpu")
+    device = "cuda" if args.ngpu else "cpu"
+    return StreamingRecognizer(**options, engine=engine, device=device)
+
+
+def _engine(args: argparse.Namespace) -> "EngineBuilder":
+    """What --engine names.
+
+    Raises:
+        UserError: another option does not go with it.
+    """
+    from espnet_kv.export.onnx_engine import OnnxEngine
+    from espnet_kv.streaming.engine import TorchEngine
+
+    if args.engine == "torch":
+        if args.onnx_model is not None:
+            raise UserError(f"--onnx_model {args.onnx_model}: goes with --engine onnx")
+        return TorchEngine
+    if args.ngpu:
+        raise UserError(f"--ngpu {args.ngpu}: --engine onnx runs on the CPU; leave it out")
+    graph = args.onnx_model or Path(args.asr_model_file).parent / "onnx/model.onnx"
+    return functools.partial(OnnxEngine, Path(graph))
 
 
 def check_device(ngpu: int) -> None:
