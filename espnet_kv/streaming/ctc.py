@@ -1,7 +1,8 @@
 """Incremental CTC search: best path and prefix beam search.
 
 Both take log-probabilities in pieces of any size. The result does not depend on how the frames
-are split, and the time per frame does not grow with the stream.
+are split, and the time per frame does not grow with the stream. Each token has the frames that the
+most probable alignment of its hypothesis gives it; blank frames belong to no token.
 
 Shape letters: T frames, V vocabulary, K prefixes in the beam.
 """
@@ -18,11 +19,26 @@ from torch import Tensor
 NEVER = -math.inf
 
 
+class Span(NamedTuple):
+    """Frames of a token.
+
+    Attributes:
+        start: its first frame, counted from the beginning of the search.
+        end: the frame after its last one.
+        peak: its highest natural-log probability in these frames.
+    """
+
+    start: int
+    end: int
+    peak: float
+
+
 class CTCHypothesis(NamedTuple):
-    """A token sequence and its natural-log probability."""
+    """A token sequence, its natural-log probability, and the frames of each token."""
 
     tokens: list[int]
     score: float
+    spans: list[Span]
 
 
 class CTCSearch(Protocol):
@@ -53,21 +69,45 @@ class GreedySearch:
     def __init__(self, blank: int = 0, last: int | None = None):
         self._blank = blank
         self._last = blank if last is None else last
-        self._best = CTCHypothesis([], 0.0)
+        self._frame = 0
+        self._best = CTCHypothesis([], 0.0, [])
 
     def advance(self, log_probs: Tensor) -> None:
         """Process the next frames, (T, V) natural-log probabilities, T >= 0."""
-        tokens, score = self._best
+        tokens, score, spans = self._best
         for value, token in zip(*(part.tolist() for part in log_probs.max(dim=-1)), strict=True):
             if token not in (self._blank, self._last):
                 tokens.append(token)
+                spans.append(Span(self._frame, self._frame + 1, value))
+            elif token == self._last != self._blank and spans:  # none: it began before the search
+                spans[-1] = _longer(spans[-1], self._frame, value)
             self._last = token
+            self._frame += 1
             score += value
-        self._best = CTCHypothesis(tokens, score)
+        self._best = CTCHypothesis(tokens, score, spans)
 
     def nbest(self, count: int = 1) -> list[CTCHypothesis]:
         """The only hypothesis, with the score of its best alignment."""
-        return [CTCHypothesis(list(self._best.tokens), self._best.score)]
+        tokens, score, spans = self._best
+        return [CTCHypothesis(list(tokens), score, list(spans))]
+
+
+def _longer(span: Span, frame: int, log_prob: float) -> Span:
+    return Span(span.start, frame + 1, max(span.peak, log_prob))
+
+
+class _Path(NamedTuple):
+    """The last token of an alignment, and the path of the tokens before it."""
+
+    before: "_Path | None"
+    span: Span
+
+
+class _Alignment(NamedTuple):
+    """Log-probability of one alignment, and the path of its tokens."""
+
+    score: float
+    path: _Path | None
 
 
 class _Prefix:
@@ -93,7 +133,8 @@ class PrefixBeamSearch:
     """Prefix beam search (arXiv 1408.2873) without a language model.
 
     The score of a prefix is the sum over its alignments. With a beam of all prefixes, scores are
-    the exact CTC log-probabilities; otherwise alignments of pruned prefixes are missing.
+    the exact CTC log-probabilities; otherwise alignments of pruned prefixes are missing. The most
+    probable alignment of each prefix gives the frames of its tokens.
 
     Args:
         beam_size: K.
@@ -109,6 +150,10 @@ class PrefixBeamSearch:
         root = _Prefix(None, blank if last is None else last)
         # prefix -> log-probability of its alignments that end in blank, and of the others
         self._beam = {root: (0.0, NEVER) if last is None else (NEVER, 0.0)}
+        # prefix -> the best of its alignments that end in blank, and of the others
+        in_blank, in_token = self._beam[root]
+        self._aligned = {root: (_Alignment(in_blank, None), _Alignment(in_token, None))}
+        self._frame = 0
 
     def advance(self, log_probs: Tensor) -> None:
         """Process the next frames, (T, V) natural-log probabilities, T >= 0."""
@@ -124,7 +169,10 @@ class PrefixBeamSearch:
     def nbest(self, count: int = 1) -> list[CTCHypothesis]:
         """The best prefixes so far, best first; at least 1 and at most `count`."""
         scored = sorted(((_add(*ends), prefix) for prefix, ends in self._beam.items()), key=_score)
-        return [CTCHypothesis(prefix.tokens(), score) for score, prefix in scored[:count]]
+        return [
+            CTCHypothesis(prefix.tokens(), score, _spans(_better(*self._aligned[prefix]).path))
+            for score, prefix in scored[:count]
+        ]
 
     def _step(self, frame: Sequence[float], tokens: list[int]) -> None:
         totals = {prefix: _add(*ends) for prefix, ends in self._beam.items()}
@@ -144,7 +192,34 @@ class PrefixBeamSearch:
                 if score > NEVER:
                     grown.append((score, prefix, token, (NEVER, score)))
         best = heapq.nsmallest(self._beam_size, grown, key=_score)
+        aligned = [self._align(prefix, token, frame) for _, prefix, token, _ in best]
         self._beam = {self._child(prefix, token): ends for _, prefix, token, ends in best}
+        self._aligned = dict(zip(self._beam, aligned, strict=True))
+        self._frame += 1
+
+    def _align(
+        self, prefix: _Prefix, token: int | None, frame: Sequence[float]
+    ) -> tuple[_Alignment, _Alignment]:
+        """The best alignments of `prefix`, or of `prefix` and a new token, after this frame."""
+        if token is not None:
+            begun = self._begun(prefix, token, float(frame[token]))
+            return _Alignment(NEVER, begun.path), begun
+        best, (score, path) = _better(*self._aligned[prefix]), self._aligned[prefix][1]
+        blank = _Alignment(best.score + float(frame[self._blank]), best.path)
+        value = float(frame[prefix.token])
+        if path is not None:
+            path = _Path(path.before, _longer(path.span, self._frame, value))
+        held = _Alignment(score + value, path)
+        if prefix.parent in self._beam:
+            held = _better(held, self._begun(prefix.parent, prefix.token, value))
+        return blank, held
+
+    def _begun(self, prefix: _Prefix, token: int, value: float) -> _Alignment:
+        """The best alignment of `prefix` with `token` as a new token in this frame."""
+        in_blank, in_token = self._aligned[prefix]
+        before = in_blank if token == prefix.token else _better(in_blank, in_token)
+        span = Span(self._frame, self._frame + 1, value)
+        return _Alignment(before.score + value, _Path(before.path, span))
 
     def _before(self, prefix: _Prefix, token: int, totals: dict[_Prefix, float]) -> float:
         """Log-probability of the alignments of `prefix` that allow `token` as a new token."""
@@ -157,6 +232,18 @@ class PrefixBeamSearch:
         if child is None:
             child = self._children[prefix, token] = _Prefix(prefix, token)
         return child
+
+
+def _better(a: _Alignment, b: _Alignment) -> _Alignment:
+    return a if a.score >= b.score else b
+
+
+def _spans(path: _Path | None) -> list[Span]:
+    spans = []
+    while path is not None:
+        spans.append(path.span)
+        path = path.before
+    return spans[::-1]
 
 
 def _score(entry: tuple) -> float:

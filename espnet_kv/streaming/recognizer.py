@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from espnet2.bin.asr_inference_streaming import Hypothesis
-from espnet2.text.token_id_converter import TokenIDConverter
 from torch import Tensor
 
 from espnet_kv.encoder.streaming import subsampling
@@ -21,9 +19,7 @@ from espnet_kv.streaming.ctc import CTCHypothesis, build_search
 from espnet_kv.streaming.endpoint import Endpointer
 from espnet_kv.streaming.frontend import StreamingFrontend, TooShortError
 from espnet_kv.streaming.requirements import check_streams
-
-type Result = tuple[str | None, list[str], list[int], Hypothesis]
-"""(text, token, token_int, hypothesis), as returned by ESPnet's Speech2Text."""
+from espnet_kv.streaming.transcript import Result, ResultBuilder
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 # longer pieces are split, to bound the memory of one step
@@ -40,6 +36,7 @@ class StreamingRecognizer:
         for piece in pieces:
             (text, *_), = recognizer(piece, is_final=False)   # so far
         results = recognizer(last_piece, is_final=True)       # n-best; ready for the next stream
+        results[0].words                                      # with times and confidences
 
     Tokens come from CTC prefix beam search. At the end of a segment, the attention decoder rescores
     the hypotheses: score = ctc_weight * ctc + (1 - ctc_weight) * attention + penalty * tokens
@@ -123,7 +120,7 @@ class StreamingRecognizer:
         self.ctc_weight = 1.0 if asr_model.decoder is None else ctc_weight
         self.device, self.dtype = device, getattr(torch, dtype)
         self.tokenizer = load_tokenizer(asr_train_args, token_type, bpemodel)
-        self.converter = TokenIDConverter(token_list=asr_model.token_list)
+        self._results = ResultBuilder(asr_model, self.tokenizer, self.frame_seconds)
         self._endpointer = Endpointer(
             asr_model.blank_id,
             math.ceil(endpoint_silence_ms / 1000 / self.frame_seconds),
@@ -167,6 +164,7 @@ class StreamingRecognizer:
         )
         self.frontend.reset()
         self._segments: list[list[Result]] = []  # before the open one, for `__call__`
+        self._frames = 0  # of the stream that were searched
         self._begin_segment()
 
     @torch.no_grad()
@@ -220,15 +218,15 @@ class StreamingRecognizer:
     def join(self, segments: list[list[Result]]) -> list[Result]:
         """N-best results of consecutive segments: the best of each, and the n-best of the last."""
         if not segments:
-            return [self._result([], 0.0, {})]
+            return [self._results.build([], [], 0.0, {}, (0.0, 0.0))]
         earlier = [results[0] for results in segments[:-1]]
-        return [self._joined([*earlier, result]) for result in segments[-1]]
+        return [self._results.join([*earlier, result]) for result in segments[-1]]
 
     @property
     def partial(self) -> Result:
         """The best result of the open segment, without rescoring."""
         (best,) = self._search.nbest(1)
-        return self._result(best.tokens, best.score, {"ctc": best.score})
+        return self._result(best, best.score, {"ctc": best.score})
 
     def nbytes_by_kind(self) -> dict[str, int]:
         """Bytes held between two pieces.
@@ -269,6 +267,7 @@ class StreamingRecognizer:
         """last: token of the previous frame if the segment begins within a token."""
         self._search = build_search(self.beam_size, self.asr_model.blank_id, last)
         self._encoder_out: list[Tensor] = []  # (T, D) each
+        self._first = self._frames  # first frame of the segment
         self._endpointer.reset()
 
     def _accept(self, speech: Tensor, is_final: bool) -> list[list[Result]]:
@@ -296,6 +295,7 @@ class StreamingRecognizer:
         best = log_probs.argmax(dim=-1).tolist()
         for piece, ends in self._endpointer.pieces(best):
             self._search.advance(log_probs[piece])
+            self._frames += piece.stop - piece.start
             if self.ctc_weight < 1:
                 self._encoder_out.append(encoded[piece].clone())
             if ends:
@@ -311,15 +311,16 @@ class StreamingRecognizer:
             return []
         decoder = self._attention_scores(hypotheses)
         results = []
-        for (tokens, ctc), attention in zip(hypotheses, decoder, strict=True):
+        for hypothesis, attention in zip(hypotheses, decoder, strict=True):
+            tokens, ctc, _ = hypothesis
             scores = {"ctc": ctc, "length_bonus": float(len(tokens))}
             score = self.ctc_weight * ctc + self.penalty * len(tokens)
             if self.ctc_weight < 1:
                 scores["decoder"] = attention
                 score += (1 - self.ctc_weight) * attention
-            results.append((score, tokens, scores))
+            results.append((score, hypothesis, scores))
         results.sort(key=lambda result: -result[0])
-        return [[self._result(t, score, s) for score, t, s in results[: self.nbest]]]
+        return [[self._result(h, score, s) for score, h, s in results[: self.nbest]]]
 
     def _attention_scores(self, hypotheses: list[CTCHypothesis]) -> list[float]:
         """Log-probability of each hypothesis and <eos> in the attention decoder."""
@@ -336,22 +337,9 @@ class StreamingRecognizer:
         )
         return (-nll).tolist()
 
-    def _result(self, token_int: list[int], score: float, scores: dict[str, float]) -> Result:
-        token = self.converter.ids2tokens(token_int)
-        text = None if self.tokenizer is None else self.tokenizer.tokens2text(token)
-        yseq = torch.tensor([self.asr_model.sos, *token_int, self.asr_model.eos])
-        return text, token, token_int, Hypothesis(yseq=yseq, score=score, scores=scores)
-
-    def _joined(self, results: list[Result]) -> Result:
-        """Join the results of consecutive segments into one."""
-        if len(results) == 1:
-            return results[0]
-        scores: dict[str, float] = {}
-        for *_, hypothesis in results:
-            for name, score in hypothesis.scores.items():
-                scores[name] = scores.get(name, 0.0) + score
-        tokens = [token for result in results for token in result[2]]
-        return self._result(tokens, sum(result[3].score for result in results), scores)
+    def _result(self, hypothesis: CTCHypothesis, score: float, scores: dict[str, float]) -> Result:
+        """The result of the open segment for one of its hypotheses."""
+        return self._results.of_segment(hypothesis, score, scores, (self._first, self._frames))
 
 
 def _check_numbers(**values: float) -> None:

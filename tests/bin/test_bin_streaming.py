@@ -1,5 +1,6 @@
 """asr_inference_streaming and stream as commands."""
 
+import json
 import os
 import pty
 import re
@@ -206,6 +207,18 @@ class TestStream:
         (line,) = ended.stderr.splitlines()
         assert line.startswith("real-time factor") and "cache at most" in line
 
+    def test_json_has_times_and_confidences(self, model, audio):
+        ended = run(stream.main, *model, "--format", "json", str(audio["u3"]))
+        first, second = map(json.loads, ended.stdout.splitlines())
+        assert (first["text"], second["text"]) == ("AB", "BA")
+        ((word, start, end, confidence),) = (tuple(word.values()) for word in second["words"])
+        assert word == "BA" and 0.5 < confidence <= 1
+        assert [token["token"] for token in second["tokens"]] == ["B", "A"]
+        # each letter has 0.4 s, the pause between two 0.3 s
+        assert start == pytest.approx(0.3 + 4 * 0.7, abs=0.12)
+        assert end == pytest.approx(start + 0.4 + 0.7, abs=0.12)
+        assert 0 == first["start"] < first["end"] < start < end <= second["end"]
+
     def test_speech_without_a_pause_is_cut_in_the_end(self, model, folder):
         """Else what is held for an open segment would grow with the stream."""
         soundfile.write(folder / "long.wav", speech("AB" * 25).numpy(), RATE)
@@ -317,9 +330,10 @@ class TestStream:
             (["--rate", "0", "-"], b"", "--rate 0"),
             (["--chunk_size", "-1", "-"], b"", "--chunk_size -1"),
             (["--beam", "-"], b"", "--beam"),
+            (["--format", "xml", "-"], b"", "--format.*xml"),
             ([], b"", "audio"),
         ],
-        ids=["missing", "text", "empty", "wav", "rate", "rate0", "chunks", "beam", "none"],
+        ids=["missing", "text", "empty", "wav", "rate", "rate0", "chunks", "beam", "form", "none"],
     )
     def test_what_cannot_be_used_is_refused_in_one_line(self, model, arguments, data, said):
         assert_one_line(run(stream.main, *model, *arguments, data=data), said)
