@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from espnet_kv.cache.stream import EncoderState
 from espnet_kv.encoder.streaming import subsampling
 from espnet_kv.errors import ArgumentError, UserError
 from espnet_kv.espnet.loading import load_tokenizer
 from espnet_kv.espnet.packs import unpacked
 from espnet_kv.espnet.task import ASRTask
-from espnet_kv.streaming.ctc import CTCHypothesis, build_search
-from espnet_kv.streaming.endpoint import Endpointer
 from espnet_kv.streaming.frontend import StreamingFrontend, TooShortError
 from espnet_kv.streaming.requirements import check_streams
+from espnet_kv.streaming.segments import SegmentDecoder
 from espnet_kv.streaming.transcript import Result, ResultBuilder
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -116,15 +116,17 @@ class StreamingRecognizer:
         self.frontend = StreamingFrontend(asr_model.frontend, asr_model.normalize)
         self.chunk_size, self.left_chunks = self._chunks(chunk_size, left_chunks)
         self.cache_dtype = cache_dtype
-        self.beam_size, self.nbest, self.penalty = beam_size, nbest, penalty
-        self.ctc_weight = 1.0 if asr_model.decoder is None else ctc_weight
         self.device, self.dtype = device, getattr(torch, dtype)
         self.tokenizer = load_tokenizer(asr_train_args, token_type, bpemodel)
-        self._results = ResultBuilder(asr_model, self.tokenizer, self.frame_seconds)
-        self._endpointer = Endpointer(
-            asr_model.blank_id,
-            math.ceil(endpoint_silence_ms / 1000 / self.frame_seconds),
-            math.ceil(max_segment_seconds / self.frame_seconds),
+        self.decoder = SegmentDecoder(
+            asr_model,
+            ResultBuilder(asr_model, self.tokenizer, self.frame_seconds),
+            beam_size=beam_size,
+            ctc_weight=ctc_weight,
+            penalty=penalty,
+            nbest=nbest,
+            silence_frames=math.ceil(endpoint_silence_ms / 1000 / self.frame_seconds),
+            max_frames=math.ceil(max_segment_seconds / self.frame_seconds),
         )
         self.peak_nbytes: dict[str, int] = {}  # maximum of `nbytes_by_kind` over all streams
         self.reset()
@@ -156,16 +158,20 @@ class StreamingRecognizer:
 
     def reset(self) -> None:
         """Discard the stream; the next piece begins a new one."""
-        self._state = self.asr_model.encoder.init_state(
+        self._state = self.encoder_state()
+        self.frontend.reset()
+        self._segments: list[list[Result]] = []  # before the open one, for `__call__`
+        self._stream = self.decoder.open_stream()
+
+    def encoder_state(self, streams: int = 1) -> EncoderState:
+        """The encoder's state of new streams with the settings of this recognizer."""
+        return self.asr_model.encoder.init_state(
+            streams,
             chunk_size=self.chunk_size,
             left_chunks=self.left_chunks,
             cache_dtype=self.cache_dtype,
             device=self.device,
         )
-        self.frontend.reset()
-        self._segments: list[list[Result]] = []  # before the open one, for `__call__`
-        self._frames = 0  # of the stream that were searched
-        self._begin_segment()
 
     @torch.no_grad()
     def __call__(self, speech: Tensor | np.ndarray, is_final: bool = True) -> list[Result]:
@@ -211,22 +217,21 @@ class StreamingRecognizer:
         for number, piece in enumerate(pieces, start=1):
             ended += self._accept(piece, is_final and number == len(pieces))
         if is_final:
-            ended += self._end_segment()
+            ended += self.decoder.end_segment(self._stream)
             self.reset()
         return [results for results in ended if results[0][2]]
 
     def join(self, segments: list[list[Result]]) -> list[Result]:
         """N-best results of consecutive segments: the best of each, and the n-best of the last."""
         if not segments:
-            return [self._results.build([], [], 0.0, {}, (0.0, 0.0))]
+            return [self.decoder.results.build([], [], 0.0, {}, (0.0, 0.0))]
         earlier = [results[0] for results in segments[:-1]]
-        return [self._results.join([*earlier, result]) for result in segments[-1]]
+        return [self.decoder.results.join([*earlier, result]) for result in segments[-1]]
 
     @property
     def partial(self) -> Result:
         """The best result of the open segment, without rescoring."""
-        (best,) = self._search.nbest(1)
-        return self._result(best, best.score, {"ctc": best.score})
+        return self.decoder.best(self._stream)
 
     def nbytes_by_kind(self) -> dict[str, int]:
         """Bytes held between two pieces.
@@ -234,8 +239,7 @@ class StreamingRecognizer:
         attention, conv, input: the encoder's cache; waveform: samples for the next frames;
         encoder_out: encoder output of the open segment, for rescoring.
         """
-        held = sum(frames.untyped_storage().nbytes() for frames in self._encoder_out)
-        own = {"waveform": self.frontend.nbytes, "encoder_out": held}
+        own = {"waveform": self.frontend.nbytes, "encoder_out": self._stream.nbytes}
         return self._state.nbytes_by_kind() | own
 
     def _chunks(self, chunk_size: int | None, left_chunks: int | None) -> tuple[int, int]:
@@ -263,13 +267,6 @@ class StreamingRecognizer:
             logging.warning("the model was trained on whole utterances only, without chunks")
         return size, left
 
-    def _begin_segment(self, last: int | None = None) -> None:
-        """last: token of the previous frame if the segment begins within a token."""
-        self._search = build_search(self.beam_size, self.asr_model.blank_id, last)
-        self._encoder_out: list[Tensor] = []  # (T, D) each
-        self._first = self._frames  # first frame of the segment
-        self._endpointer.reset()
-
     def _accept(self, speech: Tensor, is_final: bool) -> list[list[Result]]:
         """Process a short piece; return the results of segments that ended in it."""
         try:
@@ -283,63 +280,12 @@ class StreamingRecognizer:
         encoded, self._state = self.asr_model.encoder.forward_chunk(
             features[None], self._state, is_final=is_final
         )
-        ended = self._search_frames(encoded[0, : self._state.emitted[0]])
+        encoded = encoded[0, : self._state.emitted[0]]
+        log_probs = self.decoder.log_probs(encoded)
+        ended = self.decoder.advance(self._stream, encoded, log_probs)
         for kind, held in self.nbytes_by_kind().items():
             self.peak_nbytes[kind] = max(held, self.peak_nbytes.get(kind, 0))
         return ended
-
-    def _search_frames(self, encoded: Tensor) -> list[list[Result]]:
-        """Process (T', D) encoder frames; return the results of segments that ended in them."""
-        ended = []
-        log_probs = self.asr_model.ctc.log_softmax(encoded[None])[0].float().cpu()  # (T', V)
-        best = log_probs.argmax(dim=-1).tolist()
-        for piece, ends in self._endpointer.pieces(best):
-            self._search.advance(log_probs[piece])
-            self._frames += piece.stop - piece.start
-            if self.ctc_weight < 1:
-                self._encoder_out.append(encoded[piece].clone())
-            if ends:
-                ended += self._end_segment()
-                last = best[piece.stop - 1]
-                self._begin_segment(None if last == self.asr_model.blank_id else last)
-        return ended
-
-    def _end_segment(self) -> list[list[Result]]:
-        """The n-best results of the segment in a list; the list is empty for a pause."""
-        hypotheses = self._search.nbest(self.beam_size)
-        if not hypotheses[0].tokens and self._endpointer.active:
-            return []
-        decoder = self._attention_scores(hypotheses)
-        results = []
-        for hypothesis, attention in zip(hypotheses, decoder, strict=True):
-            tokens, ctc, _ = hypothesis
-            scores = {"ctc": ctc, "length_bonus": float(len(tokens))}
-            score = self.ctc_weight * ctc + self.penalty * len(tokens)
-            if self.ctc_weight < 1:
-                scores["decoder"] = attention
-                score += (1 - self.ctc_weight) * attention
-            results.append((score, hypothesis, scores))
-        results.sort(key=lambda result: -result[0])
-        return [[self._result(h, score, s) for score, h, s in results[: self.nbest]]]
-
-    def _attention_scores(self, hypotheses: list[CTCHypothesis]) -> list[float]:
-        """Log-probability of each hypothesis and <eos> in the attention decoder."""
-        if not self._encoder_out:
-            return [0.0] * len(hypotheses)
-        count = len(hypotheses)
-        encoded = torch.cat(self._encoder_out)[None].expand(count, -1, -1)
-        tokens = [torch.tensor(h.tokens, dtype=torch.long, device=self.device) for h in hypotheses]
-        nll = self.asr_model.batchify_nll(
-            encoded,
-            torch.full((count,), encoded.size(1), device=self.device),
-            torch.nn.utils.rnn.pad_sequence(tokens, True, self.asr_model.ignore_id),
-            torch.tensor([len(t) for t in tokens], device=self.device),
-        )
-        return (-nll).tolist()
-
-    def _result(self, hypothesis: CTCHypothesis, score: float, scores: dict[str, float]) -> Result:
-        """The result of the open segment for one of its hypotheses."""
-        return self._results.of_segment(hypothesis, score, scores, (self._first, self._frames))
 
 
 def _check_numbers(**values: float) -> None:

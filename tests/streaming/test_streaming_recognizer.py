@@ -231,7 +231,7 @@ class TestResults:
         model, args = build(tmp_path, model_conf={"ctc_weight": 1.0})
         stream = StreamingRecognizer(asr_model=model, asr_train_args=args, ctc_weight=0.5)
         assert stream(speech("AB"))[0][0] == "AB"
-        assert stream.ctc_weight == 1.0
+        assert stream.decoder.ctc_weight == 1.0
 
 
 class TestSegments:
@@ -271,7 +271,7 @@ class TestSegments:
         assert recognizer()(speech("_____"))[0][:3] == ("", [], [])
         # and the decoder, which would rather write something, is not asked about it
         stream = recognizer(endpoint_silence_ms=300)
-        monkeypatch.setattr(stream, "_attention_scores", lambda _: pytest.fail("rescored"))
+        monkeypatch.setattr(stream.decoder, "_attention_scores", lambda *_: pytest.fail("rescored"))
         assert stream.accept(speech("_____"), is_final=True) == []
 
     def test_without_pauses_the_longest_duration_ends_them(self, recognizer):
