@@ -16,6 +16,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from espnet_kv.streaming.hotwords import Hotwords, Matched
+
 NEVER = -math.inf
 
 
@@ -34,11 +36,19 @@ class Span(NamedTuple):
 
 
 class CTCHypothesis(NamedTuple):
-    """A token sequence, its natural-log probability, and the frames of each token."""
+    """A token sequence.
+
+    Attributes:
+        tokens: the tokens.
+        score: natural-log probability.
+        spans: frames of each token.
+        bonus: score of the hotwords in it.
+    """
 
     tokens: list[int]
     score: float
     spans: list[Span]
+    bonus: float = 0.0
 
 
 class CTCSearch(Protocol):
@@ -51,16 +61,19 @@ class CTCSearch(Protocol):
         """The best hypotheses so far, best first; at least 1 and at most `count`."""
 
 
-def build_search(beam_size: int, blank: int = 0, last: int | None = None) -> CTCSearch:
+def build_search(
+    beam_size: int, blank: int = 0, last: int | None = None, hotwords: Hotwords | None = None
+) -> CTCSearch:
     """Build a best-path search for beam_size 1, else a prefix beam search.
 
     Args:
+        hotwords: phrases that a prefix beam search prefers; the best path has no use for them.
         last: token of the previous frame if the segment begins within a token; its repetition is
             not a new token.
     """
     if beam_size == 1:
         return GreedySearch(blank, last)
-    return PrefixBeamSearch(beam_size, blank, last)
+    return PrefixBeamSearch(beam_size, blank, last, hotwords)
 
 
 class GreedySearch:
@@ -74,7 +87,7 @@ class GreedySearch:
 
     def advance(self, log_probs: Tensor) -> None:
         """Process the next frames, (T, V) natural-log probabilities, T >= 0."""
-        tokens, score, spans = self._best
+        tokens, score, spans, _ = self._best
         for value, token in zip(*(part.tolist() for part in log_probs.max(dim=-1)), strict=True):
             if token not in (self._blank, self._last):
                 tokens.append(token)
@@ -88,7 +101,7 @@ class GreedySearch:
 
     def nbest(self, count: int = 1) -> list[CTCHypothesis]:
         """The only hypothesis, with the score of its best alignment."""
-        tokens, score, spans = self._best
+        tokens, score, spans, _ = self._best
         return [CTCHypothesis(list(tokens), score, list(spans))]
 
 
@@ -116,10 +129,12 @@ class _Prefix:
     Only longer prefixes and the beam refer to it, so branches that left the beam are freed.
     """
 
-    __slots__ = ("__weakref__", "parent", "token")
+    __slots__ = ("__weakref__", "bonus", "matched", "parent", "token")
 
-    def __init__(self, parent: "_Prefix | None", token: int):
+    def __init__(self, parent: "_Prefix | None", token: int, matched: Matched, bonus: float):
         self.parent, self.token = parent, token
+        # state of the hotwords, and their score so far
+        self.matched, self.bonus = matched, bonus
 
     def tokens(self) -> list[int]:
         tokens, prefix = [], self
@@ -140,14 +155,22 @@ class PrefixBeamSearch:
         beam_size: K.
         blank: CTC blank.
         last: token of the previous frame, see `build_search`.
+        hotwords: their scores are added when prefixes are compared.
     """
 
-    def __init__(self, beam_size: int, blank: int = 0, last: int | None = None):
+    def __init__(
+        self,
+        beam_size: int,
+        blank: int = 0,
+        last: int | None = None,
+        hotwords: Hotwords | None = None,
+    ):
         self._beam_size, self._blank = beam_size, blank
+        self._hotwords = Hotwords(()) if hotwords is None else hotwords
         # (prefix, token) -> the live prefix one token longer; a sequence that returns to the beam
         # is the same object, so that its longer prefixes still refer to it
         self._children: WeakValueDictionary[tuple[_Prefix, int], _Prefix] = WeakValueDictionary()
-        root = _Prefix(None, blank if last is None else last)
+        root = _Prefix(None, blank if last is None else last, self._hotwords.root, 0.0)
         # prefix -> log-probability of its alignments that end in blank, and of the others
         self._beam = {root: (0.0, NEVER) if last is None else (NEVER, 0.0)}
         # prefix -> the best of its alignments that end in blank, and of the others
@@ -162,16 +185,22 @@ class PrefixBeamSearch:
         count = min(self._beam_size + 1, log_probs.size(1) - 1)
         others = log_probs.index_fill(1, torch.tensor(self._blank, device=log_probs.device), NEVER)
         candidates = others.topk(count, dim=1).indices.tolist()
+        if self._hotwords.root.children:  # the best may also be tokens that begin a phrase
+            begun = self._hotwords.with_first_tokens(others).topk(count, dim=1).indices.tolist()
+            candidates = [list({*a, *b}) for a, b in zip(candidates, begun, strict=True)]
         for frame, tokens in zip(log_probs.cpu().numpy(), candidates, strict=True):
             # blank is a candidate if all other tokens are impossible
             self._step(frame, [token for token in tokens if token != self._blank])
 
     def nbest(self, count: int = 1) -> list[CTCHypothesis]:
         """The best prefixes so far, best first; at least 1 and at most `count`."""
-        scored = sorted(((_add(*ends), prefix) for prefix, ends in self._beam.items()), key=_score)
+        scored = []
+        for prefix, ends in self._beam.items():
+            score, bonus = _add(*ends), prefix.bonus - prefix.matched.open
+            scored.append((score + bonus, score, bonus, prefix))
         return [
-            CTCHypothesis(prefix.tokens(), score, _spans(_better(*self._aligned[prefix]).path))
-            for score, prefix in scored[:count]
+            CTCHypothesis(p.tokens(), score, _spans(_better(*self._aligned[p]).path), bonus)
+            for _, score, bonus, p in sorted(scored, key=_score)[:count]
         ]
 
     def _step(self, frame: Sequence[float], tokens: list[int]) -> None:
@@ -183,14 +212,15 @@ class PrefixBeamSearch:
             if prefix.parent in self._beam:  # or begins in this frame
                 before = _add(before, self._before(prefix.parent, prefix.token, totals))
             ends = totals[prefix] + blank, before + float(frame[prefix.token])
-            grown.append((_add(*ends), prefix, None, ends))
+            grown.append((_add(*ends) + prefix.bonus, prefix, None, ends))
         for prefix in self._beam:
-            for token in tokens:
+            for token in prefix.matched.tokens.union(tokens) if prefix.matched.tokens else tokens:
                 if self._children.get((prefix, token)) in self._beam:
                     continue  # counted above
                 score = self._before(prefix, token, totals) + float(frame[token])
                 if score > NEVER:
-                    grown.append((score, prefix, token, (NEVER, score)))
+                    _, bonus = self._matched(prefix, token)
+                    grown.append((score + bonus, prefix, token, (NEVER, score)))
         best = heapq.nsmallest(self._beam_size, grown, key=_score)
         aligned = [self._align(prefix, token, frame) for _, prefix, token, _ in best]
         self._beam = {self._child(prefix, token): ends for _, prefix, token, ends in best}
@@ -230,8 +260,14 @@ class PrefixBeamSearch:
             return prefix
         child = self._children.get((prefix, token))
         if child is None:
-            child = self._children[prefix, token] = _Prefix(prefix, token)
+            child = _Prefix(prefix, token, *self._matched(prefix, token))
+            self._children[prefix, token] = child
         return child
+
+    def _matched(self, prefix: _Prefix, token: int) -> tuple[Matched, float]:
+        """State and score of the hotwords after `prefix` and `token`."""
+        matched, score = self._hotwords.step(prefix.matched, token)
+        return matched, prefix.bonus + score
 
 
 def _better(a: _Alignment, b: _Alignment) -> _Alignment:

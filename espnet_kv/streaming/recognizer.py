@@ -17,6 +17,7 @@ from espnet_kv.espnet.loading import load_tokenizer
 from espnet_kv.espnet.packs import unpacked
 from espnet_kv.espnet.task import ASRTask
 from espnet_kv.streaming.frontend import StreamingFrontend, TooShortError
+from espnet_kv.streaming.hotwords import read_hotwords
 from espnet_kv.streaming.requirements import check_streams
 from espnet_kv.streaming.segments import SegmentDecoder
 from espnet_kv.streaming.transcript import Result, ResultBuilder
@@ -40,8 +41,8 @@ class StreamingRecognizer:
 
     Tokens come from CTC prefix beam search. At the end of a segment, the attention decoder rescores
     the hypotheses: score = ctc_weight * ctc + (1 - ctc_weight) * attention + penalty * tokens
-    (hybrid CTC/attention rescoring, U2, arXiv 2012.05481). The result does not depend on how the
-    audio is split.
+    + hotwords (hybrid CTC/attention rescoring, U2, arXiv 2012.05481). The result does not depend on
+    how the audio is split.
 
     Without endpoints a segment is the whole stream. With endpoints, the words before a pause are
     final and the encoder output held for rescoring is freed, so only the text grows with the
@@ -63,6 +64,8 @@ class StreamingRecognizer:
         nbest: hypotheses in the result.
         endpoint_silence_ms: duration of CTC blank that ends a segment; 0 = pauses do not.
         max_segment_seconds: maximum length of a segment; 0 = no limit.
+        hotwords: file of phrases that the search prefers, see `read_hotwords`; needs a beam.
+        hotwords_score: added for every token of a phrase without a score in the file.
         token_type, bpemodel: None: the model's setting.
 
     Raises:
@@ -85,6 +88,8 @@ class StreamingRecognizer:
         nbest: int = 1,
         endpoint_silence_ms: float = 0,
         max_segment_seconds: float = 0,
+        hotwords: Path | str | None = None,
+        hotwords_score: float = 1.5,
         token_type: str | None = None,
         bpemodel: str | None = None,
         device: str = "cpu",
@@ -118,6 +123,11 @@ class StreamingRecognizer:
         self.cache_dtype = cache_dtype
         self.device, self.dtype = device, getattr(torch, dtype)
         self.tokenizer = load_tokenizer(asr_train_args, token_type, bpemodel)
+        phrases = None
+        if hotwords is not None:
+            if beam_size == 1:
+                raise UserError("--hotwords needs a beam: give beam_size 2 or more")
+            phrases = read_hotwords(hotwords, hotwords_score, self.tokenizer, asr_model.token_list)
         self.decoder = SegmentDecoder(
             asr_model,
             ResultBuilder(asr_model, self.tokenizer, self.frame_seconds),
@@ -127,6 +137,7 @@ class StreamingRecognizer:
             nbest=nbest,
             silence_frames=math.ceil(endpoint_silence_ms / 1000 / self.frame_seconds),
             max_frames=math.ceil(max_segment_seconds / self.frame_seconds),
+            hotwords=phrases,
         )
         self.peak_nbytes: dict[str, int] = {}  # maximum of `nbytes_by_kind` over all streams
         self.reset()

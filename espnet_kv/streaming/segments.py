@@ -8,6 +8,7 @@ from torch import Tensor
 
 from espnet_kv.streaming.ctc import CTCHypothesis, CTCSearch, build_search
 from espnet_kv.streaming.endpoint import Endpointer
+from espnet_kv.streaming.hotwords import Hotwords
 from espnet_kv.streaming.transcript import Result, ResultBuilder
 
 
@@ -48,6 +49,7 @@ class SegmentDecoder:
         results: builds the results.
         beam_size, ctc_weight, penalty, nbest: see `StreamingRecognizer`.
         silence_frames, max_frames: see `Endpointer`.
+        hotwords: phrases that the search prefers.
     """
 
     def __init__(
@@ -61,12 +63,14 @@ class SegmentDecoder:
         nbest: int,
         silence_frames: int,
         max_frames: int,
+        hotwords: Hotwords | None = None,
     ):
         self.results = results
         self._model = model
         self._beam_size, self._penalty, self._nbest = beam_size, penalty, nbest
         self.ctc_weight = 1.0 if model.decoder is None else ctc_weight
         self._bounds = silence_frames, max_frames
+        self._hotwords = hotwords
 
     def open_stream(self) -> OpenStream:
         """The search of a new stream, for `advance` and `end_segment`."""
@@ -107,9 +111,11 @@ class SegmentDecoder:
         decoder = self._attention_scores(hypotheses, stream.encoder_out)
         results = []
         for hypothesis, attention in zip(hypotheses, decoder, strict=True):
-            tokens, ctc, _ = hypothesis
+            tokens, ctc, _, bonus = hypothesis
             scores = {"ctc": ctc, "length_bonus": float(len(tokens))}
-            score = self.ctc_weight * ctc + self._penalty * len(tokens)
+            score = self.ctc_weight * ctc + self._penalty * len(tokens) + bonus
+            if self._hotwords is not None:
+                scores["hotwords"] = bonus
             if self.ctc_weight < 1:
                 scores["decoder"] = attention
                 score += (1 - self.ctc_weight) * attention
@@ -120,11 +126,11 @@ class SegmentDecoder:
     def best(self, stream: OpenStream) -> Result:
         """The best result of the open segment of a stream, without rescoring."""
         (best,) = stream.search.nbest(1)
-        return self._result(stream, best, best.score, {"ctc": best.score})
+        return self._result(stream, best, best.score + best.bonus, {"ctc": best.score})
 
     def _new_search(self, last: int | None = None) -> CTCSearch:
         """last: token of the previous frame if the segment begins within a token."""
-        return build_search(self._beam_size, self._model.blank_id, last)
+        return build_search(self._beam_size, self._model.blank_id, last, self._hotwords)
 
     def _attention_scores(
         self, hypotheses: list[CTCHypothesis], encoder_out: list[Tensor]

@@ -11,18 +11,11 @@ import torch
 from espnet2.asr.ctc import CTC
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from naive_ctc import BLANK, draw, naive_beam
 
 from espnet_kv.streaming import ctc
 from espnet_kv.streaming.ctc import GreedySearch, PrefixBeamSearch, build_search
 from espnet_kv.streaming.endpoint import Endpointer
-
-BLANK = 0
-
-
-def draw(frames: int, tokens: int, seed: int = 0, sharpness: float = 2.0) -> torch.Tensor:
-    """(T, V) log-probabilities."""
-    generator = torch.Generator().manual_seed(seed)
-    return (sharpness * torch.randn(frames, tokens, generator=generator)).log_softmax(-1)
 
 
 def collapse(alignment, blank: int = BLANK) -> tuple[int, ...]:
@@ -38,32 +31,6 @@ def exhaustive(log_probs: torch.Tensor, blank: int = BLANK) -> dict[tuple[int, .
         key = collapse(alignment, blank)
         sums[key] = np.logaddexp(sums.get(key, -math.inf), score)
     return sums
-
-
-def naive_beam(log_probs: torch.Tensor, beam_size: int) -> dict[tuple[int, ...], float]:
-    """Prefix beam search with growing tuples and every token tried, as textbooks have it."""
-    add = np.logaddexp
-    beam = {(): (0.0, -math.inf)}
-    for frame in log_probs.double().tolist():
-        grown: dict[tuple[int, ...], tuple[float, float]] = {}
-
-        def put(prefix, in_blank, in_token, grown=grown):
-            before = grown.get(prefix, (-math.inf, -math.inf))
-            grown[prefix] = add(before[0], in_blank), add(before[1], in_token)
-
-        for prefix, (in_blank, in_token) in beam.items():
-            total = add(in_blank, in_token)
-            for token, score in enumerate(frame):
-                if token == BLANK:
-                    put(prefix, total + score, -math.inf)
-                elif prefix and token == prefix[-1]:
-                    put(prefix, -math.inf, in_token + score)
-                    put((*prefix, token), -math.inf, in_blank + score)
-                else:
-                    put((*prefix, token), -math.inf, total + score)
-        ranked = sorted(grown, key=lambda prefix: -add(*grown[prefix]))
-        beam = {prefix: grown[prefix] for prefix in ranked[:beam_size]}
-    return {prefix: float(add(*ends)) for prefix, ends in beam.items()}
 
 
 def found(search, count: int = 10**6) -> dict[tuple[int, ...], float]:
@@ -180,7 +147,7 @@ class TestFrames:
         sure[8, 1] = 0.98
         search = build_search(beam_size)
         search.advance(sure.log())
-        ((tokens, _, spans),) = search.nbest(1)
+        ((tokens, _, spans, _),) = search.nbest(1)
         assert tokens == [2, 2, 1]
         assert [(span.start, span.end) for span in spans] == [(3, 5), (6, 7), (7, 10)]
         assert [math.exp(span.peak) for span in spans] == pytest.approx([0.97, 0.97, 0.98])
@@ -193,7 +160,7 @@ class TestFrames:
         search = build_search(beam_size, BLANK, last)
         log_probs = draw(30, 3, seed)
         search.advance(log_probs)
-        for tokens, _, spans in search.nbest(beam_size):
+        for tokens, _, spans, _ in search.nbest(beam_size):
             assert len(spans) == len(tokens)
             bounds = [bound for start, end, _ in spans for bound in (start, end)]
             assert bounds == sorted(bounds) and all(start < end for start, end, _ in spans)

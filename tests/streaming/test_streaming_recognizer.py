@@ -87,7 +87,7 @@ class TestAgainstTheWhole:
             search = build_search(beam_size)
             search.advance(log_probs)
             expected = []
-            for tokens, ctc, _ in search.nbest(beam_size):
+            for tokens, ctc, *_ in search.nbest(beam_size):
                 ids = torch.tensor([tokens])
                 nll = model.nll(
                     encoded, torch.tensor([encoded.size(1)]), ids, torch.tensor([len(tokens)])
