@@ -1,5 +1,6 @@
 """Streams in a batch against each of them alone in a StreamingRecognizer."""
 
+import itertools
 import random
 from collections import defaultdict
 
@@ -14,6 +15,7 @@ from espnet_kv.errors import UserError
 from espnet_kv.streaming.batch import StreamingBatch
 from espnet_kv.streaming.recognizer import StreamingRecognizer
 
+ENCODERS = ("kv_branchformer", "kv_e_branchformer", "kv_transformer")
 LETTERS = ("ABBA", "B", "AB__BA_", "AAAB_B", "_")
 OPTIONS = {"ctc_weight": 0.9, "nbest": 2, "endpoint_silence_ms": 300}
 SIZES = (0, 1, 37, 160, 999, 2560, 5000, 20000, 80000)
@@ -24,12 +26,12 @@ def models(tmp_path_factory):
     """Builds each model once."""
     built = {}
 
-    def model(name: str = "mla", **conf):
-        key = (name, *conf)
-        if key not in built:
-            own = {"attention_conf": {}} | STREAMED[name] | conf
-            built[key] = build(tmp_path_factory.mktemp(name), encoder_conf=own)
-        return built[key]
+    def model(name: str = "mla"):
+        if name not in built:
+            attention = {"attention_conf": {}} | STREAMED.get(name, STREAMED["mla"])
+            encoder = {"encoder": name} if name in ENCODERS else {}
+            built[name] = build(tmp_path_factory.mktemp(name), encoder_conf=attention, **encoder)
+        return built[name]
 
     return model
 
@@ -74,8 +76,10 @@ def assert_same(segments, expected) -> None:
                 assert token.confidence == pytest.approx(twin.confidence, abs=1e-4)
 
 
-@pytest.mark.parametrize("left_chunks", [2, -1])
-@pytest.mark.parametrize("name", STREAMED)
+@pytest.mark.parametrize(
+    ("name", "left_chunks"),
+    [*itertools.product(STREAMED, (2, -1)), *((name, 2) for name in ENCODERS)],
+)
 @settings(max_examples=3, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_any_arrival_gives_what_each_stream_gives_alone(models, name, left_chunks, seed):
@@ -162,6 +166,19 @@ class TestStreams:
         assert [results[0].text for results in ended["a"]] == ["AB"]
         assert ended["b"] == []
         assert (batch.partial("a").text, batch.partial("b").text) == ("B", "A")
+
+    def test_very_long_pieces_are_taken_in_parts(self, recognizer, monkeypatch):
+        audios = {key: speech(letters) for key, letters in enumerate(LETTERS)}
+        expected = {k: recognizer().accept(audio, is_final=True) for k, audio in audios.items()}
+        monkeypatch.setattr("espnet_kv.streaming.batch.LONGEST_PIECE_SECONDS", 1)
+        batch, sizes = StreamingBatch(recognizer(), slots=2), []
+        encode = batch._encode
+        batch._encode = lambda members, features, final: (
+            sizes.extend(map(len, features)) or encode(members, features, final)
+        )
+        for key, segments in batch.accept(audios, final=audios).items():
+            assert_same(segments, expected[key])
+        assert 100 <= max(sizes) <= 102  # frames of features in a second, and at the borders
 
     def test_a_long_wait_changes_nothing(self, recognizer):
         audio = speech("ABBA")
