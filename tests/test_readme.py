@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import commands
@@ -14,8 +15,9 @@ import pytest
 import soundfile
 import yaml
 from packed import packed
-from small_models import RATE, save, speech
+from small_models import RATE, save, speech, write_scp
 
+from espnet_kv.bin import export
 from espnet_kv.espnet.whisper_weights import weights_follow
 from espnet_kv.recipe import options
 
@@ -220,6 +222,13 @@ def directory_of_a_reader(tmp_path_factory) -> Path:
     shutil.move(experiment / "model.pth", experiment / "valid.acc.ave.pth")
     soundfile.write(here / "speech.wav", speech("ABBA").numpy(), RATE)
     packed(here).rename(here / "asr_x_valid.acc.ave.zip")
+    if find_spec("onnx") and find_spec("onnxruntime"):
+        from exports import LETTERS
+
+        options = ["--asr_train_config", str(experiment / "config.yaml")]
+        options += ["--asr_model_file", str(experiment / "valid.acc.ave.pth")]
+        options += ["--check_scp", str(write_scp(here, LETTERS))]
+        assert export.main([*options, "--output_dir", str(experiment / "onnx")]) == 0
     return here
 
 
@@ -244,6 +253,9 @@ def test_python_snippets_run(code, shown, directory_of_a_reader, monkeypatch):
 
     They run in forks that have loaded ESPnet and this package, so their imports are looked at.
     """
+    if "OnnxEngine" in code:
+        pytest.importorskip("onnx", reason="the extra [serve] is not installed")
+        pytest.importorskip("onnxruntime", reason="the extra [serve] is not installed")
     assert "espnet2" not in code or re.search(r"^(import|from) espnet_kv\b", code, re.M)
     monkeypatch.setenv("HOME", str(directory_of_a_reader))  # where packs are unpacked
     monkeypatch.chdir(directory_of_a_reader)

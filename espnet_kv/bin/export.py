@@ -64,18 +64,13 @@ def main(cmd: Sequence[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Export as given by the options."""
-    for package in ("onnx", "onnxruntime"):
-        try:
-            __import__(package)
-        except ImportError as error:
-            raise UserError(
-                f"{package} is not installed: pip install 'espnet_kv[serve]'"
-            ) from error
     from espnet_kv.espnet.task import ASRTask
     from espnet_kv.export.exporter import export, read_features
+    from espnet_kv.export.onnx_file import require_packages
     from espnet_kv.files import new_directory
     from espnet_kv.streaming.requirements import check_streams
 
+    require_packages("onnx", "onnxruntime")
     if args.output_dir.exists():
         raise UserError(f"--output_dir {args.output_dir} exists: remove it, or give another one")
     print(f"  loading {args.asr_model_file}", flush=True)

@@ -1,6 +1,8 @@
 """Shared by decoding commands: streaming options, checks of options, building the recognizer."""
 
 import argparse
+import functools
+from pathlib import Path
 from typing import Any
 
 from espnet2.utils.types import str_or_none
@@ -73,6 +75,17 @@ def add_streaming_options(
         default=1.5,
         help="Score per token of a phrase without a score in the file",
     )
+    add(
+        "--engine",
+        default="torch",
+        choices=("torch", "onnx"),
+        help="What runs encoder and CTC: PyTorch, or an exported graph in onnxruntime",
+    )
+    add(
+        "--onnx_model",
+        type=str_or_none,
+        help="The graph of --engine onnx; default: onnx/model.onnx beside the model file",
+    )
 
 
 def build_recognizer(args: argparse.Namespace) -> Any:
@@ -83,9 +96,24 @@ def build_recognizer(args: argparse.Namespace) -> Any:
     """
     from espnet_kv.streaming.recognizer import StreamingRecognizer
 
+    engine = _engine(args)
     check_device(args.ngpu)
     options = {name: getattr(args, name) for name in RECOGNIZER if hasattr(args, name)}
-    return StreamingRecognizer(**options, device="cuda" if args.ngpu else "cpu")
+    return StreamingRecognizer(**options, **engine, device="cuda" if args.ngpu else "cpu")
+
+
+def _engine(args: argparse.Namespace) -> dict[str, Any]:
+    """The argument `engine` of StreamingRecognizer, if --engine asks for another than its own."""
+    if args.engine == "torch":
+        if args.onnx_model is not None:
+            raise UserError(f"--onnx_model {args.onnx_model}: goes with --engine onnx")
+        return {}
+    from espnet_kv.export.onnx_engine import OnnxEngine
+
+    if args.ngpu:
+        raise UserError(f"--ngpu {args.ngpu}: --engine onnx runs on the CPU; leave it out")
+    graph = args.onnx_model or Path(args.asr_model_file).parent / "onnx/model.onnx"
+    return {"engine": functools.partial(OnnxEngine, Path(graph))}
 
 
 def check_device(ngpu: int) -> None:

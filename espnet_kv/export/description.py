@@ -1,5 +1,8 @@
 """What a graph of layout plain says about itself, in its metadata and in export.json."""
 
+import hashlib
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -26,6 +29,7 @@ class Description(BaseModel):
         output_size: D, numbers of an encoder frame. vocabulary: V, tokens with the blank.
         caches: in the order of the inputs after features, frames and lengths.
         cache_bytes: of one stream.
+        weights: see `weights_digest`.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -41,3 +45,14 @@ class Description(BaseModel):
     vocabulary: int
     caches: list[Cache]
     cache_bytes: int
+    weights: str
+
+
+def weights_digest(model: Any) -> str:
+    """SHA-256 of names and values, in float32, in `normalize`, `encoder` and `ctc` of a model."""
+    digest = hashlib.sha256()
+    for part in (model.normalize, model.encoder, model.ctc):
+        for name, value in {} if part is None else part.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.float().cpu().numpy().tobytes())
+    return digest.hexdigest()

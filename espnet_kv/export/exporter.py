@@ -12,7 +12,7 @@ from espnet_kv.cli import progress
 from espnet_kv.encoder.kaldi_fbank import KaldiFbankFrontend
 from espnet_kv.errors import ArgumentError, UserError
 from espnet_kv.export.check import CHUNKS, Differences, compare
-from espnet_kv.export.description import Cache, Description
+from espnet_kv.export.description import Cache, Description, weights_digest
 from espnet_kv.export.graph import StreamingGraph
 from espnet_kv.export.layouts import LAYOUTS
 from espnet_kv.export.onnx_file import quantize, write_onnx
@@ -136,6 +136,7 @@ def describe(graph: StreamingGraph, vocabulary: int) -> Description:
             for name, kind, cache in named
         ],
         cache_bytes=sum(cache.nbytes for cache in caches),
+        weights=weights_digest(graph),
     )
 
 

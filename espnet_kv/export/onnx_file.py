@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from espnet_kv.errors import UserError
 from espnet_kv.export.layouts import Layout
 
 OPSET = 17
@@ -73,12 +74,22 @@ def quantize(source: Path, target: Path) -> None:
         root.setLevel(level)
 
 
-def open_graph(path: Path) -> Any:
-    """An onnxruntime.InferenceSession of a file, on the CPU."""
+def require_packages(*names: str) -> None:
+    """Raise UserError if a package of the extra `serve` is not installed."""
+    for name in names:
+        try:
+            __import__(name)
+        except ImportError as error:
+            raise UserError(f'{name} is not installed: pip install "espnet_kv[serve]"') from error
+
+
+def open_graph(path: Path, threads: int = 0) -> Any:
+    """An onnxruntime.InferenceSession of a file, on the CPU; threads: 0: one for each core."""
     from onnxruntime import InferenceSession, SessionOptions
 
     options = SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised
+    options.intra_op_num_threads = threads
     return InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 

@@ -37,7 +37,7 @@ OUR_DATA = "librispeech_100"
 
 CARRIED = {"corpus", "corpus_dir", "librispeech", "download_dir", "allow_pipes", "overlay"}
 CARRIED |= {"dry_run", "profile_args", "results", "skip_packing", "skip_upload_hf", "hf_repo"}
-CARRIED |= {"whisper_model"}
+CARRIED |= {"whisper_model", "skip_export", "export_args"}
 """Options of ours alone that have their meaning in stages of asr.sh too, or in ours after it."""
 NO_MEANING = {
     "train_nj": "asr.sh trains one model after the other",
@@ -243,6 +243,7 @@ def _check_more_options(args: argparse.Namespace) -> None:
         "asr_args": (11, "espnet2.tasks.asr", "ASRTask.get_parser"),
         "inference_args": (12, f"espnet_kv.bin.asr_inference{suffix}", "get_parser"),
         "profile_args": (14, "espnet_kv.bin.profile", "get_parser"),
+        "export_args": (18, "espnet_kv.bin.export", "get_parser"),
     }.items():
         words = [word.split("=")[0] for word in shlex.split(getattr(args, option))]
         names = [word for word in words if word.startswith("--")]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from espnet_kv.cli import Parser
 from espnet_kv.config import load_yaml
 from espnet_kv.errors import UserError
 from espnet_kv.files import write_text
@@ -39,6 +40,7 @@ def decode_step(layout: Layout, config_file: Path, name: str, before: Sequence[S
         reads |= {"lm": layout.lm_exp / args.inference_lm, "lm config": _lm_config(layout)}
     if args.use_ngram:
         reads["ngram"] = layout.ngram
+    reads |= _graph(layout, exp)
 
     def ready() -> None:
         for role in ("model", "config"):
@@ -115,6 +117,17 @@ def require_model(file: Path) -> None:
             f"{file} does not exist: train first (stage 11), or name another model with "
             "--inference_asr_model"
         )
+
+
+def _graph(layout: Layout, exp: Path) -> dict[str, Path]:
+    """The graph that streaming with `engine: onnx` decodes with, which may be exported again."""
+    known = Parser(add_help=False, allow_abbrev=False)
+    known.add_argument("--engine")
+    known.add_argument("--onnx_model", type=Path)
+    known.set_defaults(**load_yaml(layout.args.inference_config))
+    given, _ = known.parse_known_args(split_options(layout.args.inference_args))
+    is_used = layout.args.use_streaming and given.engine == "onnx"
+    return {"graph": given.onnx_model or exp / "onnx/model.onnx"} if is_used else {}
 
 
 def _lm_config(layout: Layout) -> Path:

@@ -36,6 +36,7 @@ STAGES = {
     15: "comparison of the profiled models",
     16: "packing",
     17: "upload to the Hugging Face Hub",
+    18: "export to ONNX",
 }
 LAST_STAGE = max(STAGES)
 COPIES = {
@@ -78,8 +79,8 @@ def parser() -> argparse.ArgumentParser:
         prog="run.sh",
         description="Train, decode and score speech recognition models with small KV caches.",
         epilog=f"stages, by number or by the name in brackets:\n{stages}\n"
-        "16 and 17 run with --skip_packing false and --skip_upload_hf false, or if --stage is one "
-        "of\nthem. They are stages 14 and 15 of asr.sh, which runs them inside an ESPnet checkout.",
+        "16, 17 and 18 run with --skip_packing, --skip_upload_hf and --skip_export false, or if "
+        "--stage\nnames them. 16 and 17 are stages 14 and 15 of asr.sh inside an ESPnet checkout.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -236,10 +237,13 @@ def parser() -> argparse.ArgumentParser:
         type=types.more_options,
     )
 
-    g = p.add_argument_group("packing and upload")
+    g = p.add_argument_group("packing, upload and export")
     own = "(default: true, unless --stage"
     add(g, "skip_packing", None, f"leave stage 16 out {own} pack)", type=true_or_false)
     add(g, "skip_upload_hf", None, f"leave stage 17 out {own} upload)", type=true_or_false)
+    add(g, "skip_export", None, f"leave stage 18 out {own} export)", type=true_or_false)
+    export = "more options for espnet_kv.bin.export"
+    add(g, "export_args", "", export, type=types.more_options)
     add(g, "hf_repo", "", "repository USER/NAME of the Hugging Face Hub", type=repository)
 
     g = p.add_argument_group("results")

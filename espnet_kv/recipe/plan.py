@@ -7,6 +7,7 @@ from espnet_kv.recipe import (
     conversion,
     data,
     decode,
+    exporting,
     lm,
     packing,
     profiling,
@@ -19,7 +20,7 @@ from espnet_kv.recipe.steps import Step
 
 
 def plan(layout: Layout) -> list[Step]:
-    """The steps of stages 1 to 17 for the options; dependencies come first."""
+    """The steps of stages 1 to 18 for the options; dependencies come first."""
     args = layout.args
     whisper_models.check(layout)
     prepare = data.prepare_step(layout)
@@ -67,11 +68,12 @@ def plan(layout: Layout) -> list[Step]:
             conversion.report_step(layout, converted, list(scored.values()))
             for converted in conversion.plan(args)
         ]
-    profiles, rates = [], []
+    profiles, rates, exports = [], [], []
     for config in args.asr_config:
         before = [formatted[args.test_sets[0]], *last[config]]
         profiles.append(profiling.profile_step(layout, config, before))
         rates.append(profiling.rates_step(layout, config, profiles[-1]))
+        exports.append(exporting.export_step(layout, config, before))
     packs = {config: packing.pack_step(layout, config, last[config]) for config in args.asr_config}
     return [
         prepare,
@@ -93,6 +95,7 @@ def plan(layout: Layout) -> list[Step]:
         profiling.compare_step(layout, []),
         *packs.values(),
         *(packing.upload_step(layout, config, step) for config, step in packs.items()),
+        *exports,
     ]
 
 

@@ -31,7 +31,7 @@ def profile_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> S
     args = layout.args
     exp = layout.asr_exp(config_file)
     out, model = exp / "profile", exp / args.inference_asr_model
-    search, streaming = _search_configs(layout)
+    search, streaming = search_configs(layout)
     wav_scp = layout.formatted(args.test_sets[0]) / "wav.scp"
 
     def jobs() -> list[Job]:
@@ -119,7 +119,7 @@ def compare_step(layout: Layout, profiled: Sequence[Step]) -> Step:
     )
 
 
-def _search_configs(layout: Layout) -> tuple[Path, Path]:
+def search_configs(layout: Layout) -> tuple[Path, Path]:
     """The decoding configurations of whole utterances and of streaming."""
     args = layout.args
     if args.use_streaming:

@@ -1,11 +1,11 @@
-"""Options of packing and upload, and the names of the stages after those of ESPnet's asr.sh."""
+"""Options of packing, upload and export, and names of the stages after those of ESPnet's asr.sh."""
 
 import argparse
 import re
 
 from espnet_kv.errors import UserError
 
-NAMES = {"profile": 14, "compare": 15, "pack": 16, "upload": 17}
+NAMES = {"profile": 14, "compare": 15, "pack": 16, "upload": 17, "export": 18}
 """Stages that asr.sh has not, or has under other numbers: there 14 packs and 15 uploads."""
 
 
@@ -24,7 +24,7 @@ def repository(text: str) -> str:
 
 
 def check_publishing(args: argparse.Namespace) -> None:
-    """Resolve whether models are packed and uploaded: if asked for, or if the run begins there.
+    """Resolve which of packing, upload and export run: those asked for, or where the run begins.
 
     Args:
         args: with asr_config resolved, a list.
@@ -32,7 +32,8 @@ def check_publishing(args: argparse.Namespace) -> None:
     Raises:
         UserError: options contradict each other, or the repository is not named.
     """
-    for name, option in (("pack", "skip_packing"), ("upload", "skip_upload_hf")):
+    skipping = {"pack": "skip_packing", "upload": "skip_upload_hf", "export": "skip_export"}
+    for name, option in skipping.items():
         begins = args.stage == NAMES[name]
         if begins and getattr(args, option):
             raise UserError(f"--stage {name} --{option} true: one asks for what the other skips")

@@ -1,7 +1,6 @@
 """Streaming recognition: features, encoder with cache, CTC search, attention rescoring."""
 
 import argparse
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from espnet_kv.cache.stream import EncoderState
 from espnet_kv.encoder.streaming import subsampling
 from espnet_kv.errors import ArgumentError, UserError
 from espnet_kv.espnet.loading import load_tokenizer
 from espnet_kv.espnet.packs import unpacked
 from espnet_kv.espnet.task import ASRTask
+from espnet_kv.streaming.engine import EngineBuilder, TorchEngine
 from espnet_kv.streaming.frontend import StreamingFrontend, TooShortError
 from espnet_kv.streaming.hotwords import read_hotwords
 from espnet_kv.streaming.requirements import check_streams
@@ -25,8 +24,6 @@ from espnet_kv.streaming.transcript import Result, ResultBuilder
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 # longer pieces are split, to bound the memory of one step
 LONGEST_PIECE_SECONDS = 10
-# limit for a cache that is allocated at the start: some hours of audio
-MOST_FRAMES = 1_000_000
 
 
 class StreamingRecognizer:
@@ -67,6 +64,7 @@ class StreamingRecognizer:
         hotwords: file of phrases that the search prefers, see `read_hotwords`; needs a beam.
         hotwords_score: added for every token of a phrase without a score in the file.
         token_type, bpemodel: None: the model's setting.
+        engine: what runs encoder and CTC; the model itself, or see `export.onnx_engine`.
 
     Raises:
         UserError: a file or a value cannot be used.
@@ -94,6 +92,7 @@ class StreamingRecognizer:
         bpemodel: str | None = None,
         device: str = "cpu",
         dtype: str = "float32",
+        engine: EngineBuilder = TorchEngine,
     ):
         _check_numbers(
             beam_size=beam_size,
@@ -118,9 +117,10 @@ class StreamingRecognizer:
             if module is not None and dtype in ("float16", "bfloat16"):
                 module.float()  # a power spectrum exceeds the range of 16 bits
         self.asr_model, self.asr_train_args = asr_model, asr_train_args
-        self.frontend = StreamingFrontend(asr_model.frontend, asr_model.normalize)
-        self.chunk_size, self.left_chunks = self._chunks(chunk_size, left_chunks)
+        self.engine = engine(asr_model, chunk_size, left_chunks, cache_dtype)
+        self.chunk_size, self.left_chunks = self.engine.chunk_size, self.engine.left_chunks
         self.cache_dtype = cache_dtype
+        self.frontend = StreamingFrontend(asr_model.frontend, self.engine.normalize)
         self.device, self.dtype = device, getattr(torch, dtype)
         self.tokenizer = load_tokenizer(asr_train_args, token_type, bpemodel)
         phrases = None
@@ -169,20 +169,10 @@ class StreamingRecognizer:
 
     def reset(self) -> None:
         """Discard the stream; the next piece begins a new one."""
-        self._state = self.encoder_state()
+        self._state = self.engine.init_state()
         self.frontend.reset()
         self._segments: list[list[Result]] = []  # before the open one, for `__call__`
         self._stream = self.decoder.open_stream()
-
-    def encoder_state(self, streams: int = 1) -> EncoderState:
-        """The encoder's state of new streams with the settings of this recognizer."""
-        return self.asr_model.encoder.init_state(
-            streams,
-            chunk_size=self.chunk_size,
-            left_chunks=self.left_chunks,
-            cache_dtype=self.cache_dtype,
-            device=self.device,
-        )
 
     @torch.no_grad()
     def __call__(self, speech: Tensor | np.ndarray, is_final: bool = True) -> list[Result]:
@@ -253,31 +243,6 @@ class StreamingRecognizer:
         own = {"waveform": self.frontend.nbytes, "encoder_out": self._stream.nbytes}
         return self._state.nbytes_by_kind() | own
 
-    def _chunks(self, chunk_size: int | None, left_chunks: int | None) -> tuple[int, int]:
-        """Check and return chunk_size and left_chunks of the streams."""
-        encoder = self.asr_model.encoder
-        if chunk_size is None and encoder.chunk_size == 0:
-            raise UserError(
-                "the model has no chunk size of its own (chunk_size: 0): give chunk_size, "
-                "e.g. chunk_size 16"
-            )
-        if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
-            raise ArgumentError("chunk_size", f"{chunk_size}: allowed: 1 or more encoder frames")
-        if left_chunks is not None and (type(left_chunks) is not int or left_chunks < -1):
-            raise ArgumentError("left_chunks", f"{left_chunks}: allowed: -1 (all) or more chunks")
-        size, left = chunk_size or encoder.chunk_size, left_chunks
-        left = encoder.left_chunks if left is None else left
-        if size * (max(left, 0) + 1) > MOST_FRAMES:
-            name, value = ("chunk_size", size) if left_chunks is None else ("left_chunks", left)
-            raise ArgumentError(
-                name,
-                f"{value}: at most {MOST_FRAMES} encoder frames are held; give smaller numbers or "
-                "left_chunks -1 for all",
-            )
-        if encoder.chunk_size == 0 and not encoder.dynamic_chunk_training:
-            logging.warning("the model was trained on whole utterances only, without chunks")
-        return size, left
-
     def _accept(self, speech: Tensor, is_final: bool) -> list[list[Result]]:
         """Process a short piece; return the results of segments that ended in it."""
         try:
@@ -287,12 +252,8 @@ class StreamingRecognizer:
             raise
         if not is_final and not len(features):
             return []
-        # (1, T, F) -> (1, T', D)
-        encoded, self._state = self.asr_model.encoder.forward_chunk(
-            features[None], self._state, is_final=is_final
-        )
-        encoded = encoded[0, : self._state.emitted[0]]
-        log_probs = self.decoder.log_probs(encoded)
+        # (T, F) -> (T', V), (T', D)
+        log_probs, encoded, self._state = self.engine.encode(features, self._state, is_final)
         ended = self.decoder.advance(self._stream, encoded, log_probs)
         for kind, held in self.nbytes_by_kind().items():
             self.peak_nbytes[kind] = max(held, self.peak_nbytes.get(kind, 0))

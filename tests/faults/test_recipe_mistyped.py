@@ -18,7 +18,7 @@ def options(folder) -> list[str]:
     ("given", "line"),
     [
         (["--stage", "5", "--stop_stage", "3"], "--stage 5 is above --stop_stage 3"),
-        (["--stage", "0"], "--stage 0: there are stages 1 to 17"),
+        (["--stage", "0"], "--stage 0: there are stages 1 to 18"),
         (["--ngpu", "-1"], "--ngpu: '-1' is not a whole number of 0 or more"),
         (["--nj", "0"], "--nj: '0' is not a whole number from 1 to 10000"),
         (["--nj", "1000000000"], "--nj: '1000000000' is not a whole number from 1 to 10000"),

@@ -205,8 +205,8 @@ class TestPack:
             (["--stage", "upload", "--skip_upload_hf", "true"], "asks for what the other skips"),
             (["--stage", "upload"], "name the repository with --hf_repo USER/NAME"),
             (["--skip_upload_hf", "false", "--hf_repo", "model"], "is no repository USER/NAME"),
-            (["--stage", "packing"], "nor one of profile, compare, pack, upload"),
-            (["--stage", "18"], "there are stages 1 to 17"),
+            (["--stage", "packing"], "nor one of profile, compare, pack, upload, export"),
+            (["--stage", "19"], "there are stages 1 to 18"),
         ],
     )
     def test_contradictions(self, recipe, options, text):

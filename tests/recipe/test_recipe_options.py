@@ -94,6 +94,9 @@ RERUNS = {
     "skip_packing": ("false", {16}),
     "skip_upload_hf": ("false", None),  # needs --hf_repo
     "hf_repo": ("me/model", None),  # depends on nothing unless there is an upload
+    # export to ONNX: see test_export_stage.py
+    "skip_export": ("false", {18}),
+    "export_args": ("--chunk_size 8", None),  # depends on nothing unless there is an export
     # conversions: see test_conversions
     "convert_from": ("exp/source", None),
     "attention_type": ("mla", None),

@@ -62,6 +62,25 @@ def test_stages_12_and_13_stream_and_score(experiment):
     assert f"{decoded}/test is up to date" in again.stdout
 
 
+def test_an_exported_graph_decodes_and_decodes_again_when_it_was_exported_again(experiment):
+    pytest.importorskip("onnx", reason="the extra [serve] is not installed")
+    pytest.importorskip("onnxruntime", reason="the extra [serve] is not installed")
+    export = [*experiment, "--stage", "export", "--stop_stage", "export", "--export_args"]
+    chunks = "--chunk_size 2 --left_chunks 4"
+    decode = (*experiment, "--use_streaming", "true", "--inference_args", f"--engine onnx {chunks}")
+    assert_one_line(run(recipe_main, *decode), "onnx/model.onnx is not there: export the model")
+    for cache_dtype in ("fp32", "fp16"):
+        ended = run(recipe_main, *export, f"{chunks} --cache_dtype {cache_dtype} --int8 false")
+        assert ended.returncode == 0, ended.stderr
+        ended = run(recipe_main, *decode)
+        if cache_dtype == "fp16":  # the graph is another one, and the decoding does not name it
+            assert "exp/asr_x/onnx/model.onnx changed" in ended.stdout
+        assert ended.returncode == 0, ended.stderr
+        (decoded,) = Path("exp/asr_x").glob("decode_*")
+        assert (decoded / "test/text").read_text() == "u1 ABBA\nu2 B\nu3 ABBA\n"
+        assert f"{decoded}/test is up to date" in run(recipe_main, *decode).stdout
+
+
 def test_a_bad_argument_is_told_by_the_stage(experiment):
     options = ("--use_streaming", "true", "--inference_args", "--cache_dtype int3")
     ended = run(recipe_main, *experiment, *options)
