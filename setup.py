@@ -59,7 +59,7 @@ setup(
             "dask-jobqueue",
             "asyncssh",
         ],
-        # espnet_kv.bin.export
+        # espnet_kv.bin.export, --engine onnx
         "serve": ["onnx", "onnxruntime"],
         # token_type whisper_en or whisper_multilingual, encoder and decoder whisper or kv_whisper
         "whisper": ["openai-whisper", "tiktoken"],

@@ -3,11 +3,14 @@
 import argparse
 import functools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from espnet2.utils.types import str_or_none
 
 from espnet_kv.errors import UserError
+
+if TYPE_CHECKING:
+    from espnet_kv.streaming.engine import EngineBuilder
 
 RECOGNIZER = (
     "asr_train_config",
@@ -99,21 +102,27 @@ def build_recognizer(args: argparse.Namespace) -> Any:
     engine = _engine(args)
     check_device(args.ngpu)
     options = {name: getattr(args, name) for name in RECOGNIZER if hasattr(args, name)}
-    return StreamingRecognizer(**options, **engine, device="cuda" if args.ngpu else "cpu")
+    device = "cuda" if args.ngpu else "cpu"
+    return StreamingRecognizer(**options, engine=engine, device=device)
 
 
-def _engine(args: argparse.Namespace) -> dict[str, Any]:
-    """The argument `engine` of StreamingRecognizer, if --engine asks for another than its own."""
+def _engine(args: argparse.Namespace) -> "EngineBuilder":
+    """What --engine names.
+
+    Raises:
+        UserError: another option does not go with it.
+    """
+    from espnet_kv.export.onnx_engine import OnnxEngine
+    from espnet_kv.streaming.engine import TorchEngine
+
     if args.engine == "torch":
         if args.onnx_model is not None:
             raise UserError(f"--onnx_model {args.onnx_model}: goes with --engine onnx")
-        return {}
-    from espnet_kv.export.onnx_engine import OnnxEngine
-
+        return TorchEngine
     if args.ngpu:
         raise UserError(f"--ngpu {args.ngpu}: --engine onnx runs on the CPU; leave it out")
     graph = args.onnx_model or Path(args.asr_model_file).parent / "onnx/model.onnx"
-    return {"engine": functools.partial(OnnxEngine, Path(graph))}
+    return functools.partial(OnnxEngine, Path(graph))
 
 
 def check_device(ngpu: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from espnet_kv.attention import attention_label
 from espnet_kv.cache import KINDS
@@ -63,7 +63,7 @@ class OnnxEngine:
         ArgumentError: the graph has another setting, or the model is not in float32 on the CPU.
     """
 
-    normalize = None  # the graph contains it
+    normalize: nn.Module | None = None  # the graph contains it
 
     def __init__(
         self,
