@@ -14,9 +14,10 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "ASRTask": "espnet_kv.espnet.task",
     "EncoderState": "espnet_kv.cache.stream",
+    "StreamingBatch": "espnet_kv.streaming.batch",
     "StreamingRecognizer": "espnet_kv.streaming.recognizer",
 }
-__all__ = ["ASRTask", "EncoderState", "StreamingRecognizer", "register"]
+__all__ = ["ASRTask", "EncoderState", "StreamingBatch", "StreamingRecognizer", "register"]
 
 
 def __getattr__(name: str) -> Any:

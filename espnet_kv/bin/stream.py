@@ -1,6 +1,7 @@
 """Transcribe a file, or raw audio from standard input as it arrives."""
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -31,6 +32,13 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("audio", help="A file, or - for standard input")
     add_model_options(add)
+    add(
+        "--format",
+        choices=["text", "json"],
+        default="text",
+        help="json: one object per segment, with times in seconds and confidences of words and "
+        "tokens",
+    )
     add("--rate", type=int, help="Samples per second of standard input; default: the model's")
     add("--ngpu", type=int, default=0, help="0 = CPU")
     add("--dtype", default="float32", help="float16, bfloat16, float32 or float64")
@@ -87,7 +95,7 @@ def _transcribe(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     stream, meter = Stream(source, recognizer.sample_rate), Meter(recognizer)
-    with Display(meter) as display:
+    with Display(meter, args.format) as display:
         for piece in stream:
             display.show(meter.accept(piece))
         try:
@@ -99,10 +107,10 @@ def _transcribe(args: argparse.Namespace) -> int:
 
 
 class Display:
-    """Prints final text on standard output, and the open segment and the meter on a terminal."""
+    """Prints final segments on standard output, and the open one and the meter on a terminal."""
 
-    def __init__(self, meter) -> None:
-        self._meter = meter
+    def __init__(self, meter, form: str) -> None:
+        self._meter, self._form = meter, form
         terminals = [stream for stream in (sys.stderr, sys.stdout) if stream.isatty()]
         self._live: TextIO | None = terminals[0] if terminals else None
         self._text, self._drawn = "", 0.0  # text on the terminal, and the time it was drawn
@@ -116,13 +124,15 @@ class Display:
             print(self._meter.summary(), file=sys.stderr)
 
     def show(self, segments: list) -> None:
-        """Print the text of segments that ended, and draw the open segment."""
-        for (text, token, *_), *_ in segments:
+        """Print the segments that ended, and draw the open one."""
+        for result, *_ in segments:
             self._erase()
-            print(" ".join(token) if text is None else text, flush=True)
+            if self._form == "json":
+                print(json.dumps(result.as_dict(), ensure_ascii=False), flush=True)
+            else:
+                print(_text(result), flush=True)
         if self._live is not None:
-            text, token, *_ = self._meter.recognizer.partial
-            text = " ".join(token) if text is None else text
+            text = _text(self._meter.recognizer.partial)
             if segments or text != self._text or time.monotonic() - self._drawn >= REDRAW_SECONDS:
                 self._text, self._drawn = text, time.monotonic()
                 self._draw(text)
@@ -144,6 +154,10 @@ class Display:
     def _erase(self) -> None:
         if self._live is not None:
             print("\r\x1b[K", end="", file=self._live, flush=True)
+
+
+def _text(result) -> str:
+    return " ".join(result.token) if result.text is None else result.text
 
 
 def _tail(text: str, width: int) -> str:

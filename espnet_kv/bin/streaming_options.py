@@ -24,6 +24,8 @@ RECOGNIZER = (
     "nbest",
     "endpoint_silence_ms",
     "max_segment_seconds",
+    "hotwords",
+    "hotwords_score",
     "token_type",
     "bpemodel",
     "dtype",
@@ -34,7 +36,7 @@ RECOGNIZER = (
 def add_streaming_options(
     parser: argparse.ArgumentParser, endpoint_silence_ms: float, max_segment_seconds: float
 ) -> None:
-    """Add the options of chunks, cache and endpoints.
+    """Add the options of chunks, cache, endpoints and hotwords.
 
     Args:
         endpoint_silence_ms, max_segment_seconds: defaults of these options.
@@ -63,6 +65,18 @@ def add_streaming_options(
         type=float,
         default=max_segment_seconds,
         help="Maximum length of a segment; 0 = no limit",
+    )
+    add(
+        "--hotwords",
+        type=str_or_none,
+        help="File of phrases that the search prefers, one per line, optionally with a tab and a "
+        "score per token",
+    )
+    add(
+        "--hotwords_score",
+        type=float,
+        default=1.5,
+        help="Score per token of a phrase without a score in the file",
     )
     add(
         "--engine",

@@ -91,9 +91,10 @@ class TorchEngine:
         self.chunk_size, self.left_chunks = _chunks(model.encoder, chunk_size, left_chunks)
         self._cache_dtype = cache_dtype
 
-    def init_state(self) -> EncoderState:
-        """The state of a new stream."""
+    def init_state(self, streams: int = 1) -> EncoderState:
+        """The state of new streams."""
         return self._encoder.init_state(
+            streams,
             chunk_size=self.chunk_size,
             left_chunks=self.left_chunks,
             cache_dtype=self._cache_dtype,

@@ -87,7 +87,7 @@ class StreamingFrontend:
             UserError: the samples are not finite floating-point numbers.
             TooShortError: the stream ended before its first frame; it is discarded.
         """
-        samples = self._with_left_border(_checked(speech).to(self._dtype))
+        samples = self._with_left_border(checked(speech).to(self._dtype))
         if samples is None:
             if is_final:
                 count = len(self._first_samples)
@@ -137,7 +137,12 @@ class StreamingFrontend:
         return features[0]
 
 
-def _checked(speech: Tensor) -> Tensor:
+def checked(speech: Tensor) -> Tensor:
+    """(N,) samples of audio of shape (N,), or (N, channels), which are averaged.
+
+    Raises:
+        UserError: the samples are not finite floating-point numbers.
+    """
     if not speech.is_floating_point():
         raise UserError(f"audio has the type {speech.dtype}: scale it to floats between -1 and 1")
     if speech.dim() not in (1, 2):

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from espnet2.bin.asr_inference_streaming import Hypothesis
-from espnet2.text.token_id_converter import TokenIDConverter
 from torch import Tensor
 
 from espnet_kv.encoder.streaming import subsampling
@@ -16,14 +14,12 @@ from espnet_kv.errors import ArgumentError, UserError
 from espnet_kv.espnet.loading import load_tokenizer
 from espnet_kv.espnet.packs import unpacked
 from espnet_kv.espnet.task import ASRTask
-from espnet_kv.streaming.ctc import CTCHypothesis, build_search
-from espnet_kv.streaming.endpoint import Endpointer
 from espnet_kv.streaming.engine import EngineBuilder, TorchEngine
 from espnet_kv.streaming.frontend import StreamingFrontend, TooShortError
+from espnet_kv.streaming.hotwords import read_hotwords
 from espnet_kv.streaming.requirements import check_streams
-
-type Result = tuple[str | None, list[str], list[int], Hypothesis]
-"""(text, token, token_int, hypothesis), as returned by ESPnet's Speech2Text."""
+from espnet_kv.streaming.segments import SegmentDecoder
+from espnet_kv.streaming.transcript import Result, ResultBuilder
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 # longer pieces are split, to bound the memory of one step
@@ -38,11 +34,12 @@ class StreamingRecognizer:
         for piece in pieces:
             (text, *_), = recognizer(piece, is_final=False)   # so far
         results = recognizer(last_piece, is_final=True)       # n-best; ready for the next stream
+        results[0].words                                      # with times and confidences
 
     Tokens come from CTC prefix beam search. At the end of a segment, the attention decoder rescores
     the hypotheses: score = ctc_weight * ctc + (1 - ctc_weight) * attention + penalty * tokens
-    (hybrid CTC/attention rescoring, U2, arXiv 2012.05481). The result does not depend on how the
-    audio is split.
+    + hotwords (hybrid CTC/attention rescoring, U2, arXiv 2012.05481). The result does not depend on
+    how the audio is split.
 
     Without endpoints a segment is the whole stream. With endpoints, the words before a pause are
     final and the encoder output held for rescoring is freed, so only the text grows with the
@@ -64,6 +61,8 @@ class StreamingRecognizer:
         nbest: hypotheses in the result.
         endpoint_silence_ms: duration of CTC blank that ends a segment; 0 = pauses do not.
         max_segment_seconds: maximum length of a segment; 0 = no limit.
+        hotwords: file of phrases that the search prefers, see `read_hotwords`; needs a beam.
+        hotwords_score: added for every token of a phrase without a score in the file.
         token_type, bpemodel: None: the model's setting.
         engine: what runs encoder and CTC; the model itself, or see `export.onnx_engine`.
 
@@ -87,6 +86,8 @@ class StreamingRecognizer:
         nbest: int = 1,
         endpoint_silence_ms: float = 0,
         max_segment_seconds: float = 0,
+        hotwords: Path | str | None = None,
+        hotwords_score: float = 1.5,
         token_type: str | None = None,
         bpemodel: str | None = None,
         device: str = "cpu",
@@ -120,15 +121,23 @@ class StreamingRecognizer:
         self.chunk_size, self.left_chunks = self.engine.chunk_size, self.engine.left_chunks
         self.cache_dtype = cache_dtype
         self.frontend = StreamingFrontend(asr_model.frontend, self.engine.normalize)
-        self.beam_size, self.nbest, self.penalty = beam_size, nbest, penalty
-        self.ctc_weight = 1.0 if asr_model.decoder is None else ctc_weight
         self.device, self.dtype = device, getattr(torch, dtype)
         self.tokenizer = load_tokenizer(asr_train_args, token_type, bpemodel)
-        self.converter = TokenIDConverter(token_list=asr_model.token_list)
-        self._endpointer = Endpointer(
-            asr_model.blank_id,
-            math.ceil(endpoint_silence_ms / 1000 / self.frame_seconds),
-            math.ceil(max_segment_seconds / self.frame_seconds),
+        phrases = None
+        if hotwords is not None:
+            if beam_size == 1:
+                raise UserError("--hotwords needs a beam: give beam_size 2 or more")
+            phrases = read_hotwords(hotwords, hotwords_score, self.tokenizer, asr_model.token_list)
+        self.decoder = SegmentDecoder(
+            asr_model,
+            ResultBuilder(asr_model, self.tokenizer, self.frame_seconds),
+            beam_size=beam_size,
+            ctc_weight=ctc_weight,
+            penalty=penalty,
+            nbest=nbest,
+            silence_frames=math.ceil(endpoint_silence_ms / 1000 / self.frame_seconds),
+            max_frames=math.ceil(max_segment_seconds / self.frame_seconds),
+            hotwords=phrases,
         )
         self.peak_nbytes: dict[str, int] = {}  # maximum of `nbytes_by_kind` over all streams
         self.reset()
@@ -163,7 +172,7 @@ class StreamingRecognizer:
         self._state = self.engine.init_state()
         self.frontend.reset()
         self._segments: list[list[Result]] = []  # before the open one, for `__call__`
-        self._begin_segment()
+        self._stream = self.decoder.open_stream()
 
     @torch.no_grad()
     def __call__(self, speech: Tensor | np.ndarray, is_final: bool = True) -> list[Result]:
@@ -209,22 +218,21 @@ class StreamingRecognizer:
         for number, piece in enumerate(pieces, start=1):
             ended += self._accept(piece, is_final and number == len(pieces))
         if is_final:
-            ended += self._end_segment()
+            ended += self.decoder.end_segment(self._stream)
             self.reset()
         return [results for results in ended if results[0][2]]
 
     def join(self, segments: list[list[Result]]) -> list[Result]:
         """N-best results of consecutive segments: the best of each, and the n-best of the last."""
         if not segments:
-            return [self._result([], 0.0, {})]
+            return [self.decoder.results.build([], [], 0.0, {}, (0.0, 0.0))]
         earlier = [results[0] for results in segments[:-1]]
-        return [self._joined([*earlier, result]) for result in segments[-1]]
+        return [self.decoder.results.join([*earlier, result]) for result in segments[-1]]
 
     @property
     def partial(self) -> Result:
         """The best result of the open segment, without rescoring."""
-        (best,) = self._search.nbest(1)
-        return self._result(best.tokens, best.score, {"ctc": best.score})
+        return self.decoder.best(self._stream)
 
     def nbytes_by_kind(self) -> dict[str, int]:
         """Bytes held between two pieces.
@@ -232,15 +240,8 @@ class StreamingRecognizer:
         attention, conv, input: the encoder's cache; waveform: samples for the next frames;
         encoder_out: encoder output of the open segment, for rescoring.
         """
-        held = sum(frames.untyped_storage().nbytes() for frames in self._encoder_out)
-        own = {"waveform": self.frontend.nbytes, "encoder_out": held}
+        own = {"waveform": self.frontend.nbytes, "encoder_out": self._stream.nbytes}
         return self._state.nbytes_by_kind() | own
-
-    def _begin_segment(self, last: int | None = None) -> None:
-        """last: token of the previous frame if the segment begins within a token."""
-        self._search = build_search(self.beam_size, self.asr_model.blank_id, last)
-        self._encoder_out: list[Tensor] = []  # (T, D) each
-        self._endpointer.reset()
 
     def _accept(self, speech: Tensor, is_final: bool) -> list[list[Result]]:
         """Process a short piece; return the results of segments that ended in it."""
@@ -253,73 +254,10 @@ class StreamingRecognizer:
             return []
         # (T, F) -> (T', V), (T', D)
         log_probs, encoded, self._state = self.engine.encode(features, self._state, is_final)
-        ended = self._search_frames(log_probs, encoded)
+        ended = self.decoder.advance(self._stream, encoded, log_probs)
         for kind, held in self.nbytes_by_kind().items():
             self.peak_nbytes[kind] = max(held, self.peak_nbytes.get(kind, 0))
         return ended
-
-    def _search_frames(self, log_probs: Tensor, encoded: Tensor) -> list[list[Result]]:
-        """Process encoder frames, (T', V) and (T', D); return results of segments that ended."""
-        ended = []
-        best = log_probs.argmax(dim=-1).tolist()
-        for piece, ends in self._endpointer.pieces(best):
-            self._search.advance(log_probs[piece])
-            if self.ctc_weight < 1:
-                self._encoder_out.append(encoded[piece].clone())
-            if ends:
-                ended += self._end_segment()
-                last = best[piece.stop - 1]
-                self._begin_segment(None if last == self.asr_model.blank_id else last)
-        return ended
-
-    def _end_segment(self) -> list[list[Result]]:
-        """The n-best results of the segment in a list; the list is empty for a pause."""
-        hypotheses = self._search.nbest(self.beam_size)
-        if not hypotheses[0].tokens and self._endpointer.active:
-            return []
-        decoder = self._attention_scores(hypotheses)
-        results = []
-        for (tokens, ctc), attention in zip(hypotheses, decoder, strict=True):
-            scores = {"ctc": ctc, "length_bonus": float(len(tokens))}
-            score = self.ctc_weight * ctc + self.penalty * len(tokens)
-            if self.ctc_weight < 1:
-                scores["decoder"] = attention
-                score += (1 - self.ctc_weight) * attention
-            results.append((score, tokens, scores))
-        results.sort(key=lambda result: -result[0])
-        return [[self._result(t, score, s) for score, t, s in results[: self.nbest]]]
-
-    def _attention_scores(self, hypotheses: list[CTCHypothesis]) -> list[float]:
-        """Log-probability of each hypothesis and <eos> in the attention decoder."""
-        if not self._encoder_out:
-            return [0.0] * len(hypotheses)
-        count = len(hypotheses)
-        encoded = torch.cat(self._encoder_out)[None].expand(count, -1, -1)
-        tokens = [torch.tensor(h.tokens, dtype=torch.long, device=self.device) for h in hypotheses]
-        nll = self.asr_model.batchify_nll(
-            encoded,
-            torch.full((count,), encoded.size(1), device=self.device),
-            torch.nn.utils.rnn.pad_sequence(tokens, True, self.asr_model.ignore_id),
-            torch.tensor([len(t) for t in tokens], device=self.device),
-        )
-        return (-nll).tolist()
-
-    def _result(self, token_int: list[int], score: float, scores: dict[str, float]) -> Result:
-        token = self.converter.ids2tokens(token_int)
-        text = None if self.tokenizer is None else self.tokenizer.tokens2text(token)
-        yseq = torch.tensor([self.asr_model.sos, *token_int, self.asr_model.eos])
-        return text, token, token_int, Hypothesis(yseq=yseq, score=score, scores=scores)
-
-    def _joined(self, results: list[Result]) -> Result:
-        """Join the results of consecutive segments into one."""
-        if len(results) == 1:
-            return results[0]
-        scores: dict[str, float] = {}
-        for *_, hypothesis in results:
-            for name, score in hypothesis.scores.items():
-                scores[name] = scores.get(name, 0.0) + score
-        tokens = [token for result in results for token in result[2]]
-        return self._result(tokens, sum(result[3].score for result in results), scores)
 
 
 def _check_numbers(**values: float) -> None:

@@ -1,5 +1,6 @@
 """asr_inference_streaming and stream as commands."""
 
+import json
 import os
 import pty
 import re
@@ -104,6 +105,13 @@ class TestDecoding:
         assert decode("--endpoint_silence_ms", "500").returncode == 0
         assert self.files(tmp_path)["text"] == {"u1": "ABBA", "u2": "B", "u3": "ABBA"}
 
+    def test_hotwords_change_the_text(self, decode, tmp_path):
+        (tmp_path / "hotwords.txt").write_text("BBB\n")
+        hotwords = ("--hotwords", str(tmp_path / "hotwords.txt"))
+        for score, found in (("0.01", False), ("30", True)):
+            assert decode(*hotwords, "--hotwords_score", score).returncode == 0
+            assert ("BBB" in self.files(tmp_path)["text"]["u1"]) == found
+
     def test_options_come_from_the_yaml_and_the_command_line_wins(self, decode, tmp_path):
         config = REPO / "conf/decode_asr_streaming.yaml"
         ended = decode("--config", str(config), "--chunk_size", "4", "--cache_dtype", "int8")
@@ -205,6 +213,29 @@ class TestStream:
         assert (ended.returncode, ended.stdout) == (0, "AB\nBA\n")
         (line,) = ended.stderr.splitlines()
         assert line.startswith("real-time factor") and "cache at most" in line
+
+    def test_json_has_times_and_confidences(self, model, audio):
+        ended = run(stream.main, *model, "--format", "json", str(audio["u3"]))
+        first, second = map(json.loads, ended.stdout.splitlines())
+        assert (first["text"], second["text"]) == ("AB", "BA")
+        ((word, start, end, confidence),) = (tuple(word.values()) for word in second["words"])
+        assert word == "BA" and 0.5 < confidence <= 1
+        assert [token["token"] for token in second["tokens"]] == ["B", "A"]
+        # each letter has 0.4 s, the pause between two 0.3 s
+        assert start == pytest.approx(0.3 + 4 * 0.7, abs=0.12)
+        assert end == pytest.approx(start + 0.4 + 0.7, abs=0.12)
+        assert 0 == first["start"] < first["end"] < start < end <= second["end"]
+
+    def test_hotwords(self, model, audio, tmp_path):
+        hotwords = tmp_path / "hotwords.txt"
+        hotwords.write_text("AB\nBB\t30\n")
+        ended = run(stream.main, *model, "--hotwords", str(hotwords), str(audio["u3"]))
+        assert ended.returncode == 0 and "BB" in ended.stdout
+        hotwords.write_text("AB\nBB\tmany\n")
+        ended = run(stream.main, *model, "--hotwords", str(hotwords), str(audio["u3"]))
+        assert_one_line(ended, "hotwords.txt:2: score 'many'")
+        ended = run(stream.main, *model, "--hotwords", str(tmp_path / "gone"), str(audio["u3"]))
+        assert_one_line(ended, "gone does not exist")
 
     def test_speech_without_a_pause_is_cut_in_the_end(self, model, folder):
         """Else what is held for an open segment would grow with the stream."""
@@ -317,9 +348,10 @@ class TestStream:
             (["--rate", "0", "-"], b"", "--rate 0"),
             (["--chunk_size", "-1", "-"], b"", "--chunk_size -1"),
             (["--beam", "-"], b"", "--beam"),
+            (["--format", "xml", "-"], b"", "--format.*xml"),
             ([], b"", "audio"),
         ],
-        ids=["missing", "text", "empty", "wav", "rate", "rate0", "chunks", "beam", "none"],
+        ids=["missing", "text", "empty", "wav", "rate", "rate0", "chunks", "beam", "form", "none"],
     )
     def test_what_cannot_be_used_is_refused_in_one_line(self, model, arguments, data, said):
         assert_one_line(run(stream.main, *model, *arguments, data=data), said)

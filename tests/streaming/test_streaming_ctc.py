@@ -11,18 +11,11 @@ import torch
 from espnet2.asr.ctc import CTC
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from naive_ctc import BLANK, draw, naive_beam
 
 from espnet_kv.streaming import ctc
 from espnet_kv.streaming.ctc import GreedySearch, PrefixBeamSearch, build_search
 from espnet_kv.streaming.endpoint import Endpointer
-
-BLANK = 0
-
-
-def draw(frames: int, tokens: int, seed: int = 0, sharpness: float = 2.0) -> torch.Tensor:
-    """(T, V) log-probabilities."""
-    generator = torch.Generator().manual_seed(seed)
-    return (sharpness * torch.randn(frames, tokens, generator=generator)).log_softmax(-1)
 
 
 def collapse(alignment, blank: int = BLANK) -> tuple[int, ...]:
@@ -38,32 +31,6 @@ def exhaustive(log_probs: torch.Tensor, blank: int = BLANK) -> dict[tuple[int, .
         key = collapse(alignment, blank)
         sums[key] = np.logaddexp(sums.get(key, -math.inf), score)
     return sums
-
-
-def naive_beam(log_probs: torch.Tensor, beam_size: int) -> dict[tuple[int, ...], float]:
-    """Prefix beam search with growing tuples and every token tried, as textbooks have it."""
-    add = np.logaddexp
-    beam = {(): (0.0, -math.inf)}
-    for frame in log_probs.double().tolist():
-        grown: dict[tuple[int, ...], tuple[float, float]] = {}
-
-        def put(prefix, in_blank, in_token, grown=grown):
-            before = grown.get(prefix, (-math.inf, -math.inf))
-            grown[prefix] = add(before[0], in_blank), add(before[1], in_token)
-
-        for prefix, (in_blank, in_token) in beam.items():
-            total = add(in_blank, in_token)
-            for token, score in enumerate(frame):
-                if token == BLANK:
-                    put(prefix, total + score, -math.inf)
-                elif prefix and token == prefix[-1]:
-                    put(prefix, -math.inf, in_token + score)
-                    put((*prefix, token), -math.inf, in_blank + score)
-                else:
-                    put((*prefix, token), -math.inf, total + score)
-        ranked = sorted(grown, key=lambda prefix: -add(*grown[prefix]))
-        beam = {prefix: grown[prefix] for prefix in ranked[:beam_size]}
-    return {prefix: float(add(*ends)) for prefix, ends in beam.items()}
 
 
 def found(search, count: int = 10**6) -> dict[tuple[int, ...], float]:
@@ -141,6 +108,67 @@ class TestPrefixBeamSearch:
         search = PrefixBeamSearch(beam_size)
         search.advance(log_probs)
         assert_same(found(search), naive_beam(log_probs, beam_size))
+
+
+def runs(alignment, log_probs: torch.Tensor) -> list[tuple[int, int, float]]:
+    """(first frame, frame after the last, highest log-probability) of each token."""
+    found, start = [], 0
+    for token, group in itertools.groupby(alignment):
+        end = start + len(list(group))
+        if token != BLANK:
+            found.append((start, end, float(log_probs[start:end, token].max())))
+        start = end
+    return found
+
+
+class TestFrames:
+    @pytest.mark.parametrize("seed", range(5))
+    def test_tokens_have_the_frames_of_the_most_probable_alignment(self, seed):
+        log_probs = draw(6, 4, seed)
+        best: dict[tuple[int, ...], tuple[float, tuple[int, ...]]] = {}
+        for alignment in itertools.product(range(4), repeat=6):
+            score = sum(float(log_probs[t, token]) for t, token in enumerate(alignment))
+            best[collapse(alignment)] = max(
+                best.get(collapse(alignment), (-math.inf, ())), (score, alignment)
+            )
+        search = PrefixBeamSearch(10**6)
+        search.advance(log_probs)
+        hypotheses = search.nbest(10**6)
+        assert len(hypotheses) == len(best)
+        for hypothesis in hypotheses:
+            _, alignment = best[tuple(hypothesis.tokens)]
+            assert hypothesis.spans == runs(alignment, log_probs)
+
+    @pytest.mark.parametrize("beam_size", [1, 4])
+    def test_they_are_those_of_clear_audio(self, beam_size):
+        alignment = [0, 0, 0, 2, 2, 0, 2, 1, 1, 1, 0, 0]
+        sure = torch.full((len(alignment), 4), 0.01)
+        sure[range(len(alignment)), alignment] = 0.97
+        sure[8, 1] = 0.98
+        search = build_search(beam_size)
+        search.advance(sure.log())
+        ((tokens, _, spans, _),) = search.nbest(1)
+        assert tokens == [2, 2, 1]
+        assert [(span.start, span.end) for span in spans] == [(3, 5), (6, 7), (7, 10)]
+        assert [math.exp(span.peak) for span in spans] == pytest.approx([0.97, 0.97, 0.98])
+
+    @pytest.mark.parametrize("beam_size", [1, 2, 5])
+    @pytest.mark.parametrize("last", [None, 2])
+    @pytest.mark.parametrize("seed", [0, 86, 152, 218])
+    def test_every_token_has_its_own(self, beam_size, last, seed):
+        """Also for prefixes that left the beam and came back, and after a token that was cut."""
+        search = build_search(beam_size, BLANK, last)
+        log_probs = draw(30, 3, seed)
+        search.advance(log_probs)
+        for tokens, _, spans, _ in search.nbest(beam_size):
+            assert len(spans) == len(tokens)
+            bounds = [bound for start, end, _ in spans for bound in (start, end)]
+            assert bounds == sorted(bounds) and all(start < end for start, end, _ in spans)
+            for token, (start, end, peak) in zip(tokens, spans, strict=True):
+                assert peak == float(log_probs[start:end, token].max())
+            repeated = [a == b for a, b in itertools.pairwise(tokens)]
+            gaps = [b.start - a.end for a, b in itertools.pairwise(spans)]
+            assert all(gap > 0 for gap, same in zip(gaps, repeated, strict=True) if same)
 
 
 class TestCost:

@@ -15,7 +15,8 @@ from small_models import CHUNKS, FRAME, RATE, TOKENS, build, save, speech
 from espnet_kv.errors import UserError
 from espnet_kv.streaming.ctc import build_search
 from espnet_kv.streaming.frontend import TooShortError
-from espnet_kv.streaming.recognizer import Hypothesis, StreamingRecognizer
+from espnet_kv.streaming.recognizer import StreamingRecognizer
+from espnet_kv.streaming.transcript import Hypothesis
 
 MODELS = {
     "conformer-mla": {},
@@ -86,7 +87,7 @@ class TestAgainstTheWhole:
             search = build_search(beam_size)
             search.advance(log_probs)
             expected = []
-            for tokens, ctc in search.nbest(beam_size):
+            for tokens, ctc, *_ in search.nbest(beam_size):
                 ids = torch.tensor([tokens])
                 nll = model.nll(
                     encoded, torch.tensor([encoded.size(1)]), ids, torch.tensor([len(tokens)])
@@ -111,8 +112,10 @@ class TestAgainstTheWhole:
             search.advance(model.ctc.log_softmax(encoded)[0])
         options = {"chunk_size": chunk_size, "left_chunks": left_chunks, "ctc_weight": 1.0}
         got = in_pieces(recognizer(nbest=3, **options), audio, [900] * 60)
-        assert [ids for _, _, ids, _ in got] == [tokens for tokens, _ in search.nbest(3)]
-        scores = [score for _, score in search.nbest(3)]
+        assert [ids for _, _, ids, _ in got] == [
+            hypothesis.tokens for hypothesis in search.nbest(3)
+        ]
+        scores = [hypothesis.score for hypothesis in search.nbest(3)]
         assert [result[3].score for result in got] == pytest.approx(scores, abs=1e-3)
 
     def test_two_recognizers_of_one_model_keep_their_chunks(self, models):
@@ -228,7 +231,7 @@ class TestResults:
         model, args = build(tmp_path, model_conf={"ctc_weight": 1.0})
         stream = StreamingRecognizer(asr_model=model, asr_train_args=args, ctc_weight=0.5)
         assert stream(speech("AB"))[0][0] == "AB"
-        assert stream.ctc_weight == 1.0
+        assert stream.decoder.ctc_weight == 1.0
 
 
 class TestSegments:
@@ -268,7 +271,7 @@ class TestSegments:
         assert recognizer()(speech("_____"))[0][:3] == ("", [], [])
         # and the decoder, which would rather write something, is not asked about it
         stream = recognizer(endpoint_silence_ms=300)
-        monkeypatch.setattr(stream, "_attention_scores", lambda _: pytest.fail("rescored"))
+        monkeypatch.setattr(stream.decoder, "_attention_scores", lambda *_: pytest.fail("rescored"))
         assert stream.accept(speech("_____"), is_final=True) == []
 
     def test_without_pauses_the_longest_duration_ends_them(self, recognizer):
