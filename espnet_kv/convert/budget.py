@@ -17,7 +17,9 @@ from espnet_kv.errors import UserError
 
 
 def predicted_errors(
-    attention: MultiHeadAttention, statistics: LayerStatistics, key_scale: float = 1.0
+    attention: MultiHeadAttention,
+    statistics: LayerStatistics,
+    metric: OutputMetric | None = None,
 ) -> list[float]:
     """Squared error of the model's output at rank 0, 1, ..., D, predicted to first order.
 
@@ -25,11 +27,11 @@ def predicted_errors(
     without any keys and values. Layers of one model are comparable (`metric.OutputMetric`).
 
     Args:
-        key_scale: of the metric.
+        metric: the norm of the errors; None: `OutputMetric.of` the layer.
     """
     keys = head_rows(attention.linear_k.weight, attention.h)
     values = head_rows(attention.linear_v.weight, attention.h)
-    metric = OutputMetric.of(attention, statistics, key_scale)
+    metric = metric or OutputMetric.of(attention, statistics)
     maps = torch.cat([metric.left_k @ keys, metric.left_v @ values])
     roots = torch.cat([metric.right_k, metric.right_v])
     return lower_hull(error_by_rank(maps, roots @ roots).tolist())

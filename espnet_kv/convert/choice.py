@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from espnet_kv.attention.latent import MultiHeadLatentAttention
 from espnet_kv.convert.budget import choose_ranks, predicted_errors
 from espnet_kv.convert.factorize import to_mla, to_mla_by_second_moment
+from espnet_kv.convert.metric import OutputMetric
 from espnet_kv.convert.modules import in_place_of
 from espnet_kv.convert.source import Part
 from espnet_kv.convert.statistics import LayerStatistics
@@ -110,23 +110,32 @@ def choose_mla(
     choices: list[Choice] = []
     errors: dict[str, float] = {}
 
-    def attempt(name: str, convert: Callable[..., Any], ranks: Mapping[str, int]) -> None:
+    metrics = {name: OutputMetric.of(*layer) for name, layer in layers.items()}
+
+    def attempt(name: str, ranks: Mapping[str, int], scale: float | None = None) -> None:
         modules = {}
         for layer, (attention, statistics) in layers.items():
-            modules[layer] = convert(attention, ranks[layer], statistics)
+            if scale is None:
+                new = to_mla_by_second_moment(attention, ranks[layer], statistics)
+            else:
+                metric = metrics[layer].with_keys_scaled(scale)
+                new = to_mla(attention, ranks[layer], statistics, metric)
+            modules[layer] = new
             step()
         errors[name] = model_error(modules)
         choices.append(Choice(modules, name, errors))
 
     equal = dict.fromkeys(layers, rank)
-    attempt(USUAL, to_mla_by_second_moment, equal)
+    attempt(USUAL, equal)
     for scale in KEY_SCALES:
-        attempt(EQUAL.format(scale), partial(to_mla, key_scale=scale), equal)
+        attempt(EQUAL.format(scale), equal, scale)
     if budget is not None:
         scale = min(KEY_SCALES, key=lambda scale: errors[EQUAL.format(scale)])
-        predicted = {n: predicted_errors(*layer, scale) for n, layer in layers.items()}
-        ranks = choose_ranks(predicted, budget)
-        attempt(SHARED.format(scale), partial(to_mla, key_scale=scale), ranks)
+        predicted = {
+            name: predicted_errors(*layer, metrics[name].with_keys_scaled(scale))
+            for name, layer in layers.items()
+        }
+        attempt(SHARED.format(scale), choose_ranks(predicted, budget), scale)
     return min(choices, key=lambda choice: errors[choice.chosen])
 
 

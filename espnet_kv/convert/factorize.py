@@ -53,17 +53,17 @@ def to_mla(
     attention: MultiHeadAttention,
     rank: int,
     statistics: LayerStatistics | None = None,
-    key_scale: float = 1.0,
+    metric: OutputMetric | None = None,
 ) -> MultiHeadLatentAttention:
     """Convert to latent attention with `rank` cached numbers per frame.
 
     Without statistics, this is `factorize_kv` of the weights. With statistics, the error in the
-    norm `metric.OutputMetric` is minimised: the down-projection is the best one in that norm
+    norm of `metric` is minimised: the down-projection is the best one in that norm
     (`subspace.best_rows`), and so is each head's up-projection (`subspace.best_ups`). The bias of
     the values compensates their mean error.
 
     Args:
-        key_scale: of the norm.
+        metric: the norm; None: `OutputMetric.of` the layer.
 
     Raises:
         UserError: keys are normalised (qk_norm).
@@ -71,7 +71,8 @@ def to_mla(
     """
     k, v = attention.linear_k, attention.linear_v
     if statistics is not None and rank < k.in_features:  # otherwise nothing is lost
-        weights = _latent(attention, rank, statistics, key_scale)
+        metric = metric or OutputMetric.of(attention, statistics)
+        weights = _latent(attention, rank, statistics, metric)
     else:
         weights = (*factorize_kv(k.weight, v.weight, rank), v.bias)
     return _with_weights(attention, rank, weights)
@@ -92,10 +93,10 @@ def to_mla_by_second_moment(
 
 
 def _latent(
-    attention: MultiHeadAttention, rank: int, statistics: LayerStatistics, key_scale: float
+    attention: MultiHeadAttention, rank: int, statistics: LayerStatistics, metric: OutputMetric
 ) -> Weights:
-    """The best weights in the norm `metric.OutputMetric`."""
-    h, metric = attention.h, OutputMetric.of(attention, statistics, key_scale)
+    """The best weights in the norm `metric`."""
+    h = attention.h
     keys, values = head_rows(attention.linear_k.weight, h), head_rows(attention.linear_v.weight, h)
     maps = torch.cat([metric.left_k @ keys, metric.left_v @ values])
     roots = torch.cat([metric.right_k, metric.right_v])

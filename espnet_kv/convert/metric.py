@@ -51,19 +51,13 @@ class OutputMetric:
     right_v: Tensor
 
     @classmethod
-    def of(
-        cls, attention: MultiHeadAttention, statistics: LayerStatistics, key_scale: float = 1.0
-    ) -> "OutputMetric":
-        """The metric of an attention layer.
-
-        Args:
-            key_scale: factor of key errors. Their first-order effect is exact for small ones only.
-        """
+    def of(cls, attention: MultiHeadAttention, statistics: LayerStatistics) -> "OutputMetric":
+        """The metric of an attention layer."""
         h, d_k = attention.h, attention.d_k
         out = head_rows(attention.linear_out.weight.T, h).transpose(1, 2)  # (H, D, d_k)
         spread = statistics.spread + SHRINK * statistics.covariance
         return cls(
-            left_k=symmetric_root(statistics.query_moment) * key_scale / math.sqrt(d_k),
+            left_k=symmetric_root(statistics.query_moment) / math.sqrt(d_k),
             left_v=symmetric_root(
                 _plus(statistics.gradient_moment, OUTPUT_SHARE, out.transpose(1, 2) @ out)
             ),
@@ -79,6 +73,10 @@ class OutputMetric:
         right = torch.eye(weight.size(1), dtype=torch.float64, device=weight.device)
         left, right = left.expand(attention.h, -1, -1), right.expand(attention.h, -1, -1)
         return cls(left, left, right, right)
+
+    def with_keys_scaled(self, factor: float) -> "OutputMetric":
+        """The metric with key errors times `factor`: first-order effects hold for small errors."""
+        return replace(self, left_k=factor * self.left_k)
 
     def with_common_inputs(self) -> "OutputMetric":
         """The metric with the mean input moments of all heads, in which equal maps stay equal."""

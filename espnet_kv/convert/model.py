@@ -106,16 +106,17 @@ def convert_model(
     held_out_calls: dict[str, list[Call]] = {}
     runner = None
     if calibration is not None:
-        decoding = any(PARTS[p].module == "decoder" for p in parts)
+        sides = sorted({PARTS[part].module for part in parts})  # only these have to run
+        decoding = "decoder" in sides
         start = start_tokens(model, config) if decoding else ()
         runner = CalibrationRunner(model, decoding, start)
         audio = [*calibration.fit, *calibration.held_out]
         runner.transcribe(audio, progress("greedy search", len(audio)))
         step = progress("calibration", len(audio))
         with recording(modules) as fit_calls:
-            runner.backward(calibration.fit, step)
+            runner.backward(calibration.fit, step, sides)
         with recording(modules) as held_out_calls:
-            runner.run(calibration.held_out, step)
+            runner.run(calibration.held_out, step, sides)
     step = progress("statistics", len(sources))
     statistics: dict[str, LayerStatistics] = {}
     for name, calls in fit_calls.items():
