@@ -97,11 +97,11 @@ def _add_config(file: Path, model: Path, folder: Path, place: Path) -> list[Path
         if key not in found:
             if key == "bpemodel" or name != "none":
                 raise UserError(
-                    f"{file}: {key}: {config[key]} is neither here nor below any directory that "
+                    f"{file}: {key}: {name} is neither here nor below any directory that "
                     "holds the config: put it beside config.yaml"
                 )
             continue
-        places.append(_place(Path(config[key])))
+        places.append(_place(Path(name)))
         _add(Path(found[key]), folder / places[-1])
         config[key] = str(places[-1])
     conf = config.get("normalize_conf") or {}
