@@ -112,15 +112,16 @@ def _engine(args: argparse.Namespace) -> "EngineBuilder":
     Raises:
         UserError: another option does not go with it.
     """
-    from espnet_kv.export.onnx_engine import OnnxEngine
-    from espnet_kv.streaming.engine import TorchEngine
-
     if args.engine == "torch":
+        from espnet_kv.streaming.engine import TorchEngine
+
         if args.onnx_model is not None:
             raise UserError(f"--onnx_model {args.onnx_model}: goes with --engine onnx")
         return TorchEngine
     if args.ngpu:
         raise UserError(f"--ngpu {args.ngpu}: --engine onnx runs on the CPU; leave it out")
+    from espnet_kv.export.onnx_engine import OnnxEngine
+
     graph = args.onnx_model or Path(args.asr_model_file).parent / "onnx/model.onnx"
     return functools.partial(OnnxEngine, Path(graph))
 

@@ -138,11 +138,9 @@ class StreamingBatch:
             return []
         decoder, members = self.recognizer.decoder, [self._members[key] for key in features]
         encoded = self._encode(members, list(features.values()), [key in final for key in features])
-        # one call for all streams, (T', V) each
-        log_probs = decoder.log_probs(torch.cat(encoded)).split([len(frames) for frames in encoded])
         ended = []
-        for key, member, *frames in zip(features, members, encoded, log_probs, strict=True):
-            results = decoder.advance(member.search, *frames)
+        for key, member, (log_probs, frames) in zip(features, members, encoded, strict=True):
+            results = decoder.advance(member.search, frames, log_probs)
             if key in final:
                 results += decoder.end_segment(member.search)
                 self.drop(key)
@@ -174,8 +172,8 @@ class StreamingBatch:
 
     def _encode(
         self, members: list[_Member], features: list[Tensor], final: list[bool]
-    ) -> list[Tensor]:
-        """Encode features (T, F) of some streams -> (T', D) each."""
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Encode features (T, F) of some streams -> log_probs (T', V), encoder_out (T', D) each."""
         rows = [member.row for member in members]
         lengths, ends = [0] * self.slots, [False] * self.slots
         for row, new, last in zip(rows, features, final, strict=True):
@@ -183,10 +181,8 @@ class StreamingBatch:
         padded = pad_sequence(features, batch_first=True)
         xs = padded.new_zeros(self.slots, *padded.shape[1:])  # (B, T, F)
         xs[rows] = padded
-        ys, self._state = self.recognizer.asr_model.encoder.forward_chunk(
-            xs, self._state, ends, lengths
-        )
-        return [ys[row, : self._state.emitted[row]] for row in rows]
+        encoded, self._state = self._engine.encode_rows(xs, self._state, ends, lengths)
+        return [encoded[row] for row in rows]
 
     def _join(self, key: Hashable) -> _Member:
         taken = {member.row for member in self._members.values()}

@@ -6,6 +6,7 @@ Shape letters: T features, F feature size, T' encoder frames, D model size, V vo
 import logging
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from espnet_kv.cache.stream import EncoderState
@@ -104,9 +105,27 @@ class TorchEngine:
         self, features: Tensor, state: EncoderState, is_final: bool
     ) -> tuple[Tensor, Tensor, EncoderState]:
         """See Engine."""
-        ys, state = self._encoder.forward_chunk(features[None], state, is_final=is_final)
-        encoded = ys[0, : state.emitted[0]]
-        return self._ctc.log_softmax(encoded[None])[0].float().cpu(), encoded, state
+        lengths = [len(features)]
+        (row,), state = self.encode_rows(features[None], state, [is_final], lengths)
+        return *row, state
+
+    def encode_rows(
+        self, features: Tensor, state: EncoderState, is_final: list[bool], lengths: list[int]
+    ) -> tuple[list[tuple[Tensor, Tensor]], EncoderState]:
+        """`encode` for several streams, one per row of the state.
+
+        Args:
+            features: (B, T, F). is_final, lengths: of each row; 0: the row waits.
+
+        Returns:
+            (log_probs, encoder_out) of each row, and the state.
+        """
+        ys, state = self._encoder.forward_chunk(features, state, is_final, lengths)
+        rows = [frames[:count] for frames, count in zip(ys, state.emitted, strict=True)]
+        # one call for all streams
+        log_probs = self._ctc.log_softmax(torch.cat(rows)[None])[0].float().cpu()
+        parts = log_probs.split([len(frames) for frames in rows])
+        return list(zip(parts, rows, strict=True)), state
 
 
 def _chunks(encoder: Any, chunk_size: int | None, left_chunks: int | None) -> tuple[int, int]:

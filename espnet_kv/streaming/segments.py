@@ -77,16 +77,12 @@ class SegmentDecoder:
         endpointer = Endpointer(self._model.blank_id, *self._bounds)
         return OpenStream(endpointer, self._new_search())
 
-    def log_probs(self, encoded: Tensor) -> Tensor:
-        """CTC log-probabilities (T', V), on the CPU, of encoder frames (T', D)."""
-        return self._model.ctc.log_softmax(encoded[None])[0].float().cpu()
-
     def advance(self, stream: OpenStream, encoded: Tensor, log_probs: Tensor) -> list[list[Result]]:
         """Search the next frames of a stream; return the results of segments that ended in them.
 
         Args:
             encoded: (T', D) encoder frames, T' >= 0.
-            log_probs: (T', V), see `log_probs`.
+            log_probs: (T', V), natural logarithms on the CPU.
         """
         ended = []
         best = log_probs.argmax(dim=-1).tolist()

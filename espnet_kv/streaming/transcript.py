@@ -162,7 +162,7 @@ class ResultBuilder:
         bounds: tuple[float, float],
     ) -> Result:
         """The result of a token sequence; bounds: start and end in seconds."""
-        token = self._converter.ids2tokens(token_int)
+        token = [timed.text for timed in tokens]
         text = None if self._tokenizer is None else self._tokenizer.tokens2text(token)
         sos, eos = self._ends
         hypothesis = Hypothesis(
