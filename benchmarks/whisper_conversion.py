@@ -186,21 +186,15 @@ def decode(
     """Greedy transcripts of encoder outputs, each (T, D), BATCH utterances at a time."""
     from whisper.tokenizer import get_tokenizer
 
+    from espnet_kv.convert.calibration import greedy_tokens
+
     tokenizer = get_tokenizer(model.token_type == "whisper_multilingual", language="en")
     model.decoder.cache_dtype = cache_dtype
     texts = []
     for first in range(0, len(encoded), BATCH):
         xs = torch.stack(list(encoded[first : first + BATCH]))
-        tokens = torch.tensor(start).expand(len(xs), -1)
-        states = [model.decoder.batch_init_state(xs)] * len(xs)
-        while tokens.size(1) < model.decoder.text_positions:
-            scores, states = model.decoder.batch_score(tokens, states, xs)
-            best = scores.argmax(dim=1, keepdim=True)
-            tokens = torch.cat([tokens, best], dim=1)
-            if (tokens == model.eos).any(dim=1).all():
-                break
-        for text in tokens[:, len(start) :].tolist():
-            text = text[: text.index(model.eos)] if model.eos in text else text
+        for tokens in greedy_tokens(model, xs, start):
+            text = tokens[len(start) :].tolist()
             texts.append(tokenizer.decode([token for token in text if token < model.eos]))
     return texts
 

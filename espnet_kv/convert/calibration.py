@@ -145,7 +145,7 @@ class CalibrationRunner:
         for speech in utterances if self._decoding else ():
             encoded, lengths = self._encode(speech)
             self._encoded[id(speech)] = encoded, lengths
-            greedy[id(speech)] = greedy_tokens(self._model, encoded[0], self._start)
+            greedy[id(speech)] = greedy_tokens(self._model, encoded, self._start)[0]
             step()
         generator, first = torch.Generator().manual_seed(self._seed), len(self._start)
         for key, tokens in greedy.items():
@@ -266,24 +266,32 @@ def disturbed(tokens: Tensor, others: Tensor, generator: torch.Generator) -> Ten
 
 
 @torch.no_grad()
-def greedy_tokens(model: Any, encoded: Tensor, start: Sequence[int]) -> Tensor:
-    """Greedy search: (L,) tokens, those of `start` first, without <eos>.
+def greedy_tokens(model: Any, encoded: Tensor, start: Sequence[int]) -> list[Tensor]:
+    """Greedy search of some utterances: (L,) tokens of each, those of `start` first, without <eos>.
 
     Args:
         model: the ESPnet model, with a kv_transformer or kv_whisper decoder.
-        encoded: (T, D) encoder output.
+        encoded: (B, T, D) encoder output.
     """
     decoder: CachedDecoder = model.decoder
-    tokens = torch.tensor(start, device=encoded.device)
-    state = decoder.init_state(encoded)
-    most = max(1, int(TOKENS_PER_FRAME * len(encoded)))
-    for _ in range(min(most, _most_tokens(model) - len(tokens))):
-        scores, state = decoder.score(tokens, state, encoded)
-        best = scores.argmax()
-        if best == model.eos:
+    tokens = torch.tensor(start, device=encoded.device).repeat(len(encoded), 1)  # (B, L)
+    states = [decoder.batch_init_state(encoded)] * len(encoded)
+    most = max(1, int(TOKENS_PER_FRAME * encoded.size(1)))
+    ended = torch.zeros(len(encoded), dtype=torch.bool, device=encoded.device)
+    for _ in range(min(most, _most_tokens(model) - len(start))):
+        scores, states = decoder.batch_score(tokens, states, encoded)
+        best = scores.argmax(dim=1)
+        ended |= best == model.eos
+        if ended.all():
             break
-        tokens = torch.cat([tokens, best[None]])
-    return tokens
+        tokens = torch.cat([tokens, best[:, None]], dim=1)
+    return [_before(row, model.eos, len(start)) for row in tokens]
+
+
+def _before(tokens: Tensor, end: int, first: int) -> Tensor:
+    """(L,) tokens up to the first `end` from position `first` on."""
+    ends = (tokens[first:] == end).nonzero()
+    return tokens[: first + int(ends[0])] if len(ends) else tokens
 
 
 def _most_tokens(model: Any) -> int:

@@ -15,7 +15,7 @@ from espnet_kv.files import commit, write_text
 from espnet_kv.recipe.jobs import Job
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.steps import Step
-from espnet_kv.recipe.train import MODES, data_options, training_step
+from espnet_kv.recipe.train import MODES, training_data, training_step
 
 # fine-tuning uses this fraction of the learning rate of the original training
 FINETUNE_LR = 0.1
@@ -281,7 +281,7 @@ def _fine_tuning_config(layout: Layout, start: Path, directory: Path) -> dict[st
         "scheduler_conf": {},
     }
     if is_untrained(args):
-        config |= data_options(layout, layout.stats(args.convert_from / "config.yaml"))
+        config |= training_data(layout, layout.stats(args.convert_from / "config.yaml"))
     if (start / FILE).exists():
         record = json.loads((start / FILE).read_text(encoding="utf-8"))
         stated = {"start": str(model), "epochs": args.finetune_epochs}

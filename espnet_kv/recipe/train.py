@@ -109,7 +109,7 @@ def train_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Ste
         config = layout.model_config(config_file)
         if not trains:
             return config | layout.token_options | {"normalize": normalize}
-        config |= data_options(layout, stats) | {"normalize": normalize}
+        config |= training_data(layout, stats) | {"normalize": normalize}
         if args.feats_normalize == "global_mvn":
             config["normalize_conf"] = {"stats_file": str(stats / "train" / "feats_stats.npz")}
         else:
@@ -131,7 +131,7 @@ def train_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Ste
     )
 
 
-def data_options(layout: Layout, stats: Path) -> dict[str, Any]:
+def training_data(layout: Layout, stats: Path) -> dict[str, Any]:
     """ESPnet's options for training on the sets of the recipe, with the shapes in `stats`."""
     options = layout.data_options | {"fold_length": [80000, 150]}
     for mode in MODES:
