@@ -18,6 +18,11 @@ from espnet_kv.cli import command
 from espnet_kv.errors import UserError
 
 METHODS = ("plain SVD", "second moment", "bin.convert")
+TOGETHER = {
+    "decoder": ("decoder_self", "decoder_cross"),
+    "all": PARTS,
+}
+"""Parts that are converted together, by name."""
 RESAMPLES, BATCH = 2000, 10
 LONGEST = 30.0  # seconds
 
@@ -64,7 +69,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--utterances", type=positive, default=100, help="number to decode")
     add("--calibration", type=positive, default=64, help="others to fit to; every fifth held out")
     add("--seed", type=int, default=0, help="seed of their choice")
-    add("--parts", nargs="+", choices=(*PARTS, "all"), default=(*PARTS, "all"), help="attention")
+    parts = (*PARTS, *TOGETHER)
+    add("--parts", nargs="+", choices=parts, default=parts, help="attention, alone or together")
     add("--cuts", type=float, nargs="+", default=[0.5, 0.75, 0.875, 0.9375], help="that go")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, help="methods")
     add("--cache_dtypes", nargs="+", default=["fp32"], help="fp32, int8, int4 of the decoder")
@@ -239,13 +245,14 @@ def main(argv: list[str] | None = None) -> None:
 
     print("\n| part | cut | method | cache | WER (%), 95 % interval |\n|---|---:|---|---|---|")
     measure("-", 0, "as released", {})
-    needed = PARTS if "all" in args.parts else args.parts
+    together = {part: TOGETHER.get(part, (part,)) for part in args.parts}
+    needed = [part for part in PARTS if any(part in names for names in together.values())]
     conversions = Conversions(model, needed, calibration, start)
     for cut in args.cuts:
         for part in args.parts:
             for method in args.methods:
-                chosen = PARTS if part == "all" else [part]
-                measure(part, cut, method, {p: conversions.of(p, cut, method) for p in chosen})
+                converted = {p: conversions.of(p, cut, method) for p in together[part]}
+                measure(part, cut, method, converted)
     facts = {"benchmark": "whisper_conversion", "settings": settings(args), "results": rows}
     print(json.dumps(facts, default=str))
 
