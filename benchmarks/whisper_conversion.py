@@ -4,7 +4,7 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,25 +78,41 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def read_utterances(data: Path, count: int, seed: int) -> list[Utterance]:
-    """`count` random utterances of a LibriSpeech directory that Whisper encodes whole.
+    """`count` random utterances that Whisper encodes whole.
+
+    Args:
+        data: a LibriSpeech directory, or a Kaldi data directory at 16 kHz.
 
     Raises:
         UserError: there are fewer.
     """
     import soundfile
 
-    found = []
-    for file in sorted(data.rglob("*.trans.txt")):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            name, _, text = line.partition(" ")
-            audio = file.parent / f"{name}.flac"
-            if audio.is_file() and soundfile.info(audio).duration <= LONGEST:
-                found.append((audio, text))
+    found = [
+        (file, text)
+        for file, text in sorted(_transcripts(data))
+        if soundfile.info(file).duration <= LONGEST
+    ]
     if len(found) < count:
         raise UserError(f"{data}: {len(found)} utterances with transcripts, {count} are needed")
     random.Random(seed).shuffle(found)
     read = ((soundfile.read(file, dtype="float32")[0], text) for file, text in found[:count])
     return [Utterance(torch.from_numpy(samples), text) for samples, text in read]
+
+
+def _transcripts(data: Path) -> Iterator[tuple[str, str]]:
+    """Audio files and their transcripts."""
+    from espnet_kv.recipe.datadir import DataDir
+
+    if (data / "wav.scp").is_file():
+        kaldi = DataDir.read(data)
+        for utterance, text in kaldi.text.items():
+            yield kaldi.wav_scp[utterance], text
+    for file in data.rglob("*.trans.txt"):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            name, _, text = line.partition(" ")
+            if (audio := file.parent / f"{name}.flac").is_file():
+                yield str(audio), text
 
 
 def word_errors(hypotheses: Sequence[str], utterances: Sequence[Utterance]) -> dict[str, float]:
