@@ -16,6 +16,7 @@ from espnet_kv.cache.step import CacheStep, ChunkStep, active_step, current_step
 from espnet_kv.cache.store import Store
 from espnet_kv.cache.stream import FIRST_CHUNKS, EncoderState
 from espnet_kv.encoder.chunked import KVEncoder, check_chunks, subsampling
+from espnet_kv.encoder.small_inputs import replace_for_chunks
 from espnet_kv.errors import ConfigError
 
 # position tables in use, by encoder and by (slots, chunk_size, device)
@@ -44,6 +45,7 @@ class StreamingEncoder(KVEncoder):
             subsampling(self.embed)
         except ConfigError as refusal:
             self._cannot_stream = str(refusal)
+        replace_for_chunks(self.encoders)
         for index, module in enumerate(self._stateful_modules()):
             module.state_index = index
         positions = self._positional_encoding()

@@ -1,0 +1,51 @@
+"""Modules of ESPnet's blocks that are computed in a cheaper way for the few frames of a chunk."""
+
+from espnet2.legacy.nets.pytorch_backend.conformer.swish import Swish
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from espnet_kv.cache.step import current_step
+
+
+class PointwiseConv1d(nn.Conv1d):
+    """A Conv1d of kernel size 1; while a `CacheStep` is active, it is computed as a matrix product.
+
+    torch's convolution of a few frames takes twice the time of the product. Elsewhere the result
+    is bit for bit that of the convolution it replaces, whose parameters it has.
+    """
+
+    @classmethod
+    def of(cls, conv: nn.Conv1d) -> "PointwiseConv1d":
+        """The parameters of `conv`, which has kernel size 1, in this class."""
+        made = cls(conv.in_channels, conv.out_channels, 1, bias=False, device="meta")
+        made.weight, made.bias = conv.weight, conv.bias
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, T) -> (B, channels, T)."""
+        if current_step.get() is None:
+            return super().forward(x)
+        return F.linear(x.transpose(1, 2), self.weight[:, :, 0], self.bias).transpose(1, 2)
+
+
+class ChunkSwish(Swish):
+    """ESPnet's activation; while a `CacheStep` is active, it is one kernel instead of two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape."""
+        return super().forward(x) if current_step.get() is None else F.silu(x)
+
+
+def replace_for_chunks(blocks: nn.Module) -> None:
+    """Replace the convolutions of kernel size 1 and the activations in `blocks`."""
+    for owner in list(blocks.modules()):
+        for name, module in list(owner.named_children()):
+            if type(module) is nn.Conv1d and _is_pointwise(module):
+                setattr(owner, name, PointwiseConv1d.of(module))
+            elif type(module) is Swish:
+                setattr(owner, name, ChunkSwish())
+
+
+def _is_pointwise(conv: nn.Conv1d) -> bool:
+    plain = conv.stride == conv.dilation == (1,) and conv.padding == (0,) and conv.groups == 1
+    return conv.kernel_size == (1,) and plain
