@@ -65,16 +65,23 @@ class GraphState:
 
         The caches of a stream have their full size from the first chunk.
         """
-        held = dict.fromkeys(KINDS, 0) | {"input": self.features.nbytes}
-        begun = sum(frames > 0 for frames in self.frames)
-        for kind, cache in zip(self.kinds, self.caches, strict=True):
-            held[kind] += begun * cache[0].nbytes
-        return held
+        return self._bytes(sum(frames > 0 for frames in self.frames))
+
+    def capacity_by_kind(self) -> dict[str, int]:
+        """Bytes allocated."""
+        return self._bytes(self.batch_size)
 
     @property
     def capacity_bytes(self) -> int:
-        """Bytes allocated."""
-        return self.features.nbytes + sum(cache.nbytes for cache in self.caches)
+        """Bytes allocated, of all kinds."""
+        return sum(self.capacity_by_kind().values())
+
+    def _bytes(self, streams: int) -> dict[str, int]:
+        """Bytes of the features, and of the caches of so many streams."""
+        found = dict.fromkeys(KINDS, 0) | {"input": self.features.nbytes}
+        for kind, cache in zip(self.kinds, self.caches, strict=True):
+            found[kind] += streams * cache[0].nbytes
+        return found
 
 
 class OnnxEngine(Engine[GraphState]):
@@ -128,6 +135,7 @@ class OnnxEngine(Engine[GraphState]):
                 )
         _check_model(path, about, model)
         self.chunk_size, self.left_chunks = about.chunk_size, about.left_chunks
+        self.cache_dtype = about.cache_dtype
         self._stride = about.shift // about.chunk_size
         self._first = about.window - about.shift + self._stride  # features of one frame
 

@@ -34,9 +34,12 @@ class StreamState(Protocol):
     def nbytes_by_kind(self) -> dict[str, int]:
         """Bytes held: attention, conv, input."""
 
+    def capacity_by_kind(self) -> dict[str, int]:
+        """Bytes allocated: attention, conv, input and, for an engine with such tables, position."""
+
     @property
     def capacity_bytes(self) -> int:
-        """Bytes allocated."""
+        """Their sum."""
 
 
 class Engine[S: StreamState](Protocol):
@@ -45,11 +48,13 @@ class Engine[S: StreamState](Protocol):
     Attributes:
         chunk_size: encoder frames in a chunk.
         left_chunks: chunks of left context; -1: all.
+        cache_dtype: number format of the caches; None: the model's type.
         normalize: what normalises the features before `encode`; None: nothing has to.
     """
 
     chunk_size: int
     left_chunks: int
+    cache_dtype: str | None
     normalize: nn.Module | None
 
     def init_state(self, streams: int = 1) -> S:
@@ -119,7 +124,7 @@ class TorchEngine(Engine[EncoderState]):
     ):
         self._encoder, self._ctc, self.normalize = model.encoder, model.ctc, model.normalize
         self.chunk_size, self.left_chunks = _chunks(model.encoder, chunk_size, left_chunks)
-        self._cache_dtype = cache_dtype
+        self.cache_dtype = cache_dtype
 
     def init_state(self, streams: int = 1) -> EncoderState:
         """See Engine."""
@@ -127,7 +132,7 @@ class TorchEngine(Engine[EncoderState]):
             streams,
             chunk_size=self.chunk_size,
             left_chunks=self.left_chunks,
-            cache_dtype=self._cache_dtype,
+            cache_dtype=self.cache_dtype,
         )
 
     def encode_rows(
