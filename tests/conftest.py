@@ -58,3 +58,20 @@ def report(tmp_path_factory):
     from reports import make_report
 
     return make_report(tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """`exports.exported` in a folder of its own; each model is exported once."""
+    from exports import exported
+
+    made = {}
+
+    def export(encoder="kv_conformer", attention="mla", **options):
+        key = (encoder, attention, *options.items())
+        if key not in made:
+            torch.manual_seed(0)
+            made[key] = exported(tmp_path_factory.mktemp(attention), encoder, attention, **options)
+        return made[key]
+
+    return export

@@ -103,6 +103,12 @@ def get_parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--repeats", type=whole(1), default=3, help="runs per utterance (default: %(default)s)"
     )
+    g.add_argument(
+        "--engine",
+        choices=("torch", "onnx"),
+        help="torch: the model alone; onnx: also the graphs in the directory onnx beside the model "
+        "file, which have to fit (default: those that fit)",
+    )
     g.add_argument("--hour", type=true_or_false, default=False, help="also stream an hour")
     g.add_argument(
         "--seed", type=whole(0, 2**32 - 1), default=0, help="seed of weights and noise (default: 0)"
@@ -157,6 +163,7 @@ def main(cmd: Sequence[str] | None = None) -> None:
 
     import torch
 
+    from espnet_kv.profile.engines import find_engines
     from espnet_kv.profile.run import Options, profile
     from espnet_kv.profile.subject import Subject
 
@@ -179,9 +186,10 @@ def main(cmd: Sequence[str] | None = None) -> None:
             f"--lengths {seconds[-1]:g}: the longest must be at least two chunks, "
             f"{2 * subject.chunk_seconds:g} s"
         )
+    engines = find_engines(subject, args.engine, _print_line)
     sound = _sound(args, subject)
     _print_line(f"{named.name} on {device}, {len(sound.utterances)} utterances of {sound.name}")
-    options = Options(seconds, cache_dtypes, args.repeats, args.hour, search, streaming)
+    options = Options(seconds, cache_dtypes, args.repeats, args.hour, search, streaming, engines)
     try:
         measured = profile(named.name, subject, sound, options, _print_line).model_dump(
             by_alias=True

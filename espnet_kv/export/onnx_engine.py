@@ -3,6 +3,7 @@
 Shape letters: T features, F feature size, T' encoder frames, D model size, V vocabulary.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,36 +14,77 @@ from torch import Tensor, nn
 
 from espnet_kv.attention import attention_label
 from espnet_kv.cache import KINDS
+from espnet_kv.cache.features import Features
 from espnet_kv.errors import ArgumentError, UserError, one_line
 from espnet_kv.export.description import Description, weights_digest
 from espnet_kv.export.onnx_file import open_graph, require_packages, run_graph
+from espnet_kv.streaming.engine import Engine
 
 
 @dataclass
 class GraphState:
-    """State of a stream between two pieces.
+    """State of B streams between two pieces.
 
     Attributes:
-        caches: of the graph, each (1, ...).
+        caches: of the graph, each (B, ...).
         kinds: attention or conv, for each of them.
-        features: (T, F) from the first one that the next chunk needs.
-        frames: encoder frames so far.
+        features: of each stream from the first one that its next chunk needs.
+        frames: encoder frames of each stream so far.
     """
 
     caches: list[Tensor]
     kinds: list[str]
-    features: Tensor
-    frames: int = 0
+    features: Features
+    frames: list[int]
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return len(self.frames)
+
+    @staticmethod
+    def join(parts: Sequence["GraphState"]) -> "GraphState":
+        """One state of the rows of all parts, in this order."""
+        return GraphState(
+            [torch.cat(column) for column in zip(*(part.caches for part in parts), strict=True)],
+            parts[0].kinds,
+            Features(parts[0].features.size, [t for part in parts for t in part.features.tensors]),
+            [n for part in parts for n in part.frames],
+        )
+
+    def reset(self, rows: Iterable[int]) -> None:
+        """Replace the streams of these rows by new ones, in place."""
+        for row in rows:
+            for cache in self.caches:
+                cache[row] = 0
+            self.features.tensors[row] = self.features.tensors[row].new_zeros(0, self.features.size)
+            self.frames[row] = 0
 
     def nbytes_by_kind(self) -> dict[str, int]:
-        """Bytes of the caches, which have their full size from the start, and of the features."""
-        held = dict.fromkeys(KINDS, 0) | {"input": self.features.nbytes}
+        """Bytes of the features, and of the caches of the streams that have had a chunk.
+
+        The caches of a stream have their full size from the first chunk.
+        """
+        return self._bytes(sum(frames > 0 for frames in self.frames))
+
+    def capacity_by_kind(self) -> dict[str, int]:
+        """Bytes allocated."""
+        return self._bytes(self.batch_size)
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes allocated, of all kinds."""
+        return sum(self.capacity_by_kind().values())
+
+    def _bytes(self, streams: int) -> dict[str, int]:
+        """Bytes of the features, and of the caches of so many streams."""
+        found = dict.fromkeys(KINDS, 0) | {"input": self.features.nbytes}
         for kind, cache in zip(self.kinds, self.caches, strict=True):
-            held[kind] += cache.nbytes
-        return held
+            found[kind] += streams * cache[0].nbytes
+        return found
 
 
-class OnnxEngine:
+class OnnxEngine(Engine[GraphState]):
     """A graph of layout plain in onnxruntime on the CPU, with as many threads as PyTorch has.
 
     An `Engine` of the recognizer; bind the path to have its builder:
@@ -93,37 +135,70 @@ class OnnxEngine:
                 )
         _check_model(path, about, model)
         self.chunk_size, self.left_chunks = about.chunk_size, about.left_chunks
+        self.cache_dtype = about.cache_dtype
         self._stride = about.shift // about.chunk_size
         self._first = about.window - about.shift + self._stride  # features of one frame
 
-    def init_state(self) -> GraphState:
-        """The state of a new stream."""
-        caches = self.description.caches
+    def init_state(self, streams: int = 1) -> GraphState:
+        """See Engine."""
+        if type(streams) is not int or streams < 1:
+            raise ValueError(f"streams: {streams!r} is not allowed (allowed: 1 or more)")
+        caches, size = self.description.caches, self.description.features
         return GraphState(
-            [torch.zeros(1, *cache.shape, dtype=getattr(torch, cache.dtype)) for cache in caches],
+            [torch.zeros(streams, *c.shape, dtype=getattr(torch, c.dtype)) for c in caches],
             [cache.kind for cache in caches],
-            torch.zeros(0, self.description.features),
+            Features(size, [torch.zeros(0, size) for _ in range(streams)]),
+            [0] * streams,
         )
 
-    def encode(
-        self, features: Tensor, state: GraphState, is_final: bool
-    ) -> tuple[Tensor, Tensor, GraphState]:
-        """See Engine; the features are those before normalisation."""
-        about = self.description
-        held = torch.cat([state.features, features])
-        log_probs, encoded = [torch.zeros(0, about.vocabulary)], [torch.zeros(0, about.output_size)]
-        while frames := self._frames(len(held), is_final):
-            window = held[: about.window]
-            window = torch.nn.functional.pad(window, (0, 0, 0, about.window - len(window)))
-            numbers = torch.tensor([state.frames]), torch.tensor([frames])
-            outputs = run_graph(self._session, [window[None], *numbers, *state.caches])
-            log_probs.append(outputs[0][0, :frames])
-            encoded.append(outputs[1][0, :frames])
-            state.caches = outputs[2:]
-            state.frames += frames
-            held = held[about.shift :]
-        state.features = held.clone()
-        return torch.cat(log_probs), torch.cat(encoded), state
+    def encode_rows(
+        self, features: Tensor, state: GraphState, is_final: Sequence[bool], lengths: Sequence[int]
+    ) -> tuple[list[tuple[Tensor, Tensor]], GraphState]:
+        """See Engine; the features are those before normalisation.
+
+        Streams with a whole chunk share a run of the graph, and those with several chunks have
+        several runs.
+        """
+        about, held = self.description, state.features
+        held.append(features, lengths)
+        empty = torch.zeros(0, about.vocabulary), torch.zeros(0, about.output_size)
+        parts = [[empty] for _ in range(state.batch_size)]
+        first = [0] * state.batch_size  # of the features that the next chunk needs
+        while True:
+            waiting = zip(held.lengths, first, is_final, strict=True)
+            counts = [self._frames(length - at, final) for length, at, final in waiting]
+            rows = [row for row, count in enumerate(counts) if count]
+            if not rows:
+                break
+            windows = held.read(rows, [first[row] for row in rows], about.window)
+            windows = nn.functional.pad(windows, (0, 0, 0, about.window - windows.size(1)))
+            chunk = [counts[row] for row in rows]
+            log_probs, encoded = self._run(windows, chunk, state, rows)
+            for row, count, *out in zip(rows, chunk, log_probs, encoded, strict=True):
+                parts[row].append((out[0][:count], out[1][:count]))
+                first[row] += about.shift
+        pairs = zip(held.lengths, first, strict=True)
+        held.keep([max(0, length - at) for length, at in pairs])
+        columns = [tuple(zip(*part, strict=True)) for part in parts]
+        return [(torch.cat(scores), torch.cat(outputs)) for scores, outputs in columns], state
+
+    def _run(
+        self, windows: Tensor, lengths: list[int], state: GraphState, rows: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Run a chunk of these rows -> log_probs (R, C, V), encoder_out (R, C, D)."""
+        every = len(rows) == state.batch_size  # then the outputs replace the caches as they are
+        caches = state.caches if every else [cache[rows] for cache in state.caches]
+        frames = torch.tensor([state.frames[row] for row in rows])
+        inputs = [windows, frames, torch.tensor(lengths), *caches]
+        log_probs, encoded, *after = run_graph(self._session, inputs)
+        if every:
+            state.caches = after
+        else:
+            for cache, new in zip(state.caches, after, strict=True):
+                cache[rows] = new
+        for row, count in zip(rows, lengths, strict=True):
+            state.frames[row] += count
+        return log_probs, encoded
 
     def _frames(self, features: int, is_final: bool) -> int:
         """Encoder frames of the next chunk; 0: it is not complete."""

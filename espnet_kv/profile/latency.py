@@ -2,14 +2,18 @@
 
 import inspect
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import cycle
 from typing import Any
+
+from torch import Tensor
 
 from espnet_kv.profile.clock import median, milliseconds, spread, synchronize, undisturbed
 from espnet_kv.profile.schema import Minute, Spread
 from espnet_kv.profile.sound import Sound, features, pieces
 from espnet_kv.profile.subject import Subject
+from espnet_kv.streaming.engine import EngineBuilder, TorchEngine
+from espnet_kv.streaming.frontend import StreamingFrontend
 from espnet_kv.streaming.meter import Meter
 from espnet_kv.streaming.recognizer import StreamingRecognizer
 
@@ -21,13 +25,25 @@ OPTIONS = ("beam_size", "ctc_weight", "penalty")
 
 def time_chunks(subject: Subject, sound: Sound) -> Spread:
     """The profile's `chunk_ms`: forward_chunk once its left context is full."""
+    state = subject.init_state()
+    return time_steps(
+        subject, sound, subject.frontend(), lambda x: subject.encoder.forward_chunk(x, state)
+    )
+
+
+def time_steps(
+    subject: Subject,
+    sound: Sound,
+    frontend: StreamingFrontend,
+    step: Callable[[Tensor], object],
+) -> Spread:
+    """Time of `step`, which takes (1, T, F) features of a chunk, once the left context is full."""
     before = max(0, subject.left_chunks) + WARM_UP
     seconds = (before + CHUNKS + 1) * subject.chunk_seconds
-    xs = features(subject, sound.clip(seconds))
-    state = subject.init_state()
+    xs = features(subject, sound.clip(seconds), frontend)
     with undisturbed():
         times = [
-            milliseconds(subject.device, subject.encoder.forward_chunk, x, state)
+            milliseconds(subject.device, step, x)
             for x in pieces(xs, subject.chunk_size * subject.stride)
         ]
     return spread(times[before : before + CHUNKS])
@@ -58,10 +74,13 @@ class Streamer:
     Args:
         subject: of what. Random weights have no words to rescore: CTC alone is searched then.
         options: of OPTIONS.
+        engine: what runs encoder and CTC.
     """
 
-    def __init__(self, subject: Subject, options: Mapping[str, Any]):
-        self.subject = subject
+    def __init__(
+        self, subject: Subject, options: Mapping[str, Any], engine: EngineBuilder = TorchEngine
+    ):
+        self.subject, self.engine = subject, engine
         defaults = inspect.signature(StreamingRecognizer).parameters
         self.options = {key: options.get(key, defaults[key].default) for key in OPTIONS}
         if not subject.source.trained:
@@ -74,6 +93,7 @@ class Streamer:
             chunk_size=self.subject.chunk_size,
             left_chunks=self.subject.left_chunks,
             device=self.subject.device,
+            engine=self.engine,
             **self.options,
         )
 

@@ -20,12 +20,17 @@ def device_name(device: str) -> str:
     return next(named, platform.processor() or platform.machine())
 
 
-def versions() -> dict[str, str]:
+def versions() -> dict[str, str | None]:
     """Of what takes part."""
+    try:
+        onnxruntime = metadata.version("onnxruntime")
+    except metadata.PackageNotFoundError:
+        onnxruntime = None
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "espnet": metadata.version("espnet"),
+        "onnxruntime": onnxruntime,
         "espnet_kv": espnet_kv.__version__,
     }
 

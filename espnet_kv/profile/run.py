@@ -19,9 +19,11 @@ from espnet_kv.profile.beam_search import (
     measure_decoder,
     time_utterances,
 )
+from espnet_kv.profile.engines import measure_engines
 from espnet_kv.profile.latency import Streamer, time_chunks, time_hour
 from espnet_kv.profile.sound import Sound, features
 from espnet_kv.profile.subject import Subject
+from espnet_kv.streaming.engine import EngineBuilder
 
 MEMORY = ("offline_bytes", "streaming_bytes", "offline_rss_bytes", "streaming_rss_bytes")
 """Peak memory of an encoder pass over the whole and of a stream, by torch and by the system."""
@@ -33,6 +35,7 @@ class Options:
 
     seconds: lengths, ascending. cache_dtypes: besides the model's own. repeats: of every
     utterance. hour: whether an hour is streamed. search, streaming_search: options of the two.
+    engines: exported graphs to stream with, besides the model itself.
     """
 
     seconds: Sequence[float]
@@ -41,6 +44,7 @@ class Options:
     hour: bool = False
     search: Mapping[str, Any] = field(default_factory=dict)
     streaming_search: Mapping[str, Any] = field(default_factory=dict)
+    engines: Mapping[str, EngineBuilder] = field(default_factory=dict)
 
 
 def profile(
@@ -60,6 +64,7 @@ def profile(
         subject.source, sound, options.seconds, subject.chunk_size, subject.left_chunks
     )
     method, rows = growth.measure(task, subject, say)
+    engines = measure_engines(subject, sound, options.engines, options.streaming_search, say)
     hour = time_hour(subject, sound) if options.hour and subject.streams else []
     # must come last: it changes the output bias of random weights in place
     recognizer = Recognizer(subject, options.search)
@@ -87,6 +92,7 @@ def profile(
             lengths=[schema.MemoryLength(**_pick(row, schema.MemoryLength)) for row in rows],
             **{key: rows[-1].get(key) for key in MEMORY},
         ),
+        engines=engines,
     )
 
 

@@ -106,6 +106,8 @@ class Settings(Part):
     python: str | None = None
     torch: str | None = None
     espnet: str | None = None
+    onnxruntime: str | None = None
+    """null: not installed"""
     espnet_kv: str | None = None
 
 
@@ -260,6 +262,20 @@ class Time(Part):
     """each minute of a stream of one hour, with --hour true"""
 
 
+class EngineStream(Part):
+    """One stream through an engine: encoder and CTC run by torch, or an exported graph."""
+
+    cache_dtype: str | None = None
+    """type of its caches; null: the model's own"""
+    chunk_ms: Spread
+    """a chunk through encoder and CTC, with the left context full"""
+    streaming_rtf: Number | None = None
+    """as time.streaming_rtf"""
+    bytes: Kinds
+    """held between two chunks with settings.left_chunks"""
+    allocated: Kinds
+
+
 class MemoryLength(Part):
     """Peak memory at one length of audio."""
 
@@ -314,6 +330,8 @@ class Profile(Part):
     layer inputs, over those of this model"""
     time: Time = Time()
     memory: Memory = Memory()
+    engines: dict[str, EngineStream] = {}
+    """torch, onnx (model.onnx), onnx int8 (model.int8.onnx); empty where no graph was measured"""
     wer: dict[str, dict[str, Rates]] = {}
     """by mode (offline, streaming), then test set; sets that were not scored are absent"""
 

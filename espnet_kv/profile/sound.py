@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from espnet_kv.profile.subject import Subject
+from espnet_kv.streaming.frontend import StreamingFrontend
 
 # utterances of noise are between these, evenly spread
 NOISE_SECONDS = 2.0, 16.0
@@ -45,15 +46,17 @@ class Sound:
         return torch.from_numpy(np.resize(whole, round(seconds * self.rate)))
 
 
-def features(subject: Subject, samples: Tensor) -> Tensor:
-    """What the encoder takes.
+def features(
+    subject: Subject, samples: Tensor, frontend: StreamingFrontend | None = None
+) -> Tensor:
+    """What the encoder takes, or what another frontend than the subject's gives.
 
     (T, F) features that a stream of these samples has given so far, without its end; for an encoder
     that makes its features itself, the (N,) samples.
     """
     if not subject.streams:
         return samples.to(subject.device)
-    frontend = subject.frontend()
+    frontend = frontend or subject.frontend()
     pieces = samples.split(PIECE_SECONDS * frontend.sample_rate)
     return torch.cat([frontend(piece.to(subject.device)) for piece in pieces])
 

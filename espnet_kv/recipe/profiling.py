@@ -66,7 +66,8 @@ def profile_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> S
             "inference_asr_model": args.inference_asr_model,
             "ngpu": args.ngpu,
         },
-        reads={"model": model, "config": exp / "config.yaml", "wav.scp": wav_scp},
+        reads={"model": model, "config": exp / "config.yaml", "wav.scp": wav_scp}
+        | {graph.name: graph for graph in (exp / "onnx").glob("*.onnx")},
         after=before,
         products=lambda: [out / "profile.json"],
         in_place=True,

@@ -74,6 +74,7 @@ def tables(models: Sequence[Entry]) -> list[Table]:
         "Cache": _cache(profiles),
         "Decoder cache": _decoder(),
         "Time": _time(),
+        "Streaming engines": _engines(profiles),
         "Memory and computation": _memory(),
         "Error rates": [*rates, *_error_rates(profiles, "cer")],
         "Settings": _settings(),
@@ -202,6 +203,20 @@ def _time() -> list[Column]:
         _column("rtf", "RTF, offline", "time.rtf"),
         *spread("first_token_ms", "first token"),
     ]
+
+
+def _engines(profiles: Sequence[Profile]) -> list[Column]:
+    """Streaming with exported graphs and, beside them, with torch."""
+    columns = []
+    for name in dict.fromkeys(name for profile in profiles for name in profile.engines):
+        path, key = f"engines.{name}", f"engine_{name.replace(' ', '_')}"
+        columns += [
+            _column(f"{key}_chunk_ms_p50", f"{name}: chunk, median", f"{path}.chunk_ms.p50", "ms"),
+            _column(f"{key}_rtf", f"{name}: RTF", f"{path}.streaming_rtf"),
+            *_sizes(f"{key}_attention", f"{name}: cache", path, "attention"),
+            *_sizes(f"{key}_total", f"{name}: whole state", path, "total"),
+        ]
+    return columns
 
 
 def _memory() -> list[Column]:

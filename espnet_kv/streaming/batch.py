@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from espnet_kv.cache.stream import EncoderState
 from espnet_kv.errors import UserError
-from espnet_kv.streaming.engine import TorchEngine
 from espnet_kv.streaming.frontend import StreamingFrontend, TooShortError, checked
 from espnet_kv.streaming.recognizer import LONGEST_PIECE_SECONDS, StreamingRecognizer
 from espnet_kv.streaming.segments import OpenStream
@@ -46,13 +44,10 @@ class StreamingBatch:
 
     Raises:
         ValueError: slots is not a positive integer.
-        UserError: the recognizer has another engine than the model itself.
     """
 
     def __init__(self, recognizer: StreamingRecognizer, slots: int = 1):
         self.recognizer = recognizer
-        if not isinstance(recognizer.engine, TorchEngine):
-            raise UserError("StreamingBatch runs the model itself: leave out the engine")
         self._engine = recognizer.engine
         self._state = self._engine.init_state(slots)
         self._members: dict[Hashable, _Member] = {}
@@ -188,8 +183,7 @@ class StreamingBatch:
         taken = {member.row for member in self._members.values()}
         row = next((row for row in range(self.slots) if row not in taken), self.slots)
         if row == self.slots:
-            more = self._engine.init_state(self.slots)
-            self._state = EncoderState.join([self._state, more])
+            self._state = self._state.join([self._state, self._engine.init_state(self.slots)])
         model = self.recognizer.asr_model
         frontend = StreamingFrontend(model.frontend, self._engine.normalize)
         member = _Member(row, frontend, self.recognizer.decoder.open_stream())

@@ -4,6 +4,7 @@ Shape letters: T features, F feature size, T' encoder frames, D model size, V vo
 """
 
 import logging
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,10 +18,28 @@ MOST_FRAMES = 1_000_000
 
 
 class StreamState(Protocol):
-    """Caches and features of a stream between two pieces."""
+    """Caches and features of B streams, one per row, between two pieces."""
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+
+    @staticmethod
+    def join(parts: Sequence[Any], /) -> Any:
+        """One state of the rows of all parts, in this order; the parts are not used again."""
+
+    def reset(self, rows: Iterable[int], /) -> None:
+        """Replace the streams of these rows by new ones, in place."""
 
     def nbytes_by_kind(self) -> dict[str, int]:
         """Bytes held: attention, conv, input."""
+
+    def capacity_by_kind(self) -> dict[str, int]:
+        """Bytes allocated: attention, conv, input and, for an engine with such tables, position."""
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Their sum."""
 
 
 class Engine[S: StreamState](Protocol):
@@ -29,28 +48,43 @@ class Engine[S: StreamState](Protocol):
     Attributes:
         chunk_size: encoder frames in a chunk.
         left_chunks: chunks of left context; -1: all.
+        cache_dtype: number format of the caches; None: the model's type.
         normalize: what normalises the features before `encode`; None: nothing has to.
     """
 
     chunk_size: int
     left_chunks: int
+    cache_dtype: str | None
     normalize: nn.Module | None
 
-    def init_state(self) -> S:
-        """The state of a new stream."""
+    def init_state(self, streams: int = 1) -> S:
+        """The state of new streams.
 
-    def encode(self, features: Tensor, state: S, is_final: bool) -> tuple[Tensor, Tensor, S]:
-        """Encode the chunks that these features complete.
+        Raises:
+            ValueError: `streams` is not a positive integer.
+        """
+
+    def encode_rows(
+        self, features: Tensor, state: S, is_final: Sequence[bool], lengths: Sequence[int]
+    ) -> tuple[list[tuple[Tensor, Tensor]], S]:
+        """Encode the chunks that these features complete, for streams of any age.
 
         Args:
-            features: (T, F), T >= 0.
-            state: of the stream; it may be changed in place.
-            is_final: the stream ends with these features, and the last chunk may be short.
+            features: (B, T, F), T >= 0.
+            state: of the streams; it may be changed in place.
+            is_final: for each row: the stream ends with these features, and its last chunk may be
+                short.
+            lengths: valid features of each row; 0: it waits.
 
         Returns:
-            log_probs (T', V), natural logarithms in float32 on the CPU; encoder_out (T', D); the
-            state for the next call.
+            For each row log_probs (T', V), natural logarithms in float32 on the CPU, and
+            encoder_out (T', D); the state for the next call.
         """
+
+    def encode(self, features: Tensor, state: S, is_final: bool) -> tuple[Tensor, Tensor, S]:
+        """`encode_rows` of one stream with the features (T, F)."""
+        (row,), state = self.encode_rows(features[None], state, [is_final], [len(features)])
+        return *row, state
 
 
 class EngineBuilder(Protocol):
@@ -71,7 +105,7 @@ class EngineBuilder(Protocol):
         """
 
 
-class TorchEngine:
+class TorchEngine(Engine[EncoderState]):
     """Encoder and CTC of the model, run by PyTorch.
 
     Args:
@@ -90,36 +124,25 @@ class TorchEngine:
     ):
         self._encoder, self._ctc, self.normalize = model.encoder, model.ctc, model.normalize
         self.chunk_size, self.left_chunks = _chunks(model.encoder, chunk_size, left_chunks)
-        self._cache_dtype = cache_dtype
+        self.cache_dtype = cache_dtype
 
     def init_state(self, streams: int = 1) -> EncoderState:
-        """The state of new streams."""
+        """See Engine."""
         return self._encoder.init_state(
             streams,
             chunk_size=self.chunk_size,
             left_chunks=self.left_chunks,
-            cache_dtype=self._cache_dtype,
+            cache_dtype=self.cache_dtype,
         )
 
-    def encode(
-        self, features: Tensor, state: EncoderState, is_final: bool
-    ) -> tuple[Tensor, Tensor, EncoderState]:
-        """See Engine."""
-        lengths = [len(features)]
-        (row,), state = self.encode_rows(features[None], state, [is_final], lengths)
-        return *row, state
-
     def encode_rows(
-        self, features: Tensor, state: EncoderState, is_final: list[bool], lengths: list[int]
+        self,
+        features: Tensor,
+        state: EncoderState,
+        is_final: Sequence[bool],
+        lengths: Sequence[int],
     ) -> tuple[list[tuple[Tensor, Tensor]], EncoderState]:
-        """`encode` for several streams, one per row of the state.
-
-        Args:
-            features: (B, T, F). is_final, lengths: of each row; 0: the row waits.
-
-        Returns:
-            (log_probs, encoder_out) of each row, and the state.
-        """
+        """See Engine."""
         ys, state = self._encoder.forward_chunk(features, state, is_final, lengths)
         rows = [frames[:count] for frames, count in zip(ys, state.emitted, strict=True)]
         # one call for all streams

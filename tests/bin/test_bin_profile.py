@@ -172,6 +172,14 @@ class TestRefusals:
         )
         assert "u1: /no/where.wav does not exist" in said
 
+    def test_graphs_that_have_to_be_there(self, experiment, capsys):
+        pytest.importorskip("onnxruntime", reason="the extra [serve] is not installed")
+        said = refusal(capsys, "--experiment", str(experiment), *QUICK, "--engine", "onnx")
+        assert "onnx/model.onnx is not there: export the model" in said
+        random = ["--config", str(REPO / "conf/train_asr_conformer_mla.yaml"), "--output", "x"]
+        said = refusal(capsys, *random, "--engine", "onnx")
+        assert "--engine onnx: for a trained model that streams" in said
+
     @pytest.mark.parametrize(
         ("changes", "said"),
         [

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from exports import PAIRS, exported
+from exports import PAIRS
 from small_models import build, speech
 
 onnx = pytest.importorskip("onnx", reason="the extra [serve] is not installed")
@@ -31,24 +31,19 @@ def recognize(recognizer: StreamingRecognizer, audio: torch.Tensor, size: int) -
 
 
 @pytest.fixture(scope="module")
-def mla(tmp_path_factory):
+def mla(exported):
     """A model, its arguments and its graph."""
-    folder = tmp_path_factory.mktemp("mla")
-    model, args, _ = exported(folder)
-    return model, args, folder / "onnx/model.onnx"
+    return exported()[:3]
 
 
 class TestAgainstTorch:
     @pytest.mark.parametrize(("encoder", "attention"), PAIRS)
-    def test_text_and_scores_are_the_same_in_any_pieces(self, tmp_path, encoder, attention):
-        model, args, _ = exported(tmp_path, encoder, attention, int8=False)
+    def test_text_and_scores_are_the_same_in_any_pieces(self, exported, encoder, attention):
+        model, args, graph, _ = exported(encoder, attention)
         search = {"beam_size": 5, "nbest": 3, "ctc_weight": 0.6, "penalty": 0.3}
         torchs, graphs = (
             StreamingRecognizer(asr_model=model, asr_train_args=args, **search, **engine)
-            for engine in (
-                {},
-                {"engine": functools.partial(OnnxEngine, tmp_path / "onnx/model.onnx")},
-            )
+            for engine in ({}, {"engine": functools.partial(OnnxEngine, graph)})
         )
         for letters, size in zip(("ABBA", "B", "AAB_AB", "BA", "_"), SIZES, strict=True):
             expected = recognize(torchs, speech(letters), 20000)
@@ -58,13 +53,17 @@ class TestAgainstTorch:
             assert [r[3].score for r in found] == pytest.approx(scores, abs=1e-3)
             assert found[0][0] == letters.replace("_", "")
 
-    @pytest.mark.parametrize("frames", range(1, 45))
-    def test_a_stream_of_any_length(self, mla, frames):
-        """Its last chunk may be of any size, or missing."""
+    @pytest.fixture(scope="class")
+    def engines(self, mla):
         model, _, path = mla
+        return TorchEngine(model), OnnxEngine(path, model)
+
+    @pytest.mark.parametrize("frames", range(1, 45))
+    def test_a_stream_of_any_length(self, engines, frames):
+        """Its last chunk may be of any size, or missing."""
         features = torch.randn(frames, 20)
         found = []
-        for engine in (TorchEngine(model), OnnxEngine(path, model)):
+        for engine in engines:
             xs = features.clone()
             if engine.normalize is not None:
                 xs = engine.normalize(xs[None], torch.tensor([frames]))[0][0].float()
@@ -77,24 +76,25 @@ class TestAgainstTorch:
             torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
 
     @pytest.mark.parametrize(
-        ("graph", "options"),
+        ("name", "options"),
         [
             ("model.int8.onnx", {}),
-            ("model.onnx", {"cache_dtype": "int8"}),
-            ("model.onnx", {"cache_dtype": "bf16"}),
-            ("model.onnx", {"left_chunks": 0}),
-            ("model.onnx", {"chunk_size": 1, "left_chunks": 3}),
+            ("model.onnx", {"cache_dtype": "int8", "int8": False}),
+            ("model.onnx", {"cache_dtype": "bf16", "int8": False}),
+            ("model.onnx", {"left_chunks": 0, "int8": False}),
+            ("model.onnx", {"chunk_size": 1, "left_chunks": 3, "int8": False}),
         ],
     )
     def test_weights_and_caches_may_be_rounded_and_chunks_of_any_size(
-        self, tmp_path, graph, options
+        self, exported, name, options
     ):
-        model, args, _ = exported(tmp_path, **options)
+        model, args, graph, _ = exported(**options)
+        options = {key: value for key, value in options.items() if key != "int8"}
         stream = StreamingRecognizer(
             asr_model=model,
             asr_train_args=args,
             **options,  # what the graph was exported with may be said again
-            engine=functools.partial(OnnxEngine, tmp_path / "onnx" / graph),
+            engine=functools.partial(OnnxEngine, graph.with_name(name)),
         )
         expected = StreamingRecognizer(asr_model=model, asr_train_args=args, **options)
         for letters in ("ABBA", "BAB"):

@@ -163,6 +163,14 @@ class TestStage:
         assert main([*options, "--profile_args", ""]) == 0
         assert len(asked) == 3
 
+    def test_a_graph_that_was_exported_since_is_profiled(self, options, exp, asked):
+        main(options)
+        (exp / "onnx").mkdir()
+        (exp / "onnx/model.onnx").write_text("graph")
+        for times in (2, 2):
+            main(options)
+            assert len(asked) == times
+
     def test_a_profile_of_an_older_version_is_made_again(self, options, exp, asked, monkeypatch):
         """Stage 15 refuses it and says so: stage 14 must not find it up to date."""
         with monkeypatch.context() as then:

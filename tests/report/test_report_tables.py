@@ -85,8 +85,25 @@ def test_the_overview_shows_allocated_bytes_and_says_so(report):
     assert {"cache, allocated (kB)", "cache, held (kB)"} <= set(headings)
 
 
+def test_graphs_stand_beside_torch(report):
+    with_graph, without = make_profile(), make_profile("conformer", "mla", engines={})
+    made = report([with_graph, without])
+    (part,) = (part for part in made.parts if part.title == "Streaming engines")
+    headings = [column.heading for column in part.columns]
+    assert [h for h in headings if "chunk" in h] == [
+        f"{name}: chunk, median (ms)" for name in ("torch", "onnx", "onnx int8")
+    ]
+    engines = with_graph["engines"]
+    row = made.rows[0]
+    assert row["engine_onnx_int8_rtf"] == str(engines["onnx int8"]["streaming_rtf"])
+    assert row["engine_onnx_attention_bytes"] == str(engines["onnx"]["bytes"]["attention"])
+    whole = sum(engines["torch"]["allocated"].values())
+    assert row["engine_torch_total_allocated"] == str(whole)
+    assert made.rows[1]["engine_onnx_rtf"] == ""
+
+
 def test_columns_that_no_model_has_are_left_out(report):
-    made = report([make_profile(wer={}, decoder_cache=None)])
+    made = report([make_profile(wer={}, decoder_cache=None, engines={})])
     assert not any(key.startswith(("wer", "cer", "decoder_")) for key in made.rows[0])
     assert [part.title for part in made.parts] == [
         "Overview",

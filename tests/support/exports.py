@@ -1,7 +1,7 @@
 """Exported graphs of small models."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from small_models import build, write_scp
 
@@ -22,14 +22,25 @@ LETTERS = ("ABBAAB", "BBAABA", "BABAAB", "AABBA", "BAB", "ABAB")
 """Recordings of 60 chunks of 4 frames and more."""
 
 
+class Exported(NamedTuple):
+    """A model, its arguments, its graph in fp32, and the differences of its graphs."""
+
+    model: Any
+    args: Any
+    graph: Path
+    found: dict[str, Any]
+
+
 def exported(
     folder: Path, encoder: str = "kv_conformer", attention: str = "mla", **options: Any
-) -> tuple[Any, Any, dict[str, Any]]:
-    """Export a model to folder/onnx; return the model, its arguments and the differences."""
+) -> Exported:
+    """Export a model to folder/onnx."""
     from espnet_kv.export.exporter import export, read_features
 
     conf = {"attention_type": attention, "attention_conf": ATTENTIONS[attention]}
     model, args = build(folder, encoder=encoder, encoder_conf=conf)
-    features = read_features(model, write_scp(folder, LETTERS), "sound", len(LETTERS))
+    letters = LETTERS[:2] if options.get("chunk_size") == 1 else LETTERS
+    features = read_features(model, write_scp(folder, letters), "sound", len(letters))
     (folder / "onnx").mkdir()
-    return model, args, export(model, features, folder / "onnx", **options)
+    found = export(model, features, folder / "onnx", **options)
+    return Exported(model, args, folder / "onnx/model.onnx", found)

@@ -125,6 +125,7 @@ def make_profile(
             "python": "3.12.1",
             "torch": "2.14.1",
             "espnet": "202611",
+            "onnxruntime": "1.23.0",
             "espnet_kv": "0.1.0",
         },
         "cache": {cache_dtype: cache(cache_dtype) for cache_dtype in cache_dtypes},
@@ -170,6 +171,16 @@ def make_profile(
             "streaming_bytes": int(3e6 * slower),
             "offline_rss_bytes": int(2.1e5 * SECONDS[-1] * slower),
             "streaming_rss_bytes": int(4e6 * slower),
+        },
+        "engines": {
+            name: {
+                "cache_dtype": None,
+                "chunk_ms": {"mean": 6.3 * less, "p50": 6.1 * less, "p95": 7.0, "p99": 8.0},
+                "streaming_rtf": 0.01 * less,
+                "bytes": kinds(left_frames, "fp32"),
+                "allocated": kinds(left_frames + room, "fp32"),
+            }
+            for name, less, room in (("torch", 1.0, CHUNK), ("onnx", 0.9, 0), ("onnx int8", 0.6, 0))
         },
         "wer": {
             mode: {
