@@ -173,6 +173,11 @@ async def run(
     return found, spent
 
 
+def kind_of(entry: str) -> str:
+    """The type of an entry of a wav.scp."""
+    return "kaldi_ark" if ".ark:" in entry else "sound"
+
+
 def cpu_seconds(process: psutil.Process) -> float:
     times = process.cpu_times()
     return times.user + times.system
@@ -204,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     entries = dict(itertools.islice(read_scp(args.wav_scp).items(), args.utterances))
     silence = np.zeros(round(SILENCE * RATE), np.float32)
     recordings = {
-        name: np.concatenate([read_utterance(entry, "sound", RATE), silence]).astype("<f4")
+        name: np.concatenate([read_utterance(entry, kind_of(entry), RATE), silence]).astype("<f4")
         for name, entry in entries.items()
     }
     server = subprocess.Popen(args.server)

@@ -114,6 +114,12 @@ def test_a_file_that_was_cut_is_told_whatever_its_format(name, folder, tmp_path)
     assert sum(map(len, Stream(FileSource(whole), RATE))) > 0
 
 
+def test_an_entry_of_an_archive_that_is_called_sound_names_its_type(tmp_path):
+    entry = f"{tmp_path / 'data_wav.1.ark'}:11"
+    with pytest.raises(UserError, match=r"\.ark:11 is in an archive.*kaldi_ark, not sound"):
+        read_recording(entry, "sound")
+
+
 @pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFF000], ids=["unknown", "2 GiB"])
 def test_a_wav_that_was_written_into_a_pipe_is_whole(size, folder, tmp_path):
     content = bytearray((folder / "u1.wav").read_bytes())
