@@ -17,6 +17,8 @@ from espnet_kv.espnet.parser import Parser
 
 TOKEN = "ESPNET_KV_TOKEN"
 """Environment variable with the token."""
+SEND_BYTES = 1 << 16
+"""Results that the system holds for a client, in bytes."""
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -84,7 +86,7 @@ def main(cmd: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(cmd)
     try:
         from espnet_kv.serve.server import Limits, Server
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise UserError(f'{error.name} is not installed: pip install "espnet_kv[serve]"') from error
 
     for name, least in (("idle_seconds", 0.1), ("max_stream_seconds", 0.0)):
@@ -111,9 +113,7 @@ def main(cmd: Sequence[str] | None = None) -> None:
         server = Server(recognizer, limits, token, Path(args.asr_model_file).resolve().parent.name)
         host = f"[{args.host}]" if ":" in args.host else args.host
         address = f"{'https' if tls else 'http'}://{host}:{listener.getsockname()[1]}"
-        asyncio.run(
-            server.run(listener, tls, lambda: print(f"listening on {address}", flush=True))
-        )
+        asyncio.run(server.run(listener, tls, lambda: print(f"listening on {address}", flush=True)))
 
 
 def _token(file: Path | None) -> str | None:
@@ -149,12 +149,15 @@ def _tls(certificate: Path | None, key: Path | None) -> ssl.SSLContext | None:
 def _listener(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=256)
+        listener = socket.create_server((host, port), family=family, backlog=256)
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = (error.strerror or str(error)).partition(" (")[0]
         raise UserError(
             f"--host {host} --port {port}: {reason}: name another address or port"
         ) from error
+    # results are small; the system would let megabytes of them wait for a client that reads none
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
+    return listener
 
 
 def _is_local(listener: socket.socket) -> bool:

@@ -4,8 +4,11 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from torch import Tensor
 
 from espnet_kv.serve.client import Client, Piece, message
 from espnet_kv.serve.metrics import Metrics
@@ -97,11 +100,17 @@ class Scheduler:
         """Advance streams by a piece each; return the results to be sent, see `Client.put`."""
         began = time.monotonic()
         last = {client for client, piece in pieces.items() if piece.is_last}
-        ended = self._batch.accept({key: piece.samples for key, piece in pieces.items()}, last)
+        # a client that never sent audio has no stream
+        known: dict[Hashable, np.ndarray | Tensor] = {
+            client: piece.samples
+            for client, piece in pieces.items()
+            if len(piece.samples) or client in self._batch.streams
+        }
+        ended = self._batch.accept(known, last & known.keys())
         results = {}
         for client, piece in pieces.items():
             latency = time.monotonic() - piece.arrived
-            found = [best for best, *_ in ended[client]]
+            found = [best for best, *_ in ended.get(client, [])]
             if client in last and not found:  # the last result says that the stream ended
                 end = client.samples / self._recognizer.sample_rate
                 found = [self._recognizer.decoder.results.build([], [], 0.0, {}, (end, end))]

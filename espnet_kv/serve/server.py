@@ -76,6 +76,7 @@ class Ending(NamedTuple):
 
 DONE = Ending("done")
 GONE = Ending("gone")  # the client closed the connection, or it broke
+SLOW = Ending("slow")  # the client does not read its results
 SHUTDOWN = Ending("shutdown", WSCloseCode.GOING_AWAY, "the server is shutting down")
 FAILED = Ending("error", WSCloseCode.INTERNAL_ERROR, "decoding failed; see the server's log")
 
@@ -134,7 +135,7 @@ class Server:
         await site.start()
         decoding = asyncio.create_task(self._scheduler.run())
         ready()
-        await asyncio.wait({self._stopping, decoding}, return_when=asyncio.FIRST_COMPLETED)
+        await _any_of(self._stopping, decoding)
         if decoding.done():
             decoding.result()  # it ends by an exception only
         await site.stop()
@@ -206,7 +207,7 @@ class Server:
         websocket = _Websocket(
             timeout=CLOSE_SECONDS, compress=False, max_msg_size=self._limits.max_message_bytes
         )
-        client, ending = self._scheduler.open(), GONE
+        client, ending, transport = self._scheduler.open(), GONE, request.transport
         try:
             await websocket.prepare(request)
             self._metrics.accepted.inc()
@@ -215,19 +216,18 @@ class Server:
             self._scheduler.close(client)
             if websocket.prepared:
                 self._metrics.ended.labels(ending.reason).inc()
-        if ending is not GONE:
+        if ending not in (GONE, SLOW):
             await self._close(websocket, ending)
-        if request.transport is not None and ending.reason in ("gone", "slow"):
-            request.transport.abort()  # what it did not read would be kept until it does
+        if transport is not None and websocket.close_code != ending.code:
+            transport.abort()  # what it did not read would be kept until it does
         return websocket
 
     async def _converse(self, websocket: web.WebSocketResponse, client: Client) -> Ending:
         """Receive audio and send results until all results are sent."""
         reading = asyncio.create_task(self._read(websocket, client))
         sending = asyncio.create_task(self._send(websocket, client))
-        first = asyncio.FIRST_COMPLETED
         try:
-            await asyncio.wait({reading, sending, self._stopping}, return_when=first)
+            await _any_of(reading, sending, self._stopping)
             ending = SHUTDOWN
             if reading.done():
                 ending = reading.result()
@@ -235,7 +235,7 @@ class Server:
             await asyncio.wait({reading})
             if ending is not GONE and not websocket.closed:
                 client.complete()
-                await asyncio.wait({sending, self._overdue}, return_when=first)
+                await _any_of(sending, self._overdue)
                 ending = (sending.result() if sending.done() else None) or ending
             return ending
         finally:
@@ -261,9 +261,8 @@ class Server:
                 return Ending("bad_message", websocket.close_code or WSCloseCode.PROTOCOL_ERROR)
             if received.type is not WSMsgType.BINARY:
                 return GONE
-            problem = _problem(received.data)
-            if problem:
-                return Ending("bad_audio", WSCloseCode.INVALID_TEXT, problem)
+            if bad := _problem(received.data):
+                return Ending("bad_audio", WSCloseCode.INVALID_TEXT, bad)
             client.accept(np.frombuffer(received.data, "<f4").astype(np.float32, copy=False))
             open_seconds = asyncio.get_running_loop().time() - opened
             if limit and max(client.samples / self._rate, open_seconds) > limit:
@@ -278,7 +277,7 @@ class Server:
                 async with asyncio.timeout(self._limits.idle_seconds):
                     await websocket.send_str(text)
         except TimeoutError:
-            return Ending("slow")
+            return SLOW
         except ConnectionError:
             return GONE
         return FAILED if client.failed else None
@@ -315,6 +314,11 @@ class _Websocket(web.WebSocketResponse):
         """Close with a reason."""
         reason = message or self._reasons.get(code, "").encode()
         return await super().close(code=code, message=reason, drain=drain)
+
+
+async def _any_of(*futures: asyncio.Future[Any]) -> None:
+    """Wait until one of these is done."""
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
 
 
 def _json(problem: str) -> dict[str, Any]:
