@@ -24,7 +24,7 @@ def test_audio_leaves_in_pieces_whatever_the_messages_were():
     while one.is_ready:
         taken.append(one.take().samples.tolist())
     assert [len(piece) for piece in taken] == [5, 3, 3]
-    assert sum(taken, []) == list(range(11))
+    assert [sample for piece in taken for sample in piece] == list(range(11))
     one.complete()
     last = one.take()
     assert last.is_last and last.samples.tolist() == [11]
