@@ -12,6 +12,8 @@ import pytest
 from served import PATIENCE, Served, Talk, receive, talk, until
 from small_models import RATE, save, speech
 
+from espnet_kv.streaming.batch import StreamingBatch
+
 SPOKEN = "ABBA_AB"
 STREAMS = 6
 
@@ -83,6 +85,22 @@ def test_a_message_that_is_too_long_closes_the_websocket(server):
     assert server.metric('espnet_kv_streams_ended_total{reason="bad_message"}') == before + 1
 
 
+def test_an_error_of_the_server_ends_the_streams_of_its_step_alone(model, monkeypatch):
+    accept, bad = StreamingBatch.accept, float(np.float32(0.765))
+
+    def failing(self, pieces, final=()):
+        if any((piece == bad).any() for piece in pieces.values()):
+            raise RuntimeError("a fault that no one foresaw")
+        return accept(self, pieces, final)
+
+    monkeypatch.setattr(StreamingBatch, "accept", failing)
+    with Served(*model, "--max_batch_size", "1") as server:
+        talked: Talk = beside(server.url, talk(server.url, AUDIO, np.full(9999, bad)))
+        ended = server.stop()
+    assert talked.closed == (1011, "decoding failed; see the server's log") == (1011, talked.error)
+    assert "a fault that no one foresaw" in ended.stderr and ended.returncode == 0
+
+
 def test_a_client_that_vanishes_frees_its_stream(server):
     async def vanish() -> None:
         async with aiohttp.ClientSession() as session:
@@ -149,8 +167,8 @@ def test_the_refusal_is_one_sentence(server):
 
 
 def test_ten_megabytes_at_once_do_not_delay_another_client(model):
-    """A minute and a half of audio in 0.3 s, decoded a chunk at a time."""
-    with Served(*model, "--max_message_bytes", "16000000") as server:
+    """Two and a half minutes of audio; with one stream in a step, the two take turns."""
+    with Served(*model, "--max_batch_size", "1") as server:
         audio = np.tile(speech("AB").numpy(), 150)[: 10_000_000 // 4]
 
         async def delays() -> tuple[list[float], Talk]:

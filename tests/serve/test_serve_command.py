@@ -102,11 +102,15 @@ def test_a_signal_ends_open_streams_with_their_text(model, number):
                 aiohttp.ClientSession() as session,
                 session.ws_connect(server.url) as busy,
                 session.ws_connect(server.url) as quiet,
+                session.get(server.url + "/health"),  # kept alive
             ):
+                mute = socket.create_connection(("127.0.0.1", server.port))
                 await busy.send_bytes(speech("AB").numpy().tobytes())
                 await busy.receive(timeout=PATIENCE)
                 os.kill(server.pid, number)
-                return await asyncio.gather(receive(busy), receive(quiet))
+                talks = await asyncio.gather(receive(busy), receive(quiet))
+                mute.close()
+                return talks
 
         began = time.monotonic()
         busy, quiet = asyncio.run(stop_while_open())
