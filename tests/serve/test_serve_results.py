@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from exports import LETTERS as GRAPH_LETTERS
 from served import PATIENCE, Served, talk
-from small_models import RATE, save, speech
+from small_models import RATE, save, speech, write_scp
 
+from espnet_kv.bin import export
 from espnet_kv.streaming.recognizer import StreamingRecognizer
 
 LETTERS = ("ABBA", "AB___BA", "B", "BBAB__A", "_", "AAAB_B")
 OPTIONS = {"endpoint_silence_ms": 600.0, "max_segment_seconds": 30.0, "ctc_weight": 0.7}
+ENGINES = ("torch",)
 PROGRAM = shutil.which("sherpa-onnx-online-websocket-client", path=str(Path(sys.executable).parent))
 
 
@@ -39,6 +42,21 @@ def server(folder):
         yield served
 
 
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request, folder, server):
+    """A server with each engine."""
+    if request.param == "torch":
+        yield server
+        return
+    pytest.importorskip("onnxruntime", reason="the extra [serve] is not installed")
+    model = ["--asr_train_config", str(folder / "config.yaml")]
+    model += ["--asr_model_file", str(folder / "model.pth")]
+    check = ["--check_scp", str(write_scp(folder, GRAPH_LETTERS))]
+    assert export.main([*model, *check, "--output_dir", str(folder / "onnx")]) == 0
+    with Served(*model, "--endpoint_silence_ms", "600", "--engine", "onnx") as served:
+        yield served
+
+
 @pytest.fixture(scope="module")
 def alone(folder):
     """The segments of a recording in a recognizer alone."""
@@ -50,14 +68,14 @@ def alone(folder):
     return recognize
 
 
-def test_many_clients_at_once_get_the_results_of_a_recognizer_alone(server, alone):
+def test_many_clients_at_once_get_the_results_of_a_recognizer_alone(engine, alone):
     audios = [speech(letters) for letters in LETTERS]
 
     async def together():
         pieces = (777, 1600, 2560, 8000, 20000, 100000)
         sent = zip(audios, pieces, strict=True)
         return await asyncio.gather(
-            *(talk(server.url, audio, "Done", samples=n, pause=0.001) for audio, n in sent)
+            *(talk(engine.url, audio, "Done", samples=n, pause=0.001) for audio, n in sent)
         )
 
     for audio, (results, closed) in zip(audios, asyncio.run(together()), strict=True):
