@@ -118,14 +118,15 @@ def main(cmd: Sequence[str] | None = None) -> None:
 
 def _token(file: Path | None) -> str | None:
     """The token of a file, or of the environment; None: there is none."""
-    if file is None:
-        return os.environ.get(TOKEN) or None
-    try:
-        token = file.read_text("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise UserError(f"--token_file {file}: it is not text; write the token there") from error
-    if not token or len(token.split()) > 1 or not token.isascii():
-        raise UserError(f"--token_file {file}: allowed: one word in ASCII, the token")
+    if file is not None:
+        source, text = f"--token_file {file}", file.read_text("utf-8", "replace")
+    elif os.environ.get(TOKEN):
+        source, text = f"the variable {TOKEN}", os.environ[TOKEN]
+    else:
+        return None
+    token = text.strip()
+    if len(token.split()) != 1 or not token.isascii():
+        raise UserError(f"{source}: allowed: one word in ASCII, the token")
     return token
 
 

@@ -18,6 +18,9 @@ from espnet_kv.streaming.transcript import DIGITS, Result
 MOST_RESULTS = 16
 """Results that wait for sending; with more, the stream is not decoded any further."""
 
+JOINED = 1600
+"""Shorter messages are joined to this many samples, as every array that waits needs memory."""
+
 
 class Piece(NamedTuple):
     """Samples (N,) of a stream for one step; the stream ends with the last piece.
@@ -69,7 +72,10 @@ class Client:
         """Take samples (N,) that arrived."""
         self.samples += len(samples)
         self._waiting += len(samples)
-        self._audio.append((samples, time.monotonic()))
+        if self._audio and len(self._audio[-1][0]) < JOINED:
+            samples = np.concatenate([self._audio.pop()[0], samples])
+        if len(samples):
+            self._audio.append((samples, time.monotonic()))
         if self._waiting >= self._most_waiting:
             self._has_room.clear()
         self._wake()

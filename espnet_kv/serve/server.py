@@ -188,7 +188,8 @@ class Server:
             return
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
         given = given or request.query.get("token", "")  # browsers cannot set the header
-        if not hmac.compare_digest(given.encode(), self._token.encode()):
+        # headers may hold any bytes
+        if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self._token.encode()):
             raise web.HTTPUnauthorized(
                 **_json("the token is missing or wrong"), headers={"WWW-Authenticate": "Bearer"}
             )

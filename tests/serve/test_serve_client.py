@@ -42,6 +42,16 @@ def test_what_waits_at_the_end_is_taken_in_pieces_too():
     ]
 
 
+def test_many_short_messages_need_little_memory():
+    one = client(first=16000, size=16000, most=160000)
+    for sample in range(15000):
+        one.accept(numbers(sample, sample + 1))
+        one.accept(numbers(0, 0))
+    assert len(one._audio) < 12 and not one.is_ready
+    one.complete()
+    assert one.take().samples.tolist() == list(range(15000))
+
+
 def test_a_sender_waits_while_there_is_no_room():
     async def run() -> None:
         one = client(most=10)

@@ -46,13 +46,26 @@ class TestToken:
             done = talk(f"{server.url}/?token={TOKEN}", speech("AB"), "Done")
         assert asyncio.run(done).text == "AB"
 
-    @pytest.mark.parametrize("query", ["", "?token=", "?token=wrong", "?token=%C3%A9"])
-    def test_others_get_status_401(self, server, query):
-        with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
-            asyncio.run(talk(f"{server.url}/{query}", "Done"))
-        assert refused.value.status == 401
+    @pytest.mark.parametrize(
+        "query", ["", "?token=", "?token=wrong", "?token=%C3%A9", "?token=%FF"]
+    )
+    def test_others_get_status_401_and_its_clients_notice_nothing(self, server, query):
+        async def both():
+            bearer = {"Authorization": f"Bearer {TOKEN}"}
+            good = talk(server.url, speech("ABBA"), "Done", pause=0.02, headers=bearer)
+            bad = talk(f"{server.url}/{query}", "Done")
+            return await asyncio.gather(good, bad, return_exceptions=True)
+
+        good, refused = asyncio.run(both())
+        assert good.text == "ABBA" and good.closed is None
+        assert isinstance(refused, aiohttp.WSServerHandshakeError) and refused.status == 401
         bearer = {"headers": {"Authorization": f"Bearer {TOKEN}"}}
         assert server.metric('espnet_kv_streams_refused_total{reason="token"}', **bearer) > 0
+
+    def test_a_header_of_arbitrary_bytes_is_refused_too(self, server):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as raw:
+            raw.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \xff\r\n\r\n")
+            assert raw.recv(100).startswith(b"HTTP/1.1 401")
 
     def test_the_page_and_health_need_none_and_metrics_do(self, server):
         assert server.get("/")[0] == 200 and server.health()["token"]
@@ -64,6 +77,10 @@ class TestToken:
         with Served(*model) as server:
             assert server.health()["token"] and server.get("/metrics")[0] == 401
             assert server.get(f"/metrics?token={TOKEN}")[0] == 200
+
+    def test_a_token_in_the_environment_is_one_word(self, model, monkeypatch):
+        monkeypatch.setenv("ESPNET_KV_TOKEN", "two words")
+        assert_one_line(run(serve.main, *model), "the variable ESPNET_KV_TOKEN: allowed: one word")
 
     def test_a_server_for_other_machines_without_token_is_warned_of(self, model, monkeypatch):
         monkeypatch.delenv("ESPNET_KV_TOKEN", raising=False)
