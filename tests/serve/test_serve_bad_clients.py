@@ -27,7 +27,7 @@ def model(tmp_path_factory) -> list[str]:
 def server(model):
     with Served(
         *model,
-        *("--idle_seconds", "1", "--max_streams", str(STREAMS), "--max_message_bytes", "1000000"),
+        *("--max_streams", str(STREAMS), "--max_message_bytes", "1000000"),
         *("--max_stream_seconds", "30", "--endpoint_silence_ms", "5000"),
     ) as served:
         yield served
@@ -65,10 +65,9 @@ NAN = np.full(100, np.nan, np.float32).tobytes()
         ([AUDIO, b"123"], 1007, "3 bytes are not a multiple of 4"),
         ([AUDIO, NAN], 1007, "infinite or NaN"),
         ([AUDIO, 20000 * AUDIO], 1007, "scale samples to between -1 and 1"),
-        ([AUDIO], 1008, r"no audio came for 1 s (--idle_seconds)"),
         ([speech("AB" + 100 * "_")], 1008, "longer than 30 s (--max_stream_seconds)"),
     ],
-    ids=["text", "long text", "bytes", "NaN", "integers", "silent", "endless"],
+    ids=["text", "long text", "bytes", "NaN", "integers", "endless"],
 )
 def test_the_text_so_far_and_the_reason_come_before_the_end(server, sent, code, said):
     talked: Talk = beside(server.url, talk(server.url, *sent))
@@ -76,6 +75,13 @@ def test_the_text_so_far_and_the_reason_come_before_the_end(server, sent, code, 
     assert said in talked.error
     assert talked.closed is not None
     assert talked.closed[0] == code and said in talked.closed[1]
+
+
+def test_a_client_that_sends_nothing_any_more_is_closed(model):
+    with Served(*model, "--idle_seconds", "2") as server:
+        talked: Talk = beside(server.url, talk(server.url, AUDIO))
+    assert talked.text == "AB"
+    assert talked.closed == (1008, "no audio came for 2 s (--idle_seconds)") == (1008, talked.error)
 
 
 def test_a_message_that_is_too_long_closes_the_websocket(server):
@@ -180,7 +186,7 @@ def test_ten_megabytes_at_once_do_not_delay_another_client(model):
             return [result["latency"] for result in good.results], good
 
         latencies, _ = asyncio.run(delays())
-        assert sorted(latencies)[len(latencies) // 2] < 0.5
+        assert sorted(latencies)[len(latencies) // 2] < 2  # seconds; the rest of the long one: 7
 
 
 def memory(server: Served, kind: str) -> int:
@@ -191,7 +197,7 @@ def memory(server: Served, kind: str) -> int:
 
 def test_a_client_that_reads_no_results_is_closed_and_holds_little(model):
     """Its results and its audio stop in the sockets; others go on."""
-    with Served(*model, "--idle_seconds", "1.5", "--beam_size", "1") as server:
+    with Served(*model, "--idle_seconds", "3", "--beam_size", "1") as server:
 
         async def deaf() -> int:
             raw = socket.socket()
