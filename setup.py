@@ -22,6 +22,7 @@ setup(
     package_data={
         "espnet_kv": ["recipe_files.txt", *RECIPE],
         "espnet_kv.report": ["page.css", "page.js", "page.html.j2"],
+        "espnet_kv.serve": ["page.css", "page.html", "page.js", "recorder.js"],
     },
     install_requires=[
         "espnet[asr,train]>=202611",
@@ -59,8 +60,8 @@ setup(
             "dask-jobqueue",
             "asyncssh",
         ],
-        # espnet_kv.bin.export, --engine onnx
-        "serve": ["onnx", "onnxruntime"],
+        # espnet_kv.bin.export, --engine onnx; espnet_kv.bin.serve
+        "serve": ["onnx", "onnxruntime", "aiohttp", "prometheus_client"],
         # token_type whisper_en or whisper_multilingual, encoder and decoder whisper or kv_whisper
         "whisper": ["openai-whisper", "tiktoken"],
         "dev": [
@@ -68,7 +69,10 @@ setup(
             "pytest-xdist",
             "onnx",
             "onnxruntime",
+            "aiohttp",
+            "prometheus_client",
             "sherpa-onnx",
+            "sherpa-onnx-bin",
             "openai-whisper",
             "tiktoken",
             "hypothesis",
@@ -85,6 +89,7 @@ setup(
             "espnet_kv_asr_inference_streaming = espnet_kv.bin.asr_inference_streaming:main",
             "espnet_kv_report = espnet_kv.bin.report:main",
             "espnet_kv_stream = espnet_kv.bin.stream:main",
+            "espnet_kv_serve = espnet_kv.bin.serve:main",
             "espnet_kv_profile = espnet_kv.bin.profile:main",
             "espnet_kv_convert = espnet_kv.bin.convert:main",
             "espnet_kv_export = espnet_kv.bin.export:main",

@@ -56,6 +56,7 @@ active=$(command -v python3 || true)
 if [ -n "${active}" ] && has_modules "${active}" espnet2 torch torchaudio; then
     modules=(sentencepiece kaldiio jiwer matplotlib pandas jinja2 pydantic yaml espeakng_loader)
     modules+=(tqdm psutil pytest xdist hypothesis ruff mypy onnx onnxruntime sherpa_onnx whisper tiktoken)
+    modules+=(aiohttp prometheus_client)
     if ! has_modules "${active}" "${modules[@]}"; then
         say "adding what ${active} lacks of the project's tools"
         "${active}" -m pip install --quiet "${repo}[dev]" >&2

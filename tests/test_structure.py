@@ -52,6 +52,7 @@ LAYERS = {
     },
     "streaming": {"channels", "cache", "encoder", "espnet"},
     "export": {"cli", "attention", "cache", "encoder", "streaming"},
+    "serve": {"streaming"},
     "convert": {
         "files",
         "scores",

@@ -22,17 +22,18 @@ PATIENCE = 120.0  # seconds; starting it is slow on a busy machine
 class Page:
     """One page of one browser; a context manager that ends the browser.
 
+    profile: a new folder. flags: of the browser, besides FLAGS.
     events: what the page reported so far, as (method, params).
     """
 
-    def __init__(self, profile: Path):
+    def __init__(self, profile: Path, *flags: str):
         assert PROGRAM is not None
         theirs_in, self._out = os.pipe()
         self._in, theirs_out = os.pipe()
         # Chromium reads commands from descriptor 3 and writes to 4
         script = f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}'
         self._process = subprocess.Popen(
-            ["bash", "-c", script, "bash", PROGRAM, *FLAGS, f"--user-data-dir={profile}"],
+            ["bash", "-c", script, "bash", PROGRAM, *FLAGS, *flags, f"--user-data-dir={profile}"],
             pass_fds=(theirs_in, theirs_out),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -82,10 +83,11 @@ class Page:
                 assert "error" not in answer, answer
                 return answer["result"]
 
-    def open(self, path: Path) -> None:
-        """Load a file and wait until it is there."""
+    def open(self, place: Path | str) -> None:
+        """Load a file or an address and wait until it is there."""
         self.events.clear()
-        self.send("Page.navigate", url=path.resolve().as_uri())
+        url = place if isinstance(place, str) else place.resolve().as_uri()
+        self.send("Page.navigate", url=url)
         while not any(method == "Page.loadEventFired" for method, _ in self.events):
             self._receive()
 
@@ -105,6 +107,11 @@ class Page:
         )
         for kind in ("mousePressed", "mouseReleased"):
             self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def choose(self, selector: str, file: Path) -> None:
+        """Choose a file in an <input type="file">."""
+        found = self.send("Runtime.evaluate", expression=f"document.querySelector({selector!r})")
+        self.send("DOM.setFileInputFiles", files=[str(file)], objectId=found["result"]["objectId"])
 
     def press(self, key: str) -> None:
         """Press and release a key: Tab or Enter."""

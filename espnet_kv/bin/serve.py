@@ -1,0 +1,184 @@
+"""Serve the recognition of many live streams over websockets."""
+
+import argparse
+import asyncio
+import os
+import socket
+import ssl
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from espnet_kv.bin.model_options import add_model_options, find_model
+from espnet_kv.bin.streaming_options import add_streaming_options, build_recognizer
+from espnet_kv.cli import HelpFormatter, command, whole
+from espnet_kv.errors import UserError
+from espnet_kv.espnet.parser import Parser
+
+TOKEN = "ESPNET_KV_TOKEN"
+"""Environment variable with the token."""
+SEND_BYTES = 1 << 16
+"""Results that the system holds for a client, in bytes."""
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The options of this command, with the names of stream."""
+    parser = Parser(
+        prog="python -m espnet_kv.bin.serve",
+        description="Recognize the streams of many clients at once. Clients of sherpa-onnx's "
+        "online websocket server can be used. One port serves the websocket, a page for trying it "
+        "(/), /health and /metrics.",
+        formatter_class=HelpFormatter,
+    )
+    add = parser.add_argument
+    add_model_options(add)
+    add("--ngpu", type=int, default=0, help="0 = CPU")
+    add("--dtype", default="float32", help="float16, bfloat16, float32 or float64")
+    add("--beam_size", type=int, default=10, help="Prefixes in the CTC beam; 1 = greedy")
+    add("--ctc_weight", type=float, default=0.7, help="1.0 = CTC alone, without rescoring")
+    add("--penalty", type=float, default=0.0, help="Added to the score for every token")
+    add("--token_type", choices=["char", "bpe"], help="Default: the model's")
+    add("--bpemodel", help="Sentencepiece model; default: the model's")
+    add_streaming_options(parser, endpoint_silence_ms=1000, max_segment_seconds=30)
+    add = parser.add_argument_group("Server related").add_argument
+    add("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 = all of the machine")
+    add("--port", type=whole(0, 65535), default=6006, help="0 = any free port")
+    add(
+        "--token_file",
+        type=Path,
+        help=f"File with the token that clients have to send; default: the variable {TOKEN}",
+    )
+    add("--certificate", type=Path, help="TLS certificate chain, PEM")
+    add("--key", type=Path, help="Its key, PEM; default: it is in the file of the certificate")
+    add("--max_streams", type=whole(1, 4096), default=32, help="Open streams; more are refused")
+    add("--max_batch_size", type=whole(1), default=32, help="Streams that are decoded together")
+    add(
+        "--idle_seconds",
+        type=float,
+        default=60.0,
+        help="A stream ends when no audio came, or no result could be sent, for this time",
+    )
+    add(
+        "--max_stream_seconds",
+        type=float,
+        default=0.0,
+        help="Limit for the audio of a stream and for the time that it is open; 0 = no limit",
+    )
+    add(
+        "--max_message_bytes",
+        type=whole(1024, 1 << 30),
+        default=1 << 24,
+        help="Longer messages are refused",
+    )
+    return parser
+
+
+@command
+def main(cmd: Sequence[str] | None = None) -> None:
+    """Serve until SIGTERM or Ctrl-C.
+
+    Args:
+        cmd: the options; None: sys.argv.
+
+    Raises:
+        UserError: an option, the model or the address cannot be used.
+    """
+    args = get_parser().parse_args(cmd)
+    try:
+        from espnet_kv.serve.server import Limits, Server
+    except ImportError as error:
+        raise UserError(f'{error.name} is not installed: pip install "espnet_kv[serve]"') from error
+
+    for name, least in (("idle_seconds", 0.1), ("max_stream_seconds", 0.0)):
+        if not least <= getattr(args, name) < float("inf"):
+            raise UserError(f"--{name} {getattr(args, name)}: allowed: {least:g} or more seconds")
+    token, tls = _token(args.token_file), _tls(args.certificate, args.key)
+    find_model(args)
+    with _listener(args.host, args.port) as listener:  # before the model is loaded
+        recognizer = build_recognizer(args)
+        _check_memory_is_bounded(args, recognizer.left_chunks)
+        if token is None and not _is_local(listener):
+            print(
+                f"warning: --host {args.host}: other machines can use this server; set a token "
+                "with --token_file",
+                file=sys.stderr,
+            )
+        limits = Limits(
+            args.max_streams,
+            args.max_batch_size,
+            args.idle_seconds,
+            args.max_stream_seconds,
+            args.max_message_bytes,
+        )
+        server = Server(recognizer, limits, token, Path(args.asr_model_file).resolve().parent.name)
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        address = f"{'https' if tls else 'http'}://{host}:{listener.getsockname()[1]}"
+        asyncio.run(server.run(listener, tls, lambda: print(f"listening on {address}", flush=True)))
+
+
+def _token(file: Path | None) -> str | None:
+    """The token of a file, or of the environment; None: there is none."""
+    if file is not None:
+        source, text = f"--token_file {file}", file.read_text("utf-8", "replace")
+    elif os.environ.get(TOKEN):
+        source, text = f"the variable {TOKEN}", os.environ[TOKEN]
+    else:
+        return None
+    token = text.strip()
+    if len(token.split()) != 1 or not token.isascii():
+        raise UserError(f"{source}: allowed: one word in ASCII, the token")
+    return token
+
+
+def _tls(certificate: Path | None, key: Path | None) -> ssl.SSLContext | None:
+    if certificate is None:
+        if key is not None:
+            raise UserError(f"--key {key}: give the --certificate, too")
+        return None
+    for file in filter(None, (certificate, key)):
+        file.read_bytes()  # its error names the file
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(certificate, key)
+    except ssl.SSLError as error:
+        raise UserError(
+            f"--certificate {certificate}: it and its key are no pair of PEM files ({error})"
+        ) from error
+    return context
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=256)
+    except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (")[0]
+        raise UserError(
+            f"--host {host} --port {port}: {reason}: name another address or port"
+        ) from error
+    # results are small; the system would let megabytes of them wait for a client that reads none
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
+    return listener
+
+
+def _is_local(listener: socket.socket) -> bool:
+    address = listener.getsockname()[0]
+    return address == "::1" or address.startswith("127.")
+
+
+def _check_memory_is_bounded(args: argparse.Namespace, left_chunks: int) -> None:
+    """Refuse settings with which the memory of a stream grows with its length."""
+    if left_chunks < 0:
+        raise UserError(
+            "--left_chunks -1: the cache of a stream would grow without limit; give e.g. "
+            "--left_chunks 4"
+        )
+    if not args.max_segment_seconds:
+        raise UserError(
+            "--max_segment_seconds 0: what is held of a segment would grow without limit; give "
+            "e.g. --max_segment_seconds 30"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

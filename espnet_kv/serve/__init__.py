@@ -1,0 +1,1 @@
+"""The server of live streams: websocket, batching, metrics and a page."""
