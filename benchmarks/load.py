@@ -195,7 +195,7 @@ def wait_until_open(port: int, server: subprocess.Popen) -> None:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.5)
-    raise UserError("the server did not start; its output is above")
+    raise UserError(f"no server listens at port {port} (--port); its output is above")
 
 
 def percentiles(values: list[float]) -> dict[str, float]:

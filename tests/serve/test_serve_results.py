@@ -21,7 +21,7 @@ from espnet_kv.streaming.recognizer import StreamingRecognizer
 
 LETTERS = ("ABBA", "AB___BA", "B", "BBAB__A", "_", "AAAB_B")
 OPTIONS = {"endpoint_silence_ms": 600.0, "max_segment_seconds": 30.0, "ctc_weight": 0.7}
-ENGINES = ("torch",)
+ENGINES = ("torch", "onnx")
 PROGRAM = shutil.which("sherpa-onnx-online-websocket-client", path=str(Path(sys.executable).parent))
 
 
