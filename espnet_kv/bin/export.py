@@ -40,8 +40,15 @@ def get_parser() -> argparse.ArgumentParser:
     add(
         "--layout",
         default="plain",
-        choices=("plain", "wenet"),
-        help="inputs and outputs: of this package, or of wenet_ctc of sherpa-onnx",
+        choices=("plain", "nemo", "wenet"),
+        help="inputs and outputs: of this package, or of nemo_ctc or wenet_ctc of sherpa-onnx",
+    )
+    add(
+        "--features",
+        default="model",
+        choices=("model", "fitted"),
+        help="features that the graph takes: the model's own, or those of sherpa-onnx, from which "
+        "a map fitted on --check_scp gives the model's",
     )
     add("--int8", type=true_or_false, default=True, help="write a graph with weights in int8, too")
     return parser
@@ -65,7 +72,7 @@ def main(cmd: Sequence[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     """Export as given by the options."""
     from espnet_kv.espnet.task import ASRTask
-    from espnet_kv.export.exporter import export, read_features
+    from espnet_kv.export.exporter import export, read_recordings
     from espnet_kv.export.onnx_file import require_packages
     from espnet_kv.files import new_directory
     from espnet_kv.streaming.requirements import check_streams
@@ -79,13 +86,14 @@ def run(args: argparse.Namespace) -> None:
     )
     model.eval()
     check_streams(model, train_args, 1.0)
-    features = read_features(model, args.check_scp, args.check_type, args.check_utterances)
+    recordings = read_recordings(model, args.check_scp, args.check_type, args.check_utterances)
     with new_directory(args.output_dir) as directory:
         export(
             model,
-            features,
+            recordings,
             directory,
             layout=args.layout,
+            features=args.features,
             chunk_size=args.chunk_size,
             left_chunks=args.left_chunks,
             cache_dtype=args.cache_dtype,

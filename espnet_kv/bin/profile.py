@@ -163,6 +163,7 @@ def main(cmd: Sequence[str] | None = None) -> None:
 
     import torch
 
+    from espnet_kv.export.onnx_engine import OnnxEngine
     from espnet_kv.profile.engines import find_engines
     from espnet_kv.profile.run import Options, profile
     from espnet_kv.profile.subject import Subject
@@ -186,7 +187,7 @@ def main(cmd: Sequence[str] | None = None) -> None:
             f"--lengths {seconds[-1]:g}: the longest must be at least two chunks, "
             f"{2 * subject.chunk_seconds:g} s"
         )
-    engines = find_engines(subject, args.engine, _print_line)
+    engines = find_engines(subject, args.engine, OnnxEngine, _print_line)
     sound = _sound(args, subject)
     _print_line(f"{named.name} on {device}, {len(sound.utterances)} utterances of {sound.name}")
     options = Options(seconds, cache_dtypes, args.repeats, args.hour, search, streaming, engines)

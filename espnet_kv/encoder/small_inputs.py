@@ -1,10 +1,14 @@
 """Modules of ESPnet's blocks that are computed in a cheaper way for the few frames of a chunk."""
 
-from espnet2.legacy.nets.pytorch_backend.conformer.swish import Swish
+import torch
+from espnet2.asr.encoder.conformer_encoder import get_activation
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from espnet_kv.cache.step import current_step
+
+SWISH = type(get_activation("swish"))
+"""ESPnet's activation."""
 
 
 class PointwiseConv1d(nn.Conv1d):
@@ -28,12 +32,12 @@ class PointwiseConv1d(nn.Conv1d):
         return F.linear(x.transpose(1, 2), self.weight[:, :, 0], self.bias).transpose(1, 2)
 
 
-class ChunkSwish(Swish):
-    """ESPnet's activation; while a `CacheStep` is active, it is one kernel instead of two."""
+class ChunkSwish(nn.Module):
+    """ESPnet's Swish; while a `CacheStep` is active, it is one kernel instead of two."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape."""
-        return super().forward(x) if current_step.get() is None else F.silu(x)
+        return x * torch.sigmoid(x) if current_step.get() is None else F.silu(x)
 
 
 def replace_for_chunks(blocks: nn.Module) -> None:
@@ -42,7 +46,7 @@ def replace_for_chunks(blocks: nn.Module) -> None:
         for name, module in list(owner.named_children()):
             if type(module) is nn.Conv1d and _is_pointwise(module):
                 setattr(owner, name, PointwiseConv1d.of(module))
-            elif type(module) is Swish:
+            elif type(module) is SWISH:
                 setattr(owner, name, ChunkSwish())
 
 

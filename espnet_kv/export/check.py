@@ -47,7 +47,7 @@ def compare(path: Path, layout: Layout, model: Any, features: Sequence[Tensor]) 
     Args:
         path: the graph. layout: it was written with.
         model: ESPnetASRModel in eval mode.
-        features: (T, F) of each recording, before normalisation.
+        features: (T, F) of each recording, as the runtime computes them.
 
     Returns:
         The differences over all whole chunks of the recordings.
@@ -57,20 +57,24 @@ def compare(path: Path, layout: Layout, model: Any, features: Sequence[Tensor]) 
     for one in features:
         ours.append(_graph(session, layout, one))
         expected.append(_model(model, layout, one))
-        references.append(_best_path(expected[-1], model.blank_id))
-        hypotheses.append(_best_path(ours[-1], model.blank_id))
+        references.append(best_path(expected[-1], model.blank_id))
+        hypotheses.append(best_path(ours[-1], model.blank_id))
     a, b = torch.cat(ours), torch.cat(expected)
     scale = float(b.abs().max())
-    spoken = [number for number, reference in enumerate(references) if reference]
-    wrong = float("inf")  # without any token there is nothing to compare
-    if spoken:
-        wrong = jiwer.wer([references[n] for n in spoken], [hypotheses[n] for n in spoken])
     return Differences(
         len(a) // layout.graph.chunk_size,
         float((a - b).abs().max()) / scale,
         _ragged(session, layout, features, ours, scale) if layout.batched else None,
-        100 * wrong,
+        token_errors(references, hypotheses),
     )
+
+
+def token_errors(references: Sequence[str], hypotheses: Sequence[str]) -> float:
+    """Error rate in % of tokens; infinite without any token, as there is nothing to compare."""
+    spoken = [number for number, reference in enumerate(references) if reference]
+    if not spoken:
+        return float("inf")
+    return 100 * jiwer.wer([references[n] for n in spoken], [hypotheses[n] for n in spoken])
 
 
 def _windows(layout: Layout, features: Tensor) -> list[Tensor]:
@@ -94,6 +98,11 @@ def _graph(session: Any, layout: Layout, features: Tensor) -> Tensor:
 
 def _model(model: Any, layout: Layout, features: Tensor) -> Tensor:
     """The same by forward_chunk."""
+    return log_probs_of(model, layout, layout.model_features(features))
+
+
+def log_probs_of(model: Any, layout: Layout, features: Tensor) -> Tensor:
+    """(T', V) log-probabilities of the whole chunks of the model's features by forward_chunk."""
     graph = layout.graph
     state = model.encoder.init_state(
         chunk_size=graph.chunk_size,
@@ -136,7 +145,8 @@ def _ragged(
     return worst / scale
 
 
-def _best_path(log_probs: Tensor, blank: int) -> str:
+def best_path(log_probs: Tensor, blank: int) -> str:
+    """The tokens of the best path, separated by spaces."""
     search = GreedySearch(blank)
     search.advance(log_probs)
     (best,) = search.nbest(1)

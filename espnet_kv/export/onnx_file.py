@@ -51,14 +51,16 @@ def write_onnx(layout: Layout, path: Path, metadata: Mapping[str, str | int]) ->
 def quantize(source: Path, target: Path) -> None:
     """Write a copy of a graph whose matrix products have weights in int8.
 
-    Activations are quantised while the graph runs. Products of two activations, and convolutions,
-    stay in float32.
+    Activations are quantised while the graph runs. Products of two activations, convolutions, and
+    the map of features stay in float32.
 
     Args:
         source: the graph. target: the new file.
     """
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    names = [node.name for node in onnx.load(source).graph.node]
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)  # it advises a preparation that these graphs do not need
@@ -68,6 +70,7 @@ def quantize(source: Path, target: Path) -> None:
             target,
             op_types_to_quantize=["MatMul", "Gemm"],
             weight_type=QuantType.QInt8,
+            nodes_to_exclude=[name for name in names if "/mapping/" in name],
             extra_options={"MatMulConstBOnly": True},
         )
     finally:

@@ -12,7 +12,7 @@ from espnet_kv.profile.latency import Streamer, time_steps
 from espnet_kv.profile.schema import EngineStream, Kinds
 from espnet_kv.profile.sound import Sound
 from espnet_kv.profile.subject import Subject
-from espnet_kv.streaming.engine import EngineBuilder, TorchEngine
+from espnet_kv.streaming.engine import Engine, EngineBuilder, TorchEngine
 from espnet_kv.streaming.frontend import StreamingFrontend
 
 FILES = {"onnx": "model.onnx", "onnx int8": "model.int8.onnx"}
@@ -20,13 +20,17 @@ FILES = {"onnx": "model.onnx", "onnx int8": "model.int8.onnx"}
 
 
 def find_engines(
-    subject: Subject, wanted: str | None, say: Callable[[str], None]
+    subject: Subject,
+    wanted: str | None,
+    engine: Callable[..., Engine],
+    say: Callable[[str], None],
 ) -> dict[str, EngineBuilder]:
     """The graphs of a model that can be measured.
 
     Args:
         wanted: None: those that fit the model and its chunk settings, others are left out with a
             message. onnx: there must be one, and all must fit. torch: none.
+        engine: the class OnnxEngine.
         say: called with messages.
 
     Raises:
@@ -37,14 +41,12 @@ def find_engines(
         raise ArgumentError("engine", "onnx: for a trained model that streams; leave it out")
     if wanted == "torch" or not subject.streams or file is None:
         return {}
-    from espnet_kv.export.onnx_engine import OnnxEngine
-
     found: dict[str, EngineBuilder] = {}
     for name, graph in FILES.items():
         path = Path(file).parent / "onnx" / graph
         if not path.is_file() and (wanted is None or found):
             continue
-        build = functools.partial(OnnxEngine, path)
+        build = functools.partial(engine, path)
         try:
             build(subject.model, subject.chunk_size, subject.left_chunks)
         except UserError as error:

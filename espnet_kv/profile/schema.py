@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from espnet_kv.errors import UserError, one_line
 from espnet_kv.files import write_text
+from espnet_kv.profile.validation import first_error
 
 SCHEMA: Final = "espnet_kv.profile/3"
 
@@ -367,7 +368,7 @@ def read_profile(path: Path) -> Profile:
         raise UserError(f"{path} cannot be read ({one_line(error)})") from error
     except ValidationError as error:
         raise UserError(
-            f"{path}: {_explain(error)}: remove it and profile again (stage 14)"
+            f"{path}: {first_error(error)}: remove it and profile again (stage 14)"
         ) from error
 
 
@@ -394,16 +395,3 @@ def write_profile(path: Path, content: Mapping[str, Any]) -> None:
     """
     profile = Profile.model_validate(content, extra="forbid")
     write_text(path, profile.model_dump_json(indent=1, by_alias=True) + "\n")
-
-
-def _explain(error: ValidationError) -> str:
-    """The first error, or that of the version, which is the cause of the others."""
-    found = error.errors(include_url=False)
-    first = next((one for one in found if one["loc"] == ("schema",)), found[0])
-    key = "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in first["loc"])[1:]
-    if first["type"] == "missing":
-        return f"{key} is missing"
-    said = one_line(first["msg"]).replace("Input should be", "expected")
-    if first["type"] == "json_invalid":
-        return f"not a JSON file ({said})"
-    return f"{key or 'profile'}: {said}, found {first['input']!r:.60}"

@@ -43,6 +43,8 @@ def test_it_writes_graphs_tokens_and_shapes(model, tmp_path, capsys):
     [
         (["--left_chunks", "-1"], "error: --left_chunks -1: a cache of all frames grows"),
         (["--layout", "wenet"], "error: --layout wenet: sherpa-onnx computes Kaldi's features"),
+        (["--layout", "nemo"], "error: --layout nemo: sherpa-onnx computes those of NeMo, and the"),
+        (["--features", "fitted"], "error: --features fitted: --layout plain takes the model's"),
         (["--chunk_size", "0"], "argument --chunk_size: '0' is not a whole number"),
         (["--check_utterances", "1"], "the comparison needs 50: give more or longer recordings"),
         (["--check_scp", "missing.scp"], "missing.scp does not exist"),

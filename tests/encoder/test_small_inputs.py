@@ -4,12 +4,11 @@ import copy
 
 import pytest
 import torch
-from espnet2.legacy.nets.pytorch_backend.conformer.swish import Swish
 from torch import nn
 
 from espnet_kv.cache.step import active_step
 from espnet_kv.encoder.encoders import KVConformerEncoder
-from espnet_kv.encoder.small_inputs import ChunkSwish, PointwiseConv1d, replace_for_chunks
+from espnet_kv.encoder.small_inputs import SWISH, ChunkSwish, PointwiseConv1d, replace_for_chunks
 
 
 @pytest.fixture
@@ -17,7 +16,7 @@ def blocks():
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv1d(6, 10, 1),
-        Swish(),
+        SWISH(),
         nn.Conv1d(10, 6, 1, bias=False),
         nn.Conv1d(6, 6, 3, padding=1, groups=6),
         nn.Conv1d(6, 6, 1, groups=2),
@@ -68,5 +67,5 @@ def test_the_encoder_uses_them():
     encoder = KVConformerEncoder(20, output_size=16, attention_heads=2, num_blocks=2)
     kinds = [type(module) for module in encoder.modules()]
     assert kinds.count(PointwiseConv1d) == 4
-    assert Swish not in kinds
+    assert SWISH not in kinds
     copy.deepcopy(encoder)

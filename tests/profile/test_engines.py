@@ -12,6 +12,7 @@ pytest.importorskip("onnx", reason="the extra [serve] is not installed")
 pytest.importorskip("onnxruntime", reason="the extra [serve] is not installed")
 
 from espnet_kv.errors import UserError
+from espnet_kv.export.onnx_engine import OnnxEngine
 from espnet_kv.profile.engines import find_engines, measure_engines
 from espnet_kv.profile.sound import Sound
 from espnet_kv.profile.subject import Source, Subject
@@ -37,7 +38,7 @@ def said() -> list[str]:
 def test_graphs_are_measured_beside_torch(exported, said):
     subject = subject_of(exported())
     sound = Sound("tones", RATE, [speech("AB").numpy(), speech("B").numpy()])
-    engines = find_engines(subject, None, said.append)
+    engines = find_engines(subject, None, OnnxEngine, said.append)
     found = measure_engines(subject, sound, engines, {"beam_size": 2}, said.append)
     assert list(found) == ["torch", "onnx", "onnx int8"]
     assert len(said) == 3 and "left out" not in "".join(said)
@@ -50,7 +51,7 @@ def test_graphs_are_measured_beside_torch(exported, said):
 
 def test_only_torch_is_not_measured_twice(exported, said):
     subject = subject_of(exported())
-    assert find_engines(subject, "torch", said.append) == {}
+    assert find_engines(subject, "torch", OnnxEngine, said.append) == {}
     assert measure_engines(subject, None, {}, {}, said.append) == {}
     assert said == []
 
@@ -71,22 +72,22 @@ def other_weights(subject: Subject) -> Subject:
 )
 def test_a_graph_that_does_not_fit_is_left_out_or_refused(exported, said, change, message):
     subject = change(subject_of(exported()))
-    assert find_engines(subject, None, said.append) == {}
+    assert find_engines(subject, None, OnnxEngine, said.append) == {}
     assert len(said) == 2 and all("is left out: " in line for line in said)
     with pytest.raises(UserError, match=message):
-        find_engines(subject, "onnx", said.append)
+        find_engines(subject, "onnx", OnnxEngine, said.append)
 
 
 def test_without_a_graph(exported, said, tmp_path):
     made = exported()
     (tmp_path / "onnx").mkdir()
     alone = made._replace(graph=tmp_path / "onnx/model.onnx")
-    assert find_engines(subject_of(alone), None, said.append) == {} and said == []
+    assert find_engines(subject_of(alone), None, OnnxEngine, said.append) == {} and said == []
     with pytest.raises(UserError, match=r"model\.onnx is not there: export the model"):
-        find_engines(subject_of(alone), "onnx", said.append)
+        find_engines(subject_of(alone), "onnx", OnnxEngine, said.append)
     shutil.copy(made.graph, alone.graph)  # without the one in int8
-    assert list(find_engines(subject_of(alone), "onnx", said.append)) == ["onnx"]
+    assert list(find_engines(subject_of(alone), "onnx", OnnxEngine, said.append)) == ["onnx"]
     random = subject_of(alone, source=Source(config={}))
-    assert find_engines(random, None, said.append) == {}
+    assert find_engines(random, None, OnnxEngine, said.append) == {}
     with pytest.raises(UserError, match="engine onnx: for a trained model"):
-        find_engines(random, "onnx", said.append)
+        find_engines(random, "onnx", OnnxEngine, said.append)

@@ -35,12 +35,12 @@ def exported(
     folder: Path, encoder: str = "kv_conformer", attention: str = "mla", **options: Any
 ) -> Exported:
     """Export a model to folder/onnx."""
-    from espnet_kv.export.exporter import export, read_features
+    from espnet_kv.export.exporter import export, read_recordings
 
     conf = {"attention_type": attention, "attention_conf": ATTENTIONS[attention]}
     model, args = build(folder, encoder=encoder, encoder_conf=conf)
     letters = LETTERS[:2] if options.get("chunk_size") == 1 else LETTERS
-    features = read_features(model, write_scp(folder, letters), "sound", len(letters))
+    recordings = read_recordings(model, write_scp(folder, letters), "sound", len(letters))
     (folder / "onnx").mkdir()
-    found = export(model, features, folder / "onnx", **options)
+    found = export(model, recordings, folder / "onnx", **options)
     return Exported(model, args, folder / "onnx/model.onnx", found)
