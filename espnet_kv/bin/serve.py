@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from espnet_kv.bin.model_options import add_model_options, find_model
-from espnet_kv.bin.streaming_options import add_streaming_options, build_recognizer
+from espnet_kv.bin.streaming_options import add_live_options, build_recognizer
 from espnet_kv.cli import HelpFormatter, command, whole
 from espnet_kv.errors import UserError
 from espnet_kv.espnet.parser import Parser
@@ -32,14 +32,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add_model_options(add)
-    add("--ngpu", type=int, default=0, help="0 = CPU")
-    add("--dtype", default="float32", help="float16, bfloat16, float32 or float64")
-    add("--beam_size", type=int, default=10, help="Prefixes in the CTC beam; 1 = greedy")
-    add("--ctc_weight", type=float, default=0.7, help="1.0 = CTC alone, without rescoring")
-    add("--penalty", type=float, default=0.0, help="Added to the score for every token")
-    add("--token_type", choices=["char", "bpe"], help="Default: the model's")
-    add("--bpemodel", help="Sentencepiece model; default: the model's")
-    add_streaming_options(parser, endpoint_silence_ms=1000, max_segment_seconds=30)
+    add_live_options(parser)
     add = parser.add_argument_group("Server related").add_argument
     add("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 = all of the machine")
     add("--port", type=whole(0, 65535), default=6006, help="0 = any free port")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from espnet_kv.bin.model_options import add_model_options, find_model
-from espnet_kv.bin.streaming_options import add_streaming_options, build_recognizer
+from espnet_kv.bin.streaming_options import add_live_options, build_recognizer
 from espnet_kv.cli import HelpFormatter, command
 from espnet_kv.errors import UserError
 from espnet_kv.espnet.parser import Parser
@@ -40,15 +40,7 @@ def get_parser() -> argparse.ArgumentParser:
         "tokens",
     )
     add("--rate", type=int, help="Samples per second of standard input; default: the model's")
-    add("--ngpu", type=int, default=0, help="0 = CPU")
-    add("--dtype", default="float32", help="float16, bfloat16, float32 or float64")
-    add("--beam_size", type=int, default=10, help="Prefixes in the CTC beam; 1 = greedy")
-    add("--ctc_weight", type=float, default=0.7, help="1.0 = CTC alone, without rescoring")
-    add("--penalty", type=float, default=0.0, help="Added to the score for every token")
-    add("--token_type", choices=["char", "bpe"], help="Default: the model's")
-    add("--bpemodel", help="Sentencepiece model; default: the model's")
-    # audio may be endless and without pauses, so the length of a segment is limited
-    add_streaming_options(parser, endpoint_silence_ms=1000, max_segment_seconds=30)
+    add_live_options(parser)
     return parser
 
 

@@ -91,6 +91,20 @@ def add_streaming_options(
     )
 
 
+def add_live_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `stream` and `serve`: device, search, and `add_streaming_options`."""
+    add = parser.add_argument
+    add("--ngpu", type=int, default=0, help="0 = CPU")
+    add("--dtype", default="float32", help="float16, bfloat16, float32 or float64")
+    add("--beam_size", type=int, default=10, help="Prefixes in the CTC beam; 1 = greedy")
+    add("--ctc_weight", type=float, default=0.7, help="1.0 = CTC alone, without rescoring")
+    add("--penalty", type=float, default=0.0, help="Added to the score for every token")
+    add("--token_type", choices=["char", "bpe"], help="Default: the model's")
+    add("--bpemodel", help="Sentencepiece model; default: the model's")
+    # audio may be endless and without pauses, so the length of a segment is limited
+    add_streaming_options(parser, endpoint_silence_ms=1000, max_segment_seconds=30)
+
+
 def build_recognizer(args: argparse.Namespace) -> Any:
     """Build the recognizer of the options `args`.
 
