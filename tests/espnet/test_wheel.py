@@ -120,6 +120,8 @@ def test_the_wheel_has_the_package_and_the_recipe_and_no_generated_data(wheel, e
         if "__pycache__" not in path.parts
     }
     page = {f"espnet_kv/report/page.{suffix}" for suffix in ("css", "js", "html.j2")}
+    page |= {f"espnet_kv/serve/page.{suffix}" for suffix in ("css", "html", "js")}
+    page |= {"espnet_kv/serve/recorder.js"}
     recipe = {f"espnet_kv/{name}" for name in expected}
     assert names == modules | page | recipe | {"espnet_kv/recipe_files.txt"}
 
