@@ -68,6 +68,7 @@ def test_an_exported_graph_decodes_and_decodes_again_when_it_was_exported_again(
     export = [*experiment, "--stage", "export", "--stop_stage", "export", "--export_args"]
     chunks = "--chunk_size 2 --left_chunks 4"
     decode = (*experiment, "--use_streaming", "true", "--inference_args", f"--engine onnx {chunks}")
+    decode += ("--inference_nj", "1")
     assert_one_line(run(recipe_main, *decode), "onnx/model.onnx is not there: export the model")
     for cache_dtype in ("fp32", "fp16"):
         ended = run(recipe_main, *export, f"{chunks} --cache_dtype {cache_dtype} --int8 false")
