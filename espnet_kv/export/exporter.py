@@ -144,12 +144,12 @@ def _check_features(kind: type[Layout], layout: str, features: str, model: Any) 
         raise ArgumentError(
             "features", f"fitted: --layout {layout} takes the model's; leave it out"
         )
-    kaldi = kind is LAYOUTS["wenet"] and isinstance(model.frontend, KaldiFbankFrontend)
-    if features == "model" and kind.runtime is not None and not kaldi:
-        names = {"wenet": "Kaldi's features", "nemo": "those of NeMo"}
+    same = kind.runtime == "kaldi" and isinstance(model.frontend, KaldiFbankFrontend)
+    if features == "model" and kind.runtime is not None and not same:
+        names = {"kaldi": "Kaldi's features", "nemo": "those of NeMo"}
         raise ArgumentError(
             "layout",
-            f"{layout}: sherpa-onnx computes {names[layout]}, and the model was trained with "
+            f"{layout}: sherpa-onnx computes {names[kind.runtime]}, and the model was trained with "
             "others; give --features fitted, or --layout plain",
         )
 
