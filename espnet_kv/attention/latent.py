@@ -21,7 +21,8 @@ class MultiHeadLatentAttention(SoftmaxAttention):
 
     Args:
         sizes, dropout_rate, rel_pos, zero_triu: see SoftmaxAttention.
-        kv_rank: size r of the latent, 1 to 2 D (2 D can represent any pair of K and V maps).
+        kv_rank: size r of the latent, 1 to 2 D (2 D can represent any pair of K and V maps). A
+            float is a fraction of D, above 0 and at most 2.0: 0.25 is D / 4, rounded.
 
     Raises:
         ConfigError (a ValueError): kv_rank is out of range.
@@ -37,15 +38,10 @@ class MultiHeadLatentAttention(SoftmaxAttention):
         rel_pos: bool,
         zero_triu: bool = False,
         *,
-        kv_rank: int = 64,
+        kv_rank: int | float = 64,
     ):
         super().__init__(sizes, dropout_rate, rel_pos, zero_triu)
-        if type(kv_rank) is not int or not 1 <= kv_rank <= 2 * sizes.n_feat:
-            raise ConfigError(
-                f"attention_conf.kv_rank: {kv_rank!r} is not a whole number from 1 to "
-                f"{2 * sizes.n_feat} (twice output_size)"
-            )
-        self.kv_rank = kv_rank
+        self.kv_rank = kv_rank = _rank(kv_rank, sizes.n_feat)
         self.linear_kv_down = nn.Linear(sizes.n_feat, kv_rank, bias=False)
         self.linear_k_up = nn.Linear(kv_rank, sizes.n_feat, bias=False)
         self.linear_v_up = nn.Linear(kv_rank, sizes.n_feat)
@@ -114,3 +110,15 @@ class MultiHeadLatentAttention(SoftmaxAttention):
         k = self.linear_k_up(latent).view(*latent.shape[:2], self.h, self.d_k)
         v = self.linear_v_up(latent).view(*latent.shape[:2], self.h, self.d_k)
         return k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _rank(given: int | float, size: int) -> int:
+    """The size of the latent, from a number or a fraction of the model size."""
+    if type(given) is int and 1 <= given <= 2 * size:
+        return given
+    if type(given) is float and 0 < given <= 2:
+        return max(1, round(given * size))
+    raise ConfigError(
+        f"attention_conf.kv_rank: {given!r} is neither a whole number from 1 to {2 * size} "
+        "(twice output_size) nor a fraction of output_size above 0 and at most 2.0"
+    )

@@ -16,6 +16,10 @@ HEADS, SIZE = 4, 16
         ("mla", {"kv_rank": -4}, ["kv_rank", "-4", "1 to 32"]),
         ("mla", {"kv_rank": "64"}, ["kv_rank", "'64'", "1 to 32"]),
         ("mla", {"kv_rank": 8.0}, ["kv_rank", "8.0", "1 to 32"]),
+        ("mla", {"kv_rank": 2.5}, ["kv_rank", "2.5", "1 to 32", "fraction", "at most 2"]),
+        ("mla", {"kv_rank": 0.0}, ["kv_rank", "0.0", "1 to 32", "fraction"]),
+        ("mla", {"kv_rank": -0.25}, ["kv_rank", "-0.25", "1 to 32", "fraction"]),
+        ("mla", {"kv_rank": float("nan")}, ["kv_rank", "nan", "1 to 32", "fraction"]),
         ("mla", {"kv_rank": True}, ["kv_rank", "True", "1 to 32"]),
         ("mla", {"kv_rank": None}, ["kv_rank", "None", "1 to 32"]),
         ("mla", {"rank": 8}, ["rank", "mla", "kv_rank"]),
@@ -72,3 +76,23 @@ def test_options_of_espnet_are_taken_or_refused(attention_type, option, taken):
     else:
         with pytest.raises(ValueError, match=rf"{option}.*{attention_type}"):
             build_attention(attention_type, {}, HEADS, 64, **{option: True})
+
+
+@pytest.mark.parametrize(
+    ("fraction", "size", "rank"),
+    [
+        (0.25, 256, 64),
+        (0.25, 144, 36),
+        (0.25, 80, 20),
+        (0.1, 16, 2),  # 1.6 rounded
+        (0.001, 16, 1),  # never none
+        (2.0, 16, 32),
+        (1.0, 16, 16),  # the whole size; the integer 1 is one number
+        (1, 16, 1),
+    ],
+)
+def test_a_fraction_is_that_of_the_model_size(fraction, size, rank):
+    attention = build_attention("mla", {"kv_rank": fraction}, 4, size)
+    assert attention.kv_rank == rank
+    assert attention.cached_vector_sizes == [(1, rank)]
+    assert attention.label == f"mla r{rank}"

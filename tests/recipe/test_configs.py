@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from espnet_kv.attention import attention_like
 from espnet_kv.config import load_config, load_yaml
 from espnet_kv.errors import UserError
 from espnet_kv.espnet.task import ASRTask
@@ -100,6 +101,21 @@ def test_the_four_of_an_encoder_differ_in_attention_only(encoder, overlay):
 
 
 @encoders
+@pytest.mark.parametrize("overlay", [None, "small", "medium"])
+def test_the_caches_have_one_ratio_at_every_size(encoder, overlay):
+    """A frame of mla takes an eighth of mha's bytes, and one of gqa half of them."""
+    file = CONF / f"overlays/{overlay}.yaml" if overlay else None
+    numbers = {}
+    for attention in ("mha", "gqa", "mla"):
+        conf = load_config(MAIN[encoder, attention], file)["encoder_conf"]
+        module = attention_like(
+            attention, conf.get("attention_conf", {}), conf["attention_heads"], conf["output_size"]
+        )
+        numbers[attention] = sum(heads * size for heads, size in module.footprint.frame)
+    assert numbers["mha"] == 2 * numbers["gqa"] == 8 * numbers["mla"]
+
+
+@encoders
 def test_the_two_encoders_share_everything_else(encoder):
     changed = differences(load_yaml(MAIN["conformer", "mha"]), load_yaml(MAIN[encoder, "mha"]))
     assert {key.split(".")[0] for key in changed} <= {"encoder", "encoder_conf"}
@@ -147,11 +163,11 @@ ABLATIONS: dict[str, tuple[str, set[str], dict[str, Any]]] = {
     "conformer_mla_kaldi_fbank": (
         "conformer_mla",
         {"frontend", "frontend_conf.n_fft"},
-        {"kv_rank": 64},
+        {"kv_rank": 0.25},
     ),
     "conformer_mqa": ("conformer_gqa", {f"{CONFORMER}.num_kv_heads"}, {"num_kv_heads": 1}),
     "conformer_mha_offline": ("conformer_mha", OFFLINE, {}),
-    "conformer_mla_offline": ("conformer_mla", OFFLINE, {"kv_rank": 64}),
+    "conformer_mla_offline": ("conformer_mla", OFFLINE, {"kv_rank": 0.25}),
     **{
         f"e_branchformer_{a}": ("tuning/e_branchformer_mha", {"encoder_conf.attention_type"}, {})
         for a in ATTENTIONS
@@ -173,7 +189,7 @@ def test_an_ablation_differs_only_where_it_says(name):
         allowed = allowed | {CONFORMER}
         assert config["encoder_conf"]["attention_type"] == name.rsplit("_", 1)[1]
     assert changed <= allowed
-    assert changed or name in ("conformer_mla_r64", "e_branchformer_mha")
+    assert changed or name == "e_branchformer_mha"
     for key, value in values.items():
         assert config["encoder_conf"]["attention_conf"][key] == value
     if name.endswith("offline"):
