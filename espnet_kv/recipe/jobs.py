@@ -34,7 +34,7 @@ def run_jobs(jobs: Sequence[Job], parallel: int, threads: int | None = None) -> 
     end with the run. Jobs on GPUs wait until enough GPUs are free.
 
     Args:
-        threads: torch threads of each job; None: cores / parallel jobs.
+        threads: torch threads of each job; None: cores / parallel jobs, at most OMP_NUM_THREADS.
 
     Raises:
         UserError: at least one job failed; states the reason and the log.
@@ -61,7 +61,7 @@ def _run_here(
     check_gpus(max(job.gpus for job in jobs), "ngpu")
     free = gpu_names() if any(job.gpus for job in jobs) else []
     parallel = max(1, min(parallel, len(jobs), most_at_once()))
-    threads = threads or max(1, cores() // parallel)
+    threads = threads or _threads(parallel)
     waiting, running = list(jobs), list[Running]()
     try:
         while waiting or running:
@@ -84,6 +84,17 @@ def _run_here(
             [process.pid for process in running],
             lambda: [process.poll() for process in running],
         )
+
+
+def _threads(parallel: int) -> int:
+    """Threads of each of `parallel` jobs: its share of the cores, at most OMP_NUM_THREADS.
+
+    Threads that share their core with other work wait for each other, and training takes many
+    times as long.
+    """
+    share = max(1, cores() // parallel)
+    limit = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return max(1, min(share, int(limit))) if limit.isdecimal() else share
 
 
 def _first_that_fits(waiting: Sequence[Job], free: Sequence[str]) -> Job | None:

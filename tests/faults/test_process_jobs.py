@@ -48,6 +48,28 @@ def failure(tmp_path: Path, *arguments: object, **options) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "threads"),
+    [(None, 4), ("", 4), ("many", 4), ("1", 1), ("3,2", 3), ("16", 4), ("0", 1)],
+)
+def test_the_threads_of_a_job_are_its_share_of_the_cores_or_fewer(
+    tmp_path, monkeypatch, given, threads
+):
+    monkeypatch.setattr(jobs, "cores", lambda: 8)
+    monkeypatch.setattr(jobs, "most_at_once", lambda: 2)
+    if given is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    started = []
+    monkeypatch.setattr(
+        jobs.Running, "start", lambda job, devices, threads: started.append(threads) or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        run_jobs([stub(tmp_path, name="a"), stub(tmp_path, name="b")], 2)
+    assert started == [threads]
+
+
 class TestGPUs:
     def records(self, tmp_path: Path, count: int, parallel: int, **options) -> list[dict]:
         files = [tmp_path / f"{n}.json" for n in range(count)]
