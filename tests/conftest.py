@@ -1,12 +1,16 @@
 """Shared by all tests: seeds, threads, and poisoned memory that shows missing writes."""
 
 import logging
+import os
 import random
+
+# tensors here are tiny: on a busy machine a second thread makes them some 40 times slower; before
+# torch is imported, for this process and for those that tests start
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
 
-# tensors here are tiny: on a busy machine a second thread makes them some 40 times slower
 torch.set_num_threads(1)
 
 

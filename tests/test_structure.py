@@ -74,7 +74,7 @@ LAYERS = {
         "streaming",
         "__init__",
     },
-    "report": {"files", "profile"},  # its schema: the rest of profile needs torch
+    "report": {"files", "profile", "scores"},  # its schema: the rest of profile needs torch
     "doctor": {"espnet.register"},
     "__main__": {"doctor"},
     "__init__": {"espnet.register"},

@@ -186,6 +186,7 @@ def _model(subject: Subject, macs_per_second: float | None) -> schema.Model:
         decoder=None if decoder is None else str(subject.args.decoder).removeprefix("kv_"),
         **attention,
         weights="trained" if subject.source.trained else "random",
+        training_seed=subject.args.seed if subject.source.trained else None,
         **counted,
         macs_per_second=macs_per_second,
     )

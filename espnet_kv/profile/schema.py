@@ -1,8 +1,7 @@
 """The schema of profile.json: what the profile command writes, the report reads and the docs list.
 
-The text below a key explains it, and stands in the table of docs/profile.md. Sizes are in bytes,
-times in ms, lengths in seconds of audio, unless the key says otherwise. A key with a default may be
-absent or null in a file, which means that the value is not known.
+The text below a key stands in docs/profile.md. Sizes are in bytes, times in ms, lengths
+in seconds of audio, unless the key says otherwise. A key that is absent or null is not known.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,6 +18,7 @@ SCHEMA: Final = "espnet_kv.profile/3"
 
 Count = Annotated[int, Field(ge=0)]
 Number = Annotated[float, Field(ge=0)]
+Interval = Annotated[list[Number], Field(min_length=2, max_length=2)]
 Options = dict[str, Any]
 
 
@@ -60,6 +60,7 @@ class Model(Part):
     src_attention_label: str | None = None
     weights: str
     """trained or random"""
+    training_seed: int | None = None
     experiment: str | None = None
     """the directory; this path and the next three are as given"""
     config: str | None = None
@@ -309,9 +310,11 @@ class Rates(Part):
     """Error rates of one decoding, per cent."""
 
     wer: Number | None = None
+    wer_interval: Interval | None = None
+    """95 %, by bootstrap over utterances (2000 resamples, seed 0)"""
     cer: Number | None = None
+    cer_interval: Interval | None = None
     decoding: str | None = None
-    """its name"""
 
 
 class Profile(Part):
@@ -334,7 +337,7 @@ class Profile(Part):
     engines: dict[str, EngineStream] = {}
     """torch, onnx (model.onnx), onnx int8 (model.int8.onnx); empty where no graph was measured"""
     wer: dict[str, dict[str, Rates]] = {}
-    """by mode (offline, streaming), then test set; sets that were not scored are absent"""
+    """by mode (offline; streaming; ...), then test set; sets that were not scored are absent"""
 
     @property
     def cache_dtype(self) -> str | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from espnet_kv.config import read_json
 from espnet_kv.profile.schema import Profile, read_profile
-from espnet_kv.scores import read_scores
+from espnet_kv.scores import MISSING, interval_text, read_scores
 
 USE = """## Use
 
@@ -113,14 +113,15 @@ def _cache(profile: Profile) -> list[str]:
 
 def _error_rates(exp: Path) -> list[str]:
     rows = [
-        f"| {name} | {mode} | {row['wer']:.1f} | {row['decoding']} |"
+        f"| {name} | {mode} | {row['wer']:.1f} | {interval_text(row['wer_interval']) or MISSING} "
+        f"| {row['decoding']} |"
         for mode, sets in read_scores(exp).items()
         for name, row in sorted(sets.items())
         if row["wer"] is not None
     ]
     if not rows:
         return []
-    head = "| test set | decoded | WER, % | decoding |\n|---|---|---:|---|\n"
+    head = "| test set | decoded | WER, % | 95 % interval | decoding |\n|---|---|---:|---:|---|\n"
     return [head + "\n".join(rows)]
 
 

@@ -1,5 +1,7 @@
 """Stage 12: decoding of all test sets with all models."""
 
+import argparse
+import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ from espnet_kv.recipe.jobs import Job
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.steps import Step
 from espnet_kv.recipe.train import config_option, part_of, split_options, write_keys
-from espnet_kv.scores import RECORD
+from espnet_kv.scores import RECORD, Decoding, other_cache
 
 RESULT_FILES = ("text", "token", "token_int", "score")
 
@@ -86,7 +88,11 @@ def decode_step(layout: Layout, config_file: Path, name: str, before: Sequence[S
             ]
             write_text(out / file, "".join(f"{line}\n" for line in sorted(lines)))
         _check_keys(out / "text", dump)
-        record = {"streaming": args.use_streaming, "command": args.command}
+        how = Decoding(
+            args.use_streaming,
+            other_cache(_given(layout).cache_dtype) if args.use_streaming else None,
+        )
+        record = {**dataclasses.asdict(how), "command": args.command}
         write_text(out / RECORD, json.dumps(record, indent=1) + "\n")
 
     return Step(
@@ -119,13 +125,20 @@ def require_model(file: Path) -> None:
         )
 
 
-def _graph(layout: Layout, exp: Path) -> dict[str, Path]:
-    """The graph that streaming with `engine: onnx` decodes with, which may be exported again."""
+def _given(layout: Layout) -> argparse.Namespace:
+    """Options of the decoding command, among them engine, onnx_model and cache_dtype."""
     known = Parser(add_help=False, allow_abbrev=False)
     known.add_argument("--engine")
     known.add_argument("--onnx_model", type=Path)
+    known.add_argument("--cache_dtype")
     known.set_defaults(**load_yaml(layout.args.inference_config))
     given, _ = known.parse_known_args(split_options(layout.args.inference_args))
+    return given
+
+
+def _graph(layout: Layout, exp: Path) -> dict[str, Path]:
+    """The graph that streaming with `engine: onnx` decodes with, which may be exported again."""
+    given = _given(layout)
     is_used = layout.args.use_streaming and given.engine == "onnx"
     return {"graph": given.onnx_model or exp / "onnx/model.onnx"} if is_used else {}
 

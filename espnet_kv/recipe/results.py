@@ -10,10 +10,10 @@ from pathlib import Path
 
 from espnet_kv.errors import UserError
 from espnet_kv.files import write_text
-from espnet_kv.scores import KINDS, Scores, decoding_of, scored_sets
+from espnet_kv.scores import KINDS, MISSING, Scores, decoding_of, interval_text, scored_sets
 
 BEGIN, END = "<!-- generated -->", "<!-- /generated -->"
-COLUMNS = ("Snt", "Wrd", "Corr", "Sub", "Del", "Ins", "Err", "S.Err")
+COLUMNS = ("Snt", "Wrd", "Corr", "Sub", "Del", "Ins", "Err", "S.Err", "Err, 95 %")
 
 
 def write_results(
@@ -112,7 +112,8 @@ def _figures(place: Path, scores: Scores, kind: str) -> tuple[str, ...]:
     percents = (f"{rate:.1f}" for rate in rates.percents)
     decoding = decoding_of(place)
     name = f"{decoding.name}/{place.relative_to(decoding)}"
-    return name, str(rates.utterances), str(rates.words), *percents
+    interval = interval_text(rates.interval) or MISSING
+    return name, str(rates.utterances), str(rates.words), *percents, interval
 
 
 def _provenance(exp: Path) -> str:

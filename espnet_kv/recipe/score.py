@@ -1,5 +1,6 @@
 """Stage 13: word, character and token error rates, with alignments."""
 
+import functools
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -11,7 +12,7 @@ import jiwer
 from espnet_kv.errors import UserError
 from espnet_kv.files import new_directory, write_text
 from espnet_kv.recipe.tokens import SPACE
-from espnet_kv.scores import KINDS, Rates, percent
+from espnet_kv.scores import KINDS, RESAMPLES, SEED, Rates, error_interval, percent
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,15 @@ class Score:
             any(chunk.type != "equal" for chunk in chunks) for chunks in self.alignment.alignments
         )
 
+    @functools.cached_property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval of the error rate, see `error_interval`."""
+        chunks = self.alignment.alignments
+        return error_interval(
+            [sum(map(_errors, utterance)) for utterance in chunks],
+            [len(reference) for reference in self.alignment.references],
+        )
+
     @property
     def counts(self) -> dict[str, int]:
         """The counts for scores.json, see `espnet_kv.scores`."""
@@ -73,6 +83,12 @@ class Score:
             "|         |  # Snt   # Wrd |   Corr    Sub    Del    Ins    Err  S.Err |\n"
             f"| Sum/Avg | {rates.utterances:6d} {rates.words:7d} |{columns} |\n"
         )
+        if self.interval:
+            low, high = self.interval
+            table += (
+                f"95 % interval of Err (utterances resampled {RESAMPLES} times, seed {SEED}): "
+                f"{low:.1f} to {high:.1f}\n"
+            )
         return table + (f"Missing hypotheses: {self.missing}\n" if self.missing else "")
 
 
@@ -138,6 +154,14 @@ def write_score(result: Score, out_dir: Path) -> None:
             write_text(partial / name, "".join(lines))
         write_text(partial / "result.txt", result.summary())
         write_text(partial / "alignments.txt", aligned.rstrip("\n") + "\n")
+
+
+def _errors(chunk: jiwer.AlignmentChunk) -> int:
+    """Number of errors in one stretch of an alignment."""
+    if chunk.type == "equal":
+        return 0
+    reference = chunk.ref_end_idx - chunk.ref_start_idx
+    return max(reference, chunk.hyp_end_idx - chunk.hyp_start_idx)
 
 
 class _Split(jiwer.AbstractTransform):

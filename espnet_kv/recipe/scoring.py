@@ -1,5 +1,6 @@
 """Stage 13: score every decoded test set and write RESULTS.md."""
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,16 @@ from espnet_kv.recipe.results import write_results
 from espnet_kv.recipe.score import score, write_score
 from espnet_kv.recipe.steps import Step
 from espnet_kv.recipe.tokens import piece_tokenizer
-from espnet_kv.scores import FILE, KINDS, RECORD, decoding_of, is_streaming, read_scored_set
+from espnet_kv.scores import (
+    FILE,
+    KINDS,
+    RECORD,
+    Rates,
+    decoded_how,
+    decoding_of,
+    interval_text,
+    read_scored_set,
+)
 
 STAMP = ".scored.done.json"
 
@@ -36,11 +46,11 @@ def score_step(layout: Layout, config_file: Path, name: str, decoded: Step) -> S
                 f"{out / 'text'} lacks {len(missing)} of {len(ref)} utterances (the first: "
                 f"{missing[0]}): decode again (stage 12)"
             )
-        scores: dict[str, Any] = {"streaming": is_streaming(out)}
+        scores: dict[str, Any] = dataclasses.asdict(decoded_how(out))
         for kind in kinds:
             result = score(ref, hyp, kind, pieces if kind == "ter" else None)
             write_score(result, out / f"score_{kind}")
-            scores[kind] = result.counts
+            scores[kind] = result.counts | {"interval": result.interval}
         write_text(out / FILE, json.dumps(scores, indent=1) + "\n")
 
     return Step(
@@ -51,7 +61,7 @@ def score_step(layout: Layout, config_file: Path, name: str, decoded: Step) -> S
         options={"cleaner": layout.token_options["cleaner"]},
         reads={"hypotheses": out / "text", "references": dump / "text", "record": out / RECORD},
         after=[decoded],
-        version=2,
+        version=3,
         products=lambda: [out / FILE, *(out / f"score_{kind}" / "result.txt" for kind in kinds)],
         stamp=out / STAMP,
         given=False,
@@ -88,7 +98,7 @@ def publish(layout: Layout, scored: Iterable[Path]) -> None:
     rates = {}
     for place in scored:
         exp = decoding_of(place).parent
-        rates[exp.name, place.name] = read_scored_set(place).rates["wer"].err
+        rates[exp.name, place.name] = read_scored_set(place).rates["wer"]
     _print_table(rates, args.test_sets)
     print(f"  tables: {args.results.resolve()}")
     print(f"  models, logs, decodings: {args.expdir.resolve()}")
@@ -102,10 +112,14 @@ def read_text(path: Path) -> dict[str, str]:
     return {pair[0]: pair[1] if len(pair) > 1 else "" for pair in pairs}
 
 
-def _print_table(rates: Mapping[tuple[str, str], float], test_sets: Sequence[str]) -> None:
+def _print_table(rates: Mapping[tuple[str, str], Rates], test_sets: Sequence[str]) -> None:
     names = list(dict.fromkeys(exp for exp, _ in rates))
     width = max(map(len, names))
-    print(f"  {'WER (%)':{width}}  " + "  ".join(f"{name:>10}" for name in test_sets))
+    print(f"  {'WER (%), 95 % interval':{width}}  " + "  ".join(f"{s:>20}" for s in test_sets))
     for exp in names:
-        row = "  ".join(f"{rates[exp, name]:>{max(10, len(name))}.1f}" for name in test_sets)
+        row = "  ".join(f"{_shown(rates[exp, name]):>{max(20, len(name))}}" for name in test_sets)
         print(f"  {exp:{width}}  {row}")
+
+
+def _shown(rates: Rates) -> str:
+    return f"{rates.err:.1f}" + (f" ({said})" if (said := interval_text(rates.interval)) else "")

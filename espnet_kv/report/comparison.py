@@ -9,6 +9,8 @@ from typing import Any
 import pandas as pd
 
 from espnet_kv.profile.schema import Profile
+from espnet_kv.report.seeds import by_model, mean_of
+from espnet_kv.scores import RESAMPLES, SEED
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, on dark ground too
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a68c9", "#a6761d", "#56b4e9", "#8a8a00")
@@ -33,7 +35,8 @@ COMPARED = (
 class Entry:
     """One model of the report.
 
-    profile: its measurements.
+    profile: its measurements; of several trainings their mean.
+    runs: each of its trainings, by seed.
     name: unique in the report.
     colour: of its attention_type.
     marker: of its encoder, as matplotlib names it.
@@ -43,6 +46,7 @@ class Entry:
     name: str
     colour: str
     marker: str
+    runs: Sequence[Profile]
 
     @property
     def encoder(self) -> str:
@@ -75,12 +79,16 @@ class Notes:
 
 
 def entries(profiles: Sequence[Profile]) -> list[Entry]:
-    """The models by encoder, attention and origin, then the largest cache first."""
+    """The models by encoder, attention and origin, then the largest cache first.
+
+    Trainings that differ in their seed alone are one model.
+    """
     used = {profile.model.encoder for profile in profiles}
     encoders = [*ENCODERS, *sorted(used - set(ENCODERS))]
     slots = _colour_slots(profiles)
 
-    def place(profile: Profile) -> tuple[Any, ...]:
+    def place(trained: tuple[Profile, Sequence[Profile]]) -> tuple[Any, ...]:
+        profile = trained[0]
         model, cache = profile.model, profile.bounded()
         return (
             encoders.index(model.encoder),
@@ -91,15 +99,17 @@ def entries(profiles: Sequence[Profile]) -> list[Entry]:
             profile.name,
         )
 
-    profiles = sorted(profiles, key=place)
+    models = sorted(((mean_of(runs), runs) for runs in by_model(profiles)), key=place)
+    names = _names([profile for profile, _ in models])
     return [
         Entry(
             profile,
             name,
             PALETTE[slots[profile.model.attention_type] % len(PALETTE)],
             MARKERS[encoders.index(profile.model.encoder) % len(MARKERS)],
+            runs,
         )
-        for profile, name in zip(profiles, _names(profiles), strict=True)
+        for (profile, runs), name in zip(models, names, strict=True)
     ]
 
 
@@ -175,6 +185,9 @@ def compare(models: Sequence[Entry], values: pd.DataFrame) -> Notes:
     for row, entry in enumerate(models):
         if entry.profile.model.weights != "trained":
             add(row, f"{entry.profile.model.weights} weights: sizes and speed only, no error rates")
+        if len(entry.runs) > 1:
+            seeds = ", ".join(str(run.model.training_seed) for run in entry.runs)
+            add(row, f"mean of the seeds {seeds}; error rates from the lowest to the highest")
     for key in (key for key in COMPARED if key in values):
         texts = [_text(value) for value in values[key]]
         usual = Counter(texts).most_common(1)[0][0]
@@ -183,6 +196,12 @@ def compare(models: Sequence[Entry], values: pd.DataFrame) -> Notes:
         for row, own in enumerate(texts):
             if own != usual:
                 add(row, f"{key} {own} instead of {usual}")
+    single = [entry.profile for entry in models if len(entry.runs) == 1]
+    rates = [r for profile in single for sets in profile.wer.values() for r in sets.values()]
+    if any(r.wer_interval for r in rates):
+        notes.shared["intervals"] = (
+            f"95 %, by bootstrap over utterances ({RESAMPLES} resamples, seed {SEED})"
+        )
     for row, entry in enumerate(models):
         lengths = [length for cache in entry.profile.cache.values() for length in cache.lengths]
         held = [one for length in lengths for one in (length.bounded, length.unbounded) if one]

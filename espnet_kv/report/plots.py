@@ -1,4 +1,4 @@
-"""The figures of a report: bars per model, curves over the length of the audio, WER over cache."""
+"""The figures of a report: bars per model, and curves over the length of the audio."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,16 +8,15 @@ from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import MaxNLocator
 
 from espnet_kv.report import style
-from espnet_kv.report.comparison import ORIGINS, Entry, by_encoder
-from espnet_kv.report.style import CONV, GRID, INK, INPUT, MUTED, PAPER, milliseconds, size
+from espnet_kv.report.comparison import Entry, by_encoder
+from espnet_kv.report.style import CONV, GRID, INK, INPUT, MUTED, milliseconds, size
+from espnet_kv.report.wer_cache import wer_against_cache
 
 Points = list[tuple[float, float]]
 OFFLINE = "whole utterance, offline"
-FILLS: Mapping[str, Any] = {"trained": "full", "converted": "none", "fine-tuned": "bottom"}
-DASHED = (0, (4, 2))
 
 
 def cache_size(models: Sequence[Entry], narrow: bool = False) -> Figure | None:
@@ -275,102 +274,6 @@ def _curves(
         ends = [(*line[-1], entry.short, entry.colour) for line, entry in first if line]
         style.label_ends(axis, ends)
     return figure
-
-
-def pareto_front(points: Sequence[tuple[float, float]]) -> Points:
-    """The points that no other one beats in one coordinate without losing in the other.
-
-    Smaller is better in both; sorted by the first.
-    """
-    front: Points = []
-    for point in sorted(set(points)):
-        if not front or point[1] < front[-1][1]:
-            front.append(point)
-    return front
-
-
-def wer_against_cache(models: Sequence[Entry], narrow: bool = False) -> Figure | None:
-    """A panel for each test set and mode: WER over allocated bytes, with Pareto front."""
-    found: dict[str, dict[Entry, tuple[float, float]]] = {}
-    for mode in ("offline", "streaming"):
-        for entry in models:
-            held = entry.profile.bounded()
-            for name, rates in entry.profile.wer.get(mode, {}).items():
-                if held and held.allocated.attention and rates.wer is not None:
-                    point = (float(held.allocated.attention), rates.wer)
-                    found.setdefault(f"{name}, {mode}", {})[entry] = point
-    if not found:
-        return None
-    figure, axes = style.panels(len(found), narrow, 3.3)
-    # all panels have the same kind of axis, so that they can be compared
-    ranges = [[wer for _, wer in points.values()] for points in found.values()]
-    logarithmic = min(map(min, ranges)) > 0 and any(max(r) / min(r) > 5 for r in ranges)
-    for axis, (title, points) in zip(axes, found.items(), strict=True):
-        _scatter(axis, points, logarithmic)
-        axis.set_title(title)
-    handles = _legend([entry for entry in models if any(entry in ps for ps in found.values())])
-    figure.legend(handles=handles, loc="outside upper left", ncols=2 if narrow else 4)
-    style.lay_out(figure)
-    for axis, points in zip(axes, found.values(), strict=True):
-        # encoder and origin are seen in the marker
-        names = {entry: entry.short.replace(f" ({entry.origin})", "") for entry in points}
-        style.label_points(axis, [(*place, names[entry]) for entry, place in points.items()])
-    return figure
-
-
-def _scatter(axis: Axes, points: Mapping[Entry, tuple[float, float]], logarithmic: bool) -> None:
-    """Points, a thin line through the trained models of each encoder, and the front."""
-    trained = [entry for entry in points if entry.origin == "trained"]
-    for members in by_encoder(trained).values():
-        line = sorted(points[entry] for entry in members)
-        axis.plot(*zip(*line, strict=True), color=GRID, lw=1.2, zorder=1)
-    front: Any = zip(*pareto_front(list(points.values())), strict=True)
-    look: Any = {"color": MUTED, "lw": 1.4, "ls": DASHED, "drawstyle": "steps-post"}
-    axis.plot(*front, label="Pareto front", zorder=2, **look)
-    for entry, (x, y) in points.items():
-        fill = _marker(entry.marker, entry.origin, entry.colour, entry.colour)
-        axis.plot([x], [y], label=entry.name, zorder=3, **fill)
-    sizes, rates = [x for x, _ in points.values()], [y for _, y in points.values()]
-    style.log_axis(axis.xaxis, size, sizes, narrow=True)
-    axis.set_xlim(min(sizes) / 1.9, max(sizes) * 1.9)
-    low, high = min(rates), max(rates)
-    if logarithmic:
-        style.log_axis(axis.yaxis, lambda y: f"{y:g} %", rates, narrow=True)
-        axis.set_ylim(low / 1.3, high * 1.3)
-        axis.set_ylabel("WER (%, logarithmic)")
-    else:
-        margin = 0.15 * (high - low) + 0.02 * high + 0.05
-        axis.set_ylim(max(low - margin, 0.0), high + margin)
-        axis.yaxis.set_major_locator(MaxNLocator(5))
-        axis.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
-        axis.set_ylabel("WER (%)")
-    axis.set_xlabel("cache of one stream, allocated (logarithmic)")
-    axis.grid(axis="y")
-
-
-def _marker(marker: str, origin: str, colour: str, fill: str) -> dict[str, Any]:
-    """Arguments of a line that is one marker; its filling shows where the weights come from."""
-    return {
-        "ls": "none",
-        "marker": marker,
-        "color": colour,
-        "markerfacecolor": fill,
-        "markerfacecoloralt": PAPER,
-        "fillstyle": FILLS[origin],
-        "markersize": 8,
-        "markeredgewidth": 1.4,
-    }
-
-
-def _legend(models: Sequence[Entry]) -> list[Line2D]:
-    signs = [(name, group[0].marker, "trained") for name, group in by_encoder(models).items()]
-    origins = [name for name in ORIGINS if any(entry.origin == name for entry in models)]
-    if origins != ["trained"]:
-        signs += [(ORIGINS[name], "o", name) for name in origins]
-    return [
-        *(Line2D([], [], label=text, **_marker(m, o, INK, MUTED)) for text, m, o in signs),
-        Line2D([], [], color=MUTED, ls=DASHED, label="Pareto front"),
-    ]
 
 
 PLOTS: dict[str, Callable[[Sequence[Entry], bool], Figure | None]] = {

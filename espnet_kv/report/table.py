@@ -1,5 +1,6 @@
 """The tables of a report: their columns, and the comparison as CSV, Markdown and plain text."""
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,9 @@ import pandas as pd
 from espnet_kv.errors import UserError
 from espnet_kv.profile.schema import Profile, Settings
 from espnet_kv.report.comparison import Entry, Notes, attention_name, options, origin
+from espnet_kv.scores import MISSING, interval_text
 
 Value = str | float | None
-MISSING = "–"  # noqa: RUF001  (an en dash)
 THIN_SPACE = "\u2009"
 SCALES = {"kB": 1e-3, "MB": 1e-6, "million": 1e-6, "million per second of audio": 1e-6}
 
@@ -25,12 +26,14 @@ class Column:
     title: its heading in tables for people.
     value: the property of one profile in base units, None where it is not known.
     unit: in tables for people.
+    bound: whether it bounds the interval of another column, beside whose value people read it.
     """
 
     key: str
     title: str
     value: Callable[[Profile], Value]
     unit: str = ""
+    bound: bool = False
 
     @property
     def heading(self) -> str:
@@ -44,7 +47,7 @@ class Table:
 
     title: its heading.
     values: one row per model, one column per key, in base units; None is unknown.
-    columns: what the keys stand for.
+    columns: what the keys stand for, but for bounds of intervals.
     """
 
     title: str
@@ -59,6 +62,13 @@ class Table:
     def shown(self) -> pd.DataFrame:
         """The values as text for people, under the columns' keys."""
         cells = {c.key: _shown(self.values[c.key], c.unit) for c in self.columns}
+        for key, texts in cells.items():
+            if (low := f"{key}_low") in self.values:
+                bounds = zip(self.values[low], self.values[f"{key}_high"], strict=True)
+                cells[key] = [
+                    text if pd.isna(pair[0]) else f"{text} ({interval_text(pair)})"
+                    for text, pair in zip(texts, bounds, strict=True)
+                ]
         return pd.DataFrame(cells, index=self.values.index, dtype=object)
 
     def is_numeric(self, column: Column) -> bool:
@@ -91,7 +101,8 @@ def tables(models: Sequence[Entry]) -> list[Table]:
         cells = {c.key: [c.value(profile) for profile in profiles] for c in columns}
         values = pd.DataFrame(cells, index=names, dtype=object).dropna(axis=1, how="all")
         if len(values.columns) or title == "Overview":
-            found.append(Table(title, values, [c for c in columns if c.key in values]))
+            known = [c for c in columns if c.key in values and not c.bound]
+            found.append(Table(title, values, known))
     return found
 
 
@@ -232,16 +243,24 @@ def _memory() -> list[Column]:
 
 def _error_rates(profiles: Sequence[Profile], kind: str) -> list[Column]:
     sets = dict.fromkeys(name for p in profiles for sets in p.wer.values() for name in sets)
-    return [
-        _column(
-            f"{kind}_{mode}_{name}",
-            f"{kind.upper()} {name}, {mode}",
-            ("wer", mode, name, kind),  # a name may have dots
-            "%",
-        )
-        for name in sets
-        for mode in ("offline", "streaming")
-    ]
+    modes = sorted({mode for p in profiles for mode in p.wer})
+    columns = []
+    for name in sets:
+        for mode in modes:
+            key = f"{kind}_{re.sub(r'\W+', '_', mode)}_{name}"
+            title, path = f"{kind.upper()} {name}, {mode}", ("wer", mode, name)
+            columns.append(_column(key, title, (*path, kind), "%"))  # a name may have dots
+            for place, bound in enumerate(("low", "high")):
+                interval = _column("", "", (*path, f"{kind}_interval")).value
+                columns.append(
+                    Column(f"{key}_{bound}", title, _at(interval, place), "%", bound=True)
+                )
+    return columns
+
+
+def _at(values: Callable[[Profile], Any], place: int) -> Callable[[Profile], Value]:
+    """One of the values that are known together."""
+    return lambda profile: None if (found := values(profile)) is None else found[place]
 
 
 def _settings() -> list[Column]:
@@ -306,7 +325,8 @@ def markdown(models: Sequence[Entry], overview: Table, notes: Notes, command: st
         lines.append(f"|{'|'.join([_escaped(str(name)) + marked, *row])}|")
     shared = ", ".join(f"{name} {value}" for name, value in notes.shared.items())
     numbered = [f"{n}. {_escaped(text)}" for n, text in enumerate(notes.texts, 1)]
-    ran = [*((e.name, e.profile.settings.command) for e in models), ("this table", command)]
+    ran = [(e.name, run.settings.command) for e in models for run in e.runs]
+    ran.append(("this table", command))
     commands = [f"- {_escaped(name)}: {_code(text)}" for name, text in ran if text]
     made = "<details><summary>Commands</summary>\n\n" + "\n".join(commands) + "\n\n</details>"
     parts = [_escaped(shared), "\n".join(lines), "\n".join(numbered), made]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from espnet_kv.errors import UserError
 from espnet_kv.recipe.results import BEGIN, END, write_results
 from espnet_kv.recipe.score import Score, score, write_score
-from espnet_kv.scores import read_scored_set
+from espnet_kv.scores import MISSING, read_scored_set, read_scores
 
 REF = {"u1": "THE CAT SAT DOWN", "u2": "A DOG", "u3": "STOP", "u4": ""}
 HYP = {"u1": "THE BAT SAT", "u2": "A BIG DOG", "u3": "STOP", "u4": ""}
@@ -38,6 +38,41 @@ def test_words():
     assert (result.sentence_errors, result.missing) == (2, 0)
     line = " ".join(result.summary().splitlines()[1].replace("|", " ").split())
     assert line == "Sum/Avg 4 7 71.4 14.3 14.3 14.3 42.9 50.0"
+
+
+def test_the_interval_is_that_of_resampled_utterances():
+    """100 utterances of ten words with 0 or 2 errors each: the mean of 100 draws, by theory."""
+    ref = {f"u{n:03}": " ".join("A" * 10) for n in range(100)}
+    hyp = {utt: " ".join("A" * (10 if n % 2 else 8)) for n, utt in enumerate(ref)}
+    result = score(ref, hyp, "wer")
+    low, high = result.interval
+    assert result.error_rate == 10 and low < 10 < high
+    assert (low, high) == pytest.approx((10 - 1.96, 10 + 1.96), abs=0.3)  # 1.96 * 10 / sqrt(100)
+    assert score(ref, hyp, "wer").interval == result.interval
+    assert (
+        f"95 % interval of Err (utterances resampled 2000 times, seed 0): {low:.1f} to {high:.1f}"
+        in (result.summary())
+    )
+
+
+def test_without_errors_the_interval_is_a_point():
+    assert score(REF, REF, "wer").interval == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("ref", "hyp"),
+    [({"u": "A"}, {"u": "B"}), ({"u": "", "v": ""}, {"u": "A", "v": ""}), ({"u": ""}, {"u": ""})],
+    ids=["one utterance", "no words", "nothing"],
+)
+def test_where_nothing_can_be_resampled_there_is_no_interval(ref, hyp):
+    result = score(ref, hyp, "wer")
+    assert result.interval is None
+    assert "interval" not in result.summary()
+
+
+def test_utterances_without_words_are_drawn_with_the_others():
+    low, high = score(REF, HYP, "wer").interval
+    assert 0 <= low < 100 * 3 / 7 < high
 
 
 def test_characters_count_spaces():
@@ -116,10 +151,13 @@ def test_scores_json_says_what_result_txt_says(tmp_path: Path):
         result = score(REF, HYP, kind)
         write_score(result, tmp_path / f"x/test/score_{kind}")
     sclite = read_scored_set(tmp_path / "x/test")
-    counts = {kind: score(REF, HYP, kind).counts for kind in ("wer", "cer")}
-    (tmp_path / "x/test/scores.json").write_text(json.dumps({"streaming": True, **counts}))
+    found = {kind: score(REF, HYP, kind) for kind in ("wer", "cer")}
+    counts = {kind: result.counts for kind, result in found.items()}
+    said = {kind: result.counts | {"interval": result.interval} for kind, result in found.items()}
+    (tmp_path / "x/test/scores.json").write_text(json.dumps({"streaming": True, **said}))
     own = read_scored_set(tmp_path / "x/test")
-    assert own.streaming and not sclite.streaming
+    assert own.mode == "streaming" and sclite.mode == "offline"
+    assert own.rates["wer"].interval == found["wer"].interval
     assert counts["wer"] == {
         **{"utterances": 4, "words": 7, "corr": 5, "sub": 1, "del": 1, "ins": 1},
         **{"err": 3, "s_err": 2, "missing": 0},
@@ -161,10 +199,10 @@ def test_results_page(expdir: Path):
     mla = page[page.index("## exp/asr_b_mla") :]
     assert mla.startswith(
         "## exp/asr_b_mla\n\n- command: `./run.sh --ngpu 0`\n- config: `conf/mla.yaml`\n"
-        "- commit: `abc`\n\n### WER\n\n|dataset|Snt|Wrd|Corr|Sub|Del|Ins|Err|S.Err|\n"
-        "|---|---|---|---|---|---|---|---|---|\n"
-        "|decode_ctc/test_clean|4|7|71.4|14.3|14.3|14.3|42.9|50.0|\n"
-        "|decode_ctc/test_other|4|7|71.4|14.3|14.3|14.3|42.9|50.0|\n\n### CER\n"
+        "- commit: `abc`\n\n### WER\n\n|dataset|Snt|Wrd|Corr|Sub|Del|Ins|Err|S.Err|Err, 95 %|\n"
+        "|---|---|---|---|---|---|---|---|---|---|\n"
+        f"|decode_ctc/test_clean|4|7|71.4|14.3|14.3|14.3|42.9|50.0|{MISSING}|\n"
+        f"|decode_ctc/test_other|4|7|71.4|14.3|14.3|14.3|42.9|50.0|{MISSING}|\n\n### CER\n"
     )
 
 
@@ -192,7 +230,39 @@ def test_results_read_sclite(expdir: Path):
     )
     write_results(expdir, expdir.parent / "RESULTS.md")
     page = (expdir.parent / "RESULTS.md").read_text()
-    assert "|decode_ctc/test_clean|2620|52576|94.7|4.8|0.5|0.7|6.0|52.1|\n" in page
+    assert f"|decode_ctc/test_clean|2620|52576|94.7|4.8|0.5|0.7|6.0|52.1|{MISSING}|\n" in page
+
+
+def test_the_interval_of_sclite_is_made_from_its_alignments(expdir: Path):
+    """The same counts give the same interval, whoever aligned."""
+    ours = score(REF, HYP, "wer")
+    result = expdir / "asr_a_mha" / "decode_ctc" / "test_clean" / "score_wer" / "result.txt"
+    aligned = zip(sorted(REF), ["2 1 1 0", "2 0 0 1", "1 0 0 0", "0 0 0 0"], strict=True)
+    result.write_text(
+        "| Sum/Avg  |    4       7  | 71.4    14.3    14.3    14.3    42.9    50.0  |\n"
+        + "".join(f"id: ({utt})\nScores: (#C #S #D #I) {counts}\n" for utt, counts in aligned)
+    )
+    assert read_scored_set(result.parents[1]).rates["wer"].interval == ours.interval
+    low, high = ours.interval
+    write_results(expdir, expdir.parent / "RESULTS.md")
+    page = (expdir.parent / "RESULTS.md").read_text()
+    assert f"|42.9|50.0|{low:.1f} to {high:.1f}|\n" in page
+
+
+@pytest.mark.parametrize(
+    ("record", "mode"),
+    [
+        ({"streaming": False}, "offline"),
+        ({"streaming": True}, "streaming"),
+        ({"streaming": True, "cache_dtype": None}, "streaming"),
+        ({"streaming": True, "cache_dtype": "int8"}, "streaming, int8 cache"),
+    ],
+)
+def test_decodings_with_another_cache_are_a_mode_of_their_own(expdir: Path, record, mode):
+    place = expdir / "asr_a_mha/decode_ctc/test_clean"
+    (place / "decoding.json").write_text(json.dumps(record))
+    assert read_scored_set(place).mode == mode
+    assert read_scores(expdir / "asr_a_mha")[mode]["test_clean"]["decoding"] == "decode_ctc"
 
 
 def test_results_refuse_damage(expdir: Path, tmp_path: Path):

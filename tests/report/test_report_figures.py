@@ -92,6 +92,34 @@ def test_wer_is_drawn_against_attention_cache_with_the_front(models_of):
         assert 1 < len(front) < len(points) and axis.get_xscale() == "log"
 
 
+def test_the_front_joins_only_what_does_not_overlap(models_of):
+    """mla has the smaller cache; mha is better by 0.1, which is a difference or not."""
+    fronts = {}
+    for width in (0.04, 0.2):
+        profiles = [make_profile("conformer", attention) for attention in ("mha", "mla")]
+        for profile in profiles:
+            rates = profile["wer"]["offline"]["test_clean"]
+            rates["wer_interval"] = [rates["wer"] - width, rates["wer"] + width]
+        figure = plots.wer_against_cache(models_of(profiles))
+        axis = figure.axes[0]
+        fronts[width] = lines(axis)["Pareto front"]
+        ends = {
+            tuple(segment[:, 1]) for bars in axis.collections for segment in bars.get_segments()
+        }
+        assert ends == {(1.1 - width, 1.1 + width), (1.2 - width, 1.2 + width)}
+        assert axis.get_ylim()[0] <= 1.1 - width and axis.get_ylim()[1] >= 1.2 + width
+    assert [wer for _, wer in fronts[0.04]] == [1.2, 1.1]
+    assert [wer for _, wer in fronts[0.2]] == [1.2]
+
+
+def test_without_an_interval_a_rate_is_a_point(models_of):
+    profiles = [make_profile("conformer", attention) for attention in ("mha", "mla")]
+    for profile in profiles:
+        profile["wer"]["offline"]["test_clean"]["wer_interval"] = None
+    axis = plots.wer_against_cache(models_of(profiles)).axes[0]
+    assert [wer for _, wer in lines(axis)["Pareto front"]] == [1.2, 1.1]
+
+
 def test_a_missing_word_error_rate_is_no_point_at_zero(models_of):
     profiles = eight(cache_dtypes=("fp32",))[:3]
     profiles[0]["wer"] = {}

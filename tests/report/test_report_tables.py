@@ -72,6 +72,76 @@ def test_what_is_not_known_is_empty_in_csv_and_a_dash_for_people(report):
     assert {"wer_offline_test_clean", "chunk_ms_p50"} <= set(made.parts[0].values)
 
 
+def test_error_rates_stand_with_their_intervals(report):
+    profile = make_profile("conformer", "mha")
+    profile["wer"]["streaming"]["test_other"]["wer_interval"] = None
+    profile["wer"]["streaming, int8 cache"] = {"test_clean": {"wer": 3.1, "decoding": "d"}}
+    made = report([profile])
+    (row,) = made.rows
+    assert (row["wer_offline_test_clean_low"], row["wer_offline_test_clean_high"]) == (
+        str(1.1 - 0.04), str(1.1 + 0.04),
+    )  # fmt: skip
+    assert "wer_streaming_test_other_low" not in row
+    assert row["wer_streaming_int8_cache_test_clean"] == "3.1"
+    line = next(one for one in made.markdown().splitlines() if one.startswith("|conformer mha"))
+    assert "|1.1 (1.1 to 1.1)|" in line and "|4.1|" in line and "|3.1|" in line
+    assert "low" not in made.markdown()
+    assert (
+        "intervals 95 %, by bootstrap over utterances (2000 resamples, seed 0)" in made.markdown()
+    )
+
+
+def three_seeds(**parts):
+    """Three trainings of one model, by name, seed and error rates."""
+    made = []
+    for seed, wer in ((1, 2.0), (3, 2.6), (2, 2.0)):
+        profile = make_profile("conformer", "mla", model__training_seed=seed, **parts)
+        profile["name"] = f"asr_train_asr_conformer_mla_raw_seed{seed}_small"
+        profile["model"]["experiment"] = f"exp{seed}/{profile['name']}"
+        profile["settings"]["command"] = f"profile {seed}"
+        profile["wer"]["offline"]["test_clean"]["wer"] = wer
+        profile["time"]["rtf"] = 0.01 * seed
+        made.append(profile)
+    return made
+
+
+def test_trainings_that_differ_in_the_seed_are_one_row(report):
+    made = report([make_profile("conformer", "mha"), *three_seeds()])
+    assert made.names == ["conformer mha", "conformer mla r16"]
+    row = made.rows[1]
+    assert [row[f"wer_offline_test_clean{end}"] for end in ("", "_low", "_high")] == [
+        str((2.0 + 2.6 + 2.0) / 3), "2.0", "2.6",
+    ]  # fmt: skip
+    assert float(row["rtf"]) == pytest.approx(0.02)
+    assert row["notes"] == "mean of the seeds 1, 2, 3; error rates from the lowest to the highest"
+    text = made.markdown()
+    assert "|2.2 (2.0 to 2.6)|" in text
+    assert [f"`profile {seed}`" in text for seed in (1, 2, 3)] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"name": "asr_train_asr_conformer_mla_raw_seed3_max_epoch9_small"},
+        {"settings__left_chunks": 8},
+        {"settings__commit": "another"},
+        {"model__attention_conf": {"kv_rank": 8}},
+        {"model__overlay": "conf/overlays/medium.yaml"},
+        {"model__training_seed": 2},
+        {"model__weights": "random", "model__training_seed": None},
+    ],
+    ids=lambda parts: next(iter(parts)),
+)
+def test_what_differs_in_more_or_less_than_the_seed_is_a_row_of_its_own(report, parts):
+    profiles = three_seeds()
+    for key, value in parts.items():
+        part, _, name = key.rpartition("__")
+        (profiles[1][part] if part else profiles[1])[name or key] = value
+    made = report(profiles)
+    assert len(made.names) == 2
+    assert sorted(len(entry.runs) for entry in made.models) == [1, 2]
+
+
 def test_the_overview_shows_allocated_bytes_and_says_so(report):
     """Held bytes are in the table of caches."""
     overview, cache, *_ = report([make_profile()]).parts

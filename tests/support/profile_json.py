@@ -95,6 +95,7 @@ def make_profile(
             "src_attention_conf": {},
             "src_attention_label": "mha",
             "weights": "trained",
+            "training_seed": 2022,
             "experiment": f"exp/asr_train_asr_{encoder}_{attention}_small",
             "config": f"conf/train_asr_{encoder}_{attention}.yaml",
             "overlay": None,
@@ -184,8 +185,8 @@ def make_profile(
         },
         "wer": {
             mode: {
-                "test_clean": {"wer": WORDS[attention] + n, "cer": 0.8, "decoding": f"decode_{n}"},
-                "test_other": {"wer": WORDS[attention] + 2 + n, "cer": 1.8, "decoding": None},
+                "test_clean": rates(WORDS[attention] + n, 0.8, f"decode_{n}"),
+                "test_other": rates(WORDS[attention] + 2 + n, 1.8, None),
             }
             for n, mode in enumerate(("offline", "streaming"))
         },
@@ -207,6 +208,17 @@ def write_profile(path: Path, profile: dict[str, Any]) -> Path:
     return path
 
 
+def rates(wer: float, cer: float, decoding: str | None) -> dict[str, Any]:
+    """Error rates with narrow intervals."""
+    return {
+        "wer": wer,
+        "wer_interval": [wer - 0.04, wer + 0.04],
+        "cer": cer,
+        "cer_interval": [cer / 2, cer * 2],
+        "decoding": decoding,
+    }
+
+
 def eight(**parts: Any) -> list[dict[str, Any]]:
     """The eight models; Branchformers are a little worse and a little slower."""
     profiles = [
@@ -216,8 +228,9 @@ def eight(**parts: Any) -> list[dict[str, Any]]:
     ]
     for profile in profiles[4:]:
         for sets in profile["wer"].values():
-            for rates in sets.values():
-                rates["wer"] += 0.3
+            for found in sets.values():
+                found["wer"] += 0.3
+                found["wer_interval"] = [bound + 0.3 for bound in found["wer_interval"]]
     return profiles
 
 
