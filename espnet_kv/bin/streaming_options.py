@@ -34,12 +34,16 @@ RECOGNIZER = (
 
 
 def add_streaming_options(
-    parser: argparse.ArgumentParser, endpoint_silence_ms: float, max_segment_seconds: float
+    parser: argparse.ArgumentParser,
+    endpoint_silence_ms: float,
+    max_segment_seconds: float,
+    cache_default: str = "the model's type",
 ) -> None:
     """Add the options of chunks, cache, endpoints and hotwords.
 
     Args:
         endpoint_silence_ms, max_segment_seconds: defaults of these options.
+        cache_default: what the help says of --cache_dtype, whose default is None.
     """
     group = parser.add_argument_group("Streaming related")
     add = group.add_argument
@@ -52,7 +56,7 @@ def add_streaming_options(
     add(
         "--cache_dtype",
         type=str_or_none,
-        help="fp32, fp16, bf16, int8 or int4 for the encoder's cache; default: the model's type",
+        help=f"fp32, fp16, bf16, int8 or int4 for the encoder's cache; default: {cache_default}",
     )
     add(
         "--endpoint_silence_ms",
@@ -91,8 +95,12 @@ def add_streaming_options(
     )
 
 
-def add_live_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `stream` and `serve`: device, search, and `add_streaming_options`."""
+def add_live_options(parser: argparse.ArgumentParser, **defaults: str) -> None:
+    """Add the options of `stream` and `serve`: device, search, and `add_streaming_options`.
+
+    Args:
+        defaults: cache_default, see `add_streaming_options`.
+    """
     add = parser.add_argument
     add("--ngpu", type=int, default=0, help="0 = CPU")
     add("--dtype", default="float32", help="float16, bfloat16, float32 or float64")
@@ -102,7 +110,7 @@ def add_live_options(parser: argparse.ArgumentParser) -> None:
     add("--token_type", choices=["char", "bpe"], help="Default: the model's")
     add("--bpemodel", help="Sentencepiece model; default: the model's")
     # audio may be endless and without pauses, so the length of a segment is limited
-    add_streaming_options(parser, endpoint_silence_ms=1000, max_segment_seconds=30)
+    add_streaming_options(parser, endpoint_silence_ms=1000, max_segment_seconds=30, **defaults)
 
 
 def build_recognizer(args: argparse.Namespace) -> Any:

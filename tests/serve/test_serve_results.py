@@ -20,7 +20,12 @@ from espnet_kv.bin import export
 from espnet_kv.streaming.recognizer import StreamingRecognizer
 
 LETTERS = ("ABBA", "AB___BA", "B", "BBAB__A", "_", "AAAB_B")
-OPTIONS = {"endpoint_silence_ms": 600.0, "max_segment_seconds": 30.0, "ctc_weight": 0.7}
+OPTIONS = {
+    "endpoint_silence_ms": 600.0,
+    "max_segment_seconds": 30.0,
+    "ctc_weight": 0.7,
+    "cache_dtype": "bf16",  # the server's own default
+}
 ENGINES = ("torch", "onnx")
 PROGRAM = shutil.which("sherpa-onnx-online-websocket-client", path=str(Path(sys.executable).parent))
 
@@ -182,5 +187,5 @@ def test_bytes_of_open_streams_are_measured(server):
 
     lines = asyncio.run(while_open())
     assert "espnet_kv_streams 1.0" in lines
-    # 2 layers, rank 8, left_chunks * chunk_size frames of 4 bytes
-    assert f'espnet_kv_cache_bytes{{kind="attention"}} {2 * 8 * 2 * 4 * 4:.1f}' in lines
+    # 2 layers, rank 8, left_chunks * chunk_size frames of 2 bytes
+    assert f'espnet_kv_cache_bytes{{kind="attention"}} {2 * 8 * 2 * 4 * 2:.1f}' in lines
