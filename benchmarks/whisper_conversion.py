@@ -23,7 +23,7 @@ TOGETHER = {
     "all": PARTS,
 }
 """Parts that are converted together, by name."""
-RESAMPLES, BATCH = 2000, 10
+BATCH = 10
 LONGEST = 30.0  # seconds
 
 
@@ -117,24 +117,17 @@ def _transcripts(data: Path) -> Iterator[tuple[str, str]]:
 
 def word_errors(hypotheses: Sequence[str], utterances: Sequence[Utterance]) -> dict[str, float]:
     """WER (%) after Whisper's normalisation, with its 95 % interval by bootstrap."""
-    import jiwer
     from whisper.normalizers import EnglishTextNormalizer
 
-    normalize = EnglishTextNormalizer()
-    counts = []
-    for hypothesis, (_, text) in zip(hypotheses, utterances, strict=True):
-        reference = normalize(text)
-        found = jiwer.process_words(reference, normalize(hypothesis))
-        errors = found.substitutions + found.deletions + found.insertions
-        counts.append((errors, len(reference.split())))
-    table = torch.tensor(counts, dtype=torch.float64)
-    drawn = torch.randint(
-        len(table), (RESAMPLES, len(table)), generator=torch.Generator().manual_seed(0)
-    )
-    errors, words = table[drawn].sum(dim=1).unbind(dim=1)
-    low, high = (100 * errors / words).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-    wer = 100 * float(table[:, 0].sum() / table[:, 1].sum())
-    return {"wer": round(wer, 2), "low": round(low, 2), "high": round(high, 2)}
+    from espnet_kv.recipe.score import score
+
+    clean = EnglishTextNormalizer()
+    references = {str(n): clean(text) for n, (_, text) in enumerate(utterances)}
+    found = score(references, {str(n): clean(text) for n, text in enumerate(hypotheses)}, "wer")
+    if found.interval is None:
+        raise UserError("WERs need an interval: decode two or more utterances with words")
+    low, high = found.interval
+    return {"wer": round(found.error_rate, 2), "low": round(low, 2), "high": round(high, 2)}
 
 
 class Conversions:
