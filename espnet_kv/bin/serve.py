@@ -18,7 +18,7 @@ from espnet_kv.espnet.parser import Parser
 TOKEN = "ESPNET_KV_TOKEN"
 """Environment variable with the token."""
 CACHE_DTYPE = "bf16"
-"""Of attention's and convolution's states: half the bytes of a model in float32, in no more time."""
+"""Of the states of attention and convolution: half the bytes of float32, in no more time."""
 SEND_BYTES = 1 << 16
 """Results that the system holds for a client, in bytes."""
 

@@ -4,13 +4,13 @@ The module does not import torch, because the recipe uses it to add word error r
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from espnet_kv.errors import UserError, one_line
 from espnet_kv.files import new_file, write_text
-from espnet_kv.scores import decoding_of, scored_sets
+from espnet_kv.scores import Rates, decoding_of, interval_text, scored_sets
 
 SCHEMA = "espnet_kv.conversion/2"
 FILE, PAGE, FIGURE = "conversion.json", "conversion.md", "conversion.png"
@@ -42,12 +42,12 @@ def read_record(experiment: Path) -> dict[str, Any]:
     return record
 
 
-def read_wer(experiment: Path) -> dict[str, dict[str, float]]:
-    """Decoding -> test set -> WER (%), as scored by stage 13; empty if nothing was scored."""
-    rates: dict[str, dict[str, float]] = {}
+def read_wer(experiment: Path) -> dict[str, dict[str, Rates]]:
+    """Decoding -> test set -> rates of words, as scored by stage 13; empty if none was scored."""
+    rates: dict[str, dict[str, Rates]] = {}
     for place, scores in scored_sets(experiment):
         if "wer" in scores.rates:
-            rates.setdefault(decoding_of(place).name, {})[place.name] = scores.rates["wer"].err
+            rates.setdefault(decoding_of(place).name, {})[place.name] = scores.rates["wer"]
     return rates
 
 
@@ -62,7 +62,15 @@ def update_report(experiment: Path, related: Mapping[str, Path]) -> None:
         UserError: `experiment` is not a converted model, or its record or a score file is damaged.
     """
     record = read_record(experiment)
-    record["wer"] = {stage: rates for stage, place in related.items() if (rates := read_wer(place))}
+    found = {stage: rates for stage, place in related.items() if (rates := read_wer(place))}
+    for key, name in (("wer", "err"), ("wer_interval", "interval")):
+        record[key] = {
+            stage: {
+                decoding: {test: getattr(rates, name) for test, rates in sets.items()}
+                for decoding, sets in decodings.items()
+            }
+            for stage, decodings in found.items()
+        }
     try:
         write_pages(experiment, record, experiment.name)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
@@ -130,7 +138,7 @@ def page(record: Mapping[str, Any], name: str) -> str:
         "the cached vectors by the best affine map.",
     ]
     lines += _choice_lines(record.get("choices") or {})
-    lines += _wer_lines(record.get("wer") or {})
+    lines += _wer_lines(record.get("wer") or {}, record.get("wer_interval") or {})
     lines += ["", f"![errors, spectra, cache]({FIGURE})", ""]
     return "\n".join(lines)
 
@@ -168,16 +176,26 @@ def _bytes(cache: Mapping[str, Any]) -> tuple[str, ...]:
     return *cells, f"{100 * (1 - after / before):.2f} %"
 
 
-def _wer_lines(wer: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
+def _wer_lines(
+    wer: Mapping[str, Mapping[str, Mapping[str, float]]],
+    intervals: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]],
+) -> list[str]:
+    def cell(stage: str, decoding: str, test: str) -> str:
+        if (rate := wer[stage][decoding].get(test)) is None:
+            return ""
+        known = intervals.get(stage, {}).get(decoding, {}).get(test)
+        return f"{rate:.1f}" + (f" ({interval_text(known)})" if known else "")
+
     lines = []
     for decoding in sorted({name for rates in wer.values() for name in rates}):
         sets = sorted({test for rates in wer.values() for test in rates.get(decoding, {})})
         rows = [
-            (title, *(f"{rates[test]:.1f}" if test in rates else "" for test in sets))
+            (title, *(cell(stage, decoding, test) for test in sets))
             for stage, title in STAGES.items()
-            if (rates := wer.get(stage, {}).get(decoding))
+            if wer.get(stage, {}).get(decoding)
         ]
-        lines += ["", f"## WER (%), {decoding}", "", *_table(("model", *sets), rows)]
+        title = f"## WER (%) with 95 % interval, {decoding}"
+        lines += ["", title, "", *_table(("model", *sets), rows)]
     return lines
 
 

@@ -143,13 +143,19 @@ def test_word_error_rates_are_added_to_the_report(stock, tmp_path):
         result = experiment_dir / "decode_x/test_clean/score_wer/result.txt"
         result.parent.mkdir(parents=True)
         result.write_text(f"| Sum/Avg | 9 90 | 97.0 2.0 1.0 0.5 {rate} 15.0 |\n")
+    counts = {"utterances": 9, "words": 100, "corr": 97, "sub": 2, "del": 1, "ins": 0}
+    wer = counts | {"err": 3, "s_err": 3, "interval": [1.5, 4.75]}
+    scores = json.dumps({"streaming": False, "wer": wer})
+    place = tmp_path / "before/decode_x/test_other"
+    place.mkdir()
+    (place / "scores.json").write_text(scores)
     update_report(out, scored)
     assert read_record(out)["wer"] == {
-        "before": {"decode_x": {"test_clean": 3.5}},
+        "before": {"decode_x": {"test_clean": 3.5, "test_other": 3.0}},
         "after": {"decode_x": {"test_clean": 4.25}},
     }
     page = (out / "conversion.md").read_text()
-    assert "| before | 3.5 |" in page and "| converted | 4.2 |" in page
+    assert "| before | 3.5 | 3.0 (1.5 to 4.8) |" in page and "| converted | 4.2 |  |" in page
     assert "weights alone" in page
 
 

@@ -170,7 +170,9 @@ class TestWholeRecipe:
         code, out, err = run(asr1, *options, "--stop_stage", "15")
         assert code == 0, out + err
         assert "is up to date" in out and file.stat().st_mtime_ns == before
-        assert re.search(r"^conformer mha( +[\d.]+( \([\d.]+ to [\d.]+\))?){9,}$", out, re.MULTILINE)
+        assert re.search(
+            r"^conformer mha( +[\d.]+( \([\d.]+ to [\d.]+\))?){9,}$", out, re.MULTILINE
+        )
         assert (asr1 / "exp/report/report.html").exists()
 
     def test_other_settings_do_not_mix_with_a_trained_model(self, finished):
