@@ -27,7 +27,7 @@ def by_model(profiles: Sequence[Profile]) -> list[list[Profile]]:
 def mean_of(runs: Sequence[Profile]) -> Profile:
     """The mean of all numbers; the interval of an error rate is from the lowest to the highest.
 
-    What is no number, or is not known of all, is that of the first.
+    What is no number, or is not known of all, is that of the first; such an error rate is None.
     """
     if len(runs) == 1:
         return runs[0]
@@ -37,7 +37,9 @@ def mean_of(runs: Sequence[Profile]) -> Profile:
         for name, rates in sets.items():
             for kind in ("wer", "cer"):
                 known = [getattr(run.wer[mode][name], kind) for run in runs]
-                if None not in known:
+                if None in known:
+                    rates[kind] = rates[f"{kind}_interval"] = None
+                else:
                     rates[f"{kind}_interval"] = [min(known), max(known)]
     return Profile.model_validate(content)
 
@@ -54,7 +56,7 @@ def _mean(values: Sequence[Any]) -> Any:
     if all(isinstance(value, dict) for value in values):
         shared = [key for key in first if all(key in value for value in values)]
         return {key: _mean([value[key] for value in values]) for key in shared}
-    if isinstance(first, list) and len({len(value) for value in values if value}) == 1:
+    if isinstance(first, list) and {len(value or ()) for value in values} == {len(first)}:
         return [_mean(each) for each in zip(*values, strict=True)]
     if any(value != first for value in values) and {type(v) for v in values} <= {int, float}:
         mean = sum(values) / len(values)

@@ -119,6 +119,16 @@ def test_trainings_that_differ_in_the_seed_are_one_row(report):
     assert [f"`profile {seed}`" in text for seed in (1, 2, 3)] == [True] * 3
 
 
+def test_what_one_seed_lacks_is_no_mean(report):
+    profiles = three_seeds()
+    profiles[1]["wer"]["offline"]["test_clean"]["wer"] = None
+    profiles[1]["time"]["hour"] = []
+    profiles[2]["wer"]["streaming"] = {}
+    (row,) = report(profiles).rows
+    assert "wer_offline_test_clean" not in row and "wer_streaming_test_clean" not in row
+    assert row["wer_offline_test_other"] != ""
+
+
 @pytest.mark.parametrize(
     "parts",
     [
