@@ -294,8 +294,9 @@ def _damaged(file: Path, reason: str) -> UserError:
 def read_scores(experiment: Path, preferred: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
     """Mode -> test set -> {"wer", "wer_interval", "cer", "cer_interval", "decoding"}, in per cent.
 
-    The modes are those of `Scores.mode`. If there are several decodings of one mode, the first of
-    `preferred` is used, else the one with the shortest name, which has the fewest extra options.
+    The modes are those of `Scores.mode`; what is not known is absent. If there are several
+    decodings of one mode, the first of `preferred` is used, else the one with the shortest name,
+    which has the fewest extra options.
 
     Raises:
         UserError: a score file is damaged.
@@ -316,8 +317,8 @@ def read_scores(experiment: Path, preferred: Sequence[str] = ()) -> dict[str, di
         for kind in ("wer", "cer"):
             if kind in scored.rates:
                 row[kind] = _known(scored.rates[kind])
-                interval = scored.rates[kind].interval
-                row[f"{kind}_interval"] = None if interval is None else list(interval)
+                if interval := scored.rates[kind].interval:
+                    row[f"{kind}_interval"] = list(interval)
         scores.setdefault(scored.mode, {}).setdefault(name, row)
     return scores
 

@@ -113,8 +113,8 @@ def _cache(profile: Profile) -> list[str]:
 
 def _error_rates(exp: Path) -> list[str]:
     rows = [
-        f"| {name} | {mode} | {row['wer']:.1f} | {interval_text(row['wer_interval']) or MISSING} "
-        f"| {row['decoding']} |"
+        f"| {name} | {mode} | {row['wer']:.1f} | "
+        f"{interval_text(row.get('wer_interval')) or MISSING} | {row['decoding']} |"
         for mode, sets in read_scores(exp).items()
         for name, row in sorted(sets.items())
         if row["wer"] is not None

@@ -94,6 +94,11 @@ class TestScores:
             ('"err": 1', '"err": -1'),
             ('"err": 1', '"err": 1.5'),
             ('"words": 40, ', ""),
+            ('"err": 1', '"interval": [3, 1], "err": 1'),
+            ('"err": 1', '"interval": 3, "err": 1'),
+            ('"err": 1', '"interval": [1, NaN], "err": 1'),
+            ('"err": 1', '"interval": ["a", "b"], "err": 1'),
+            ('"streaming": true', '"streaming": true, "cache_dtype": 8'),
         ],
     )
     def test_a_damaged_file_is_named(self, tmp_path, old, new):
