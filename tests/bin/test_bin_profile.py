@@ -54,7 +54,7 @@ def experiment(tmp_path_factory) -> Path:
     save(folder, valid_data_path_and_name_and_type=valid)
     (folder / "model.pth").rename(folder / "valid.acc.ave.pth")
     (folder / "conversion.json").write_text('{"method": "svd"}')
-    score(folder / "decode_x_asr_model_y/test_clean", 3.5, 1.25)
+    score(folder / "decode_x_asr_model_y/test_clean", 3.5, 1.25, interval=0.5)
     return folder
 
 
@@ -97,6 +97,7 @@ class TestCommand:
         assert profile["model"]["weights"] == "trained"
         assert profile["model"]["converted_from"] == {"method": "svd"}
         assert profile["wer"]["offline"]["test_clean"]["wer"] == 3.5
+        assert profile["wer"]["offline"]["test_clean"]["wer_interval"] == [3.0, 4.0]
         assert list(profile["cache"]) == ["fp32", "int8"]
         # a layer of rank 8 keeps 2 chunks of 4 frames
         layer = profile["cache"]["fp32"]["layers"][0]

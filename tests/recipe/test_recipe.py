@@ -211,7 +211,8 @@ class TestWholeRecipe:
         code, _, err = run(
             finished[0],
             # rank 64 is out of the question at output_size 16
-            *("--stage", "11", "--stop_stage", "11", "--asr_config", configs("mla")),
+            *("--stage", "11", "--stop_stage", "11"),
+            *("--asr_config", "conf/tuning/train_asr_conformer_mla_r64.yaml"),
             *("--speed_perturb_factors", "1.0 1.1"),
         )
         assert code == 1

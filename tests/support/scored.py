@@ -6,12 +6,20 @@ from pathlib import Path
 WORDS = 10_000
 
 
-def score(decoding: Path, wer: float, cer: float | None = None, *, streaming: bool = False) -> None:
-    """Write the files of a test set that later stages read."""
+def score(
+    decoding: Path,
+    wer: float,
+    cer: float | None = None,
+    *,
+    streaming: bool = False,
+    interval: float | None = None,
+) -> None:
+    """Write the files of a test set that later stages read; `interval`: to either side."""
     decoding.mkdir(parents=True)
     scores = {
         kind: {"utterances": 3, "words": WORDS, "corr": WORDS, "sub": 0, "del": 0, "ins": 0}
         | {"err": round(rate * WORDS / 100), "s_err": 1, "missing": 0}
+        | ({} if interval is None else {"interval": [rate - interval, rate + interval]})
         for kind, rate in (("wer", wer), ("cer", cer))
         if rate is not None
     }
