@@ -3,8 +3,6 @@
 SHELL := /bin/bash
 RECIPE := egs2/librispeech_100_kv/asr1
 CONFORMER := conf/train_asr_conformer_mha.yaml conf/train_asr_conformer_mla.yaml
-# seven epochs, with which a Conformer learns enough to compare
-SHORT := --max_epoch 7 --scheduler_conf total_steps=1140 --scheduler_conf warmup_steps=200
 # where the demo works, below the recipe; two trainings side by side, one per core; short profiles
 DEMO := --corpus synth --train_nj 2 --inference_nj 2 --nj 2 \
     --datadir demo/data --dumpdir demo/dump --expdir demo/exp --download_dir demo/downloads \
@@ -20,9 +18,9 @@ env:  ## find or build the Python environment and print its interpreter
 
 demo:  ## run the recipe on the embedded corpus: Conformer with MHA and with MLA, compared
 	@python=$$(scripts/environment.sh) && export python && cd $(RECIPE) && \
-	    ./run.sh $(DEMO) --asr_config "$(CONFORMER)" --asr_args "$(SHORT)" $(ARGS)
+	    ./run.sh $(DEMO) --asr_config "$(CONFORMER)" $(ARGS)
 
-demo-all:  ## all eight models, with twelve epochs; resumes where it was stopped
+demo-all:  ## the same for all eight models; resumes where it was stopped
 	@python=$$(scripts/environment.sh) && export python && cd $(RECIPE) && \
 	    ./run_all.sh $(DEMO) $(ARGS)
 
