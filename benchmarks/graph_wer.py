@@ -133,11 +133,11 @@ def row(
 ) -> str:
     """One line of the table; equal texts are counted against the `first` engine."""
     from espnet_kv.recipe.score import score
-    from espnet_kv.scores import interval_text
+    from espnet_kv.scores import rate_text
 
     found = score(ref, texts, "wer")
     equal = sum(texts[name].split() == first[name].split() for name in ref)
-    wer = f"{found.error_rate:.1f} ({interval_text(found.interval)})"
+    wer = rate_text(found.error_rate, found.interval)
     return f"| {model} | {engine} | {wer} | {equal} of {len(ref)} |"
 
 

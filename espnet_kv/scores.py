@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
-
 from espnet_kv.errors import UserError, one_line
 
 FILE, RECORD = "scores.json", "decoding.json"
@@ -233,10 +231,11 @@ def error_interval(errors: Sequence[int], words: Sequence[int]) -> tuple[float, 
     Returns:
         Lower and upper bound; None with fewer than two utterances or without words.
     """
-    from scipy.stats import bootstrap  # takes half a second
-
     if len(errors) < 2 or not any(words):
         return None
+
+    import numpy
+    from scipy.stats import bootstrap  # takes half a second
 
     def rate(errors: Any, words: Any, axis: int) -> Any:
         return 100 * errors.sum(axis=axis) / numpy.maximum(words.sum(axis=axis), 1)
@@ -257,6 +256,11 @@ def error_interval(errors: Sequence[int], words: Sequence[int]) -> tuple[float, 
 def interval_text(interval: Sequence[float] | None) -> str:
     """5.1 to 9.0; empty if the interval is not known."""
     return f"{interval[0]:.1f} to {interval[1]:.1f}" if interval else ""
+
+
+def rate_text(rate: float, interval: Sequence[float] | None) -> str:
+    """7.0 (5.1 to 9.0), or 7.0 if the interval is not known."""
+    return f"{rate:.1f} ({said})" if (said := interval_text(interval)) else f"{rate:.1f}"
 
 
 def _sclite(result: Path) -> Rates:

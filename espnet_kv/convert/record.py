@@ -10,7 +10,7 @@ from typing import Any
 
 from espnet_kv.errors import UserError, one_line
 from espnet_kv.files import new_file, write_text
-from espnet_kv.scores import Rates, decoding_of, interval_text, scored_sets
+from espnet_kv.scores import Rates, decoding_of, rate_text, scored_sets
 
 SCHEMA = "espnet_kv.conversion/2"
 FILE, PAGE, FIGURE = "conversion.json", "conversion.md", "conversion.png"
@@ -183,8 +183,7 @@ def _wer_lines(
     def cell(stage: str, decoding: str, test: str) -> str:
         if (rate := wer[stage][decoding].get(test)) is None:
             return ""
-        known = intervals.get(stage, {}).get(decoding, {}).get(test)
-        return f"{rate:.1f}" + (f" ({interval_text(known)})" if known else "")
+        return rate_text(rate, intervals.get(stage, {}).get(decoding, {}).get(test))
 
     lines = []
     for decoding in sorted({name for rates in wer.values() for name in rates}):

@@ -23,7 +23,7 @@ from espnet_kv.scores import (
     Rates,
     decoded_how,
     decoding_of,
-    interval_text,
+    rate_text,
     read_scored_set,
 )
 
@@ -113,13 +113,10 @@ def read_text(path: Path) -> dict[str, str]:
 
 
 def _print_table(rates: Mapping[tuple[str, str], Rates], test_sets: Sequence[str]) -> None:
+    shown = {key: rate_text(found.err, found.interval) for key, found in rates.items()}
     names = list(dict.fromkeys(exp for exp, _ in rates))
     width = max(map(len, names))
     print(f"  {'WER (%), 95 % interval':{width}}  " + "  ".join(f"{s:>20}" for s in test_sets))
     for exp in names:
-        row = "  ".join(f"{_shown(rates[exp, name]):>{max(20, len(name))}}" for name in test_sets)
+        row = "  ".join(f"{shown[exp, name]:>{max(20, len(name))}}" for name in test_sets)
         print(f"  {exp:{width}}  {row}")
-
-
-def _shown(rates: Rates) -> str:
-    return f"{rates.err:.1f}" + (f" ({said})" if (said := interval_text(rates.interval)) else "")
