@@ -43,6 +43,13 @@ def get_parser() -> argparse.ArgumentParser:
         type=Path,
         help=f"File with the token that clients have to send; default: the variable {TOKEN}",
     )
+    add(
+        "--allowed_origins",
+        nargs="+",
+        default=[],
+        metavar="ORIGIN",
+        help="Other web sites whose pages may open streams, e.g. https://captions.example.org",
+    )
     add("--certificate", type=Path, help="TLS certificate chain, PEM")
     add("--key", type=Path, help="Its key, PEM; default: it is in the file of the certificate")
     add("--max_streams", type=whole(1, 4096), default=32, help="Open streams; more are refused")
@@ -80,6 +87,7 @@ def main(cmd: Sequence[str] | None = None) -> None:
     """
     args = get_parser().parse_args(cmd)
     try:
+        from espnet_kv.serve.access import Access, is_origin
         from espnet_kv.serve.server import Limits, Server
     except ImportError as error:
         raise UserError(f'{error.name} is not installed: pip install "espnet_kv[serve]"') from error
@@ -87,6 +95,11 @@ def main(cmd: Sequence[str] | None = None) -> None:
     for name, least in (("idle_seconds", 0.1), ("max_stream_seconds", 0.0)):
         if not least <= getattr(args, name) < float("inf"):
             raise UserError(f"--{name} {getattr(args, name)}: allowed: {least:g} or more seconds")
+    if other := [origin for origin in args.allowed_origins if not is_origin(origin)]:
+        raise UserError(
+            f"--allowed_origins {other[0]}: allowed: the beginning of an address without a path, "
+            "e.g. https://captions.example.org or http://localhost:8000"
+        )
     token, tls = _token(args.token_file), _tls(args.certificate, args.key)
     find_model(args)
     with _listener(args.host, args.port) as listener:  # before the model is loaded
@@ -107,7 +120,8 @@ def main(cmd: Sequence[str] | None = None) -> None:
             args.max_stream_seconds,
             args.max_message_bytes,
         )
-        server = Server(recognizer, limits, token, Path(args.asr_model_file).resolve().parent.name)
+        access = Access(token, args.allowed_origins)
+        server = Server(recognizer, limits, access, Path(args.asr_model_file).resolve().parent.name)
         host = f"[{args.host}]" if ":" in args.host else args.host
         address = f"{'https' if tls else 'http'}://{host}:{listener.getsockname()[1]}"
         asyncio.run(server.run(listener, tls, lambda: print(f"listening on {address}", flush=True)))

@@ -1,7 +1,6 @@
-"""The server: HTTP and websocket on one port, tokens, limits, endings of streams, shutdown."""
+"""The server: HTTP and websocket on one port, limits, endings of streams, shutdown."""
 
 import asyncio
-import hmac
 import json
 import signal
 import socket
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from aiohttp import WSCloseCode, WSMsgType, web
 
+from espnet_kv.serve.access import Access, problem_json
 from espnet_kv.serve.client import Client
 from espnet_kv.serve.metrics import Metrics
 from espnet_kv.serve.scheduler import Scheduler
@@ -87,14 +87,12 @@ class Server:
     Args:
         recognizer: model and settings of all streams.
         limits: bounds.
-        token: what clients have to send; None: nothing.
+        access: who may use it.
         name: of the model, for /health.
     """
 
-    def __init__(
-        self, recognizer: StreamingRecognizer, limits: Limits, token: str | None, name: str
-    ):
-        self._limits, self._token = limits, token
+    def __init__(self, recognizer: StreamingRecognizer, limits: Limits, access: Access, name: str):
+        self._limits, self._access = limits, access
         self._model = {
             "name": name,
             "sample_rate": recognizer.sample_rate,
@@ -161,12 +159,12 @@ class Server:
                 "model": self._model,
                 "cache_bytes": sum(held.values()),
                 "cache_capacity_bytes": capacity,
-                "token": self._token is not None,
+                "token": self._access.token is not None,
             }
         )
 
     async def _measured(self, request: web.Request) -> web.Response:
-        self._check_token(request)
+        self._access.check_token(request)
         text = self._metrics.text(len(self._scheduler.clients), *await self._scheduler.cache())
         return web.Response(
             body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
@@ -182,29 +180,23 @@ class Server:
         text = self._page[request.path]
         return web.Response(text=text, content_type=kind, charset="utf-8", headers=HEADERS)
 
-    def _check_token(self, request: web.Request) -> None:
-        """Refuse a request without the token."""
-        if self._token is None:
-            return
-        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        given = given or request.query.get("token", "")  # browsers cannot set the header
-        # headers may hold any bytes
-        if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self._token.encode()):
-            raise web.HTTPUnauthorized(
-                **_json("the token is missing or wrong"), headers={"WWW-Authenticate": "Bearer"}
-            )
-
     async def _stream(self, request: web.Request) -> web.StreamResponse:
         """A websocket from its request to its end."""
         try:
-            self._check_token(request)
-        except web.HTTPUnauthorized:
-            self._metrics.refused.labels("token").inc()
+            self._access.check_origin(request)
+            self._access.check_token(request)
+        except web.HTTPException as refusal:
+            reason = "origin" if isinstance(refusal, web.HTTPForbidden) else "token"
+            self._metrics.refused.labels(reason).inc()
             raise
         if len(self._scheduler.clients) >= self._limits.max_streams:
             self._metrics.refused.labels("full").inc()
             problem = f"all {self._limits.max_streams} streams are in use; try again later"
-            raise web.HTTPServiceUnavailable(**_json(problem), headers={"Retry-After": "5"})
+            raise web.HTTPServiceUnavailable(
+                text=problem_json(problem),
+                content_type="application/json",
+                headers={"Retry-After": "5"},
+            )
         websocket = _Websocket(
             timeout=CLOSE_SECONDS, compress=False, max_msg_size=self._limits.max_message_bytes
         )
@@ -320,10 +312,6 @@ class _Websocket(web.WebSocketResponse):
 async def _any_of(*futures: asyncio.Future[Any]) -> None:
     """Wait until one of these is done."""
     await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
-
-
-def _json(problem: str) -> dict[str, Any]:
-    return {"text": json.dumps({"error": problem}), "content_type": "application/json"}
 
 
 def _problem(data: bytes) -> str | None:

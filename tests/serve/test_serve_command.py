@@ -14,7 +14,7 @@ import time
 import aiohttp
 import pytest
 from commands import assert_one_line, run
-from served import PATIENCE, Served, receive, talk
+from served import PATIENCE, Served, Talk, receive, talk
 from small_models import save, speech
 
 from espnet_kv.bin import serve
@@ -88,6 +88,65 @@ class TestToken:
             ended = server.stop()
         (line,) = (line for line in ended.stderr.splitlines() if "warning" in line)
         assert "--host 0.0.0.0" in line and "--token_file" in line
+
+
+class TestOrigin:
+    """Browsers send the origin of a page with its websockets; other clients send none."""
+
+    SITE = "https://captions.example.org"
+
+    @pytest.fixture(scope="class")
+    def server(self, model):
+        with Served(*model, "--allowed_origins", self.SITE, "http://localhost:8000") as served:
+            yield served
+
+    @staticmethod
+    def opened(server: Served, **headers: str) -> Talk:
+        return asyncio.run(talk(server.url, speech("AB"), "Done", headers=headers))
+
+    @pytest.mark.parametrize(
+        "origin",
+        [SITE, f"{SITE}:443", SITE.upper(), "http://localhost:8000", "http://127.0.0.1:PORT"],
+    )
+    def test_its_own_page_and_those_allowed_are_served(self, server, origin):
+        origin = origin.replace("PORT", str(server.port))
+        assert self.opened(server, Origin=origin).text == "AB"
+
+    @pytest.mark.parametrize("host", ["asr.example.org", "asr.example.org:8443", "[::1]:6006"])
+    def test_its_own_page_behind_a_proxy_that_ends_tls(self, server, host):
+        assert self.opened(server, Origin=f"https://{host}", Host=host).text == "AB"
+
+    @pytest.mark.parametrize(
+        "origin",
+        [
+            "https://evil.example",
+            "http://captions.example.org",
+            f"{SITE}:8443",
+            f"{SITE}.evil.example",
+            "http://127.0.0.1",
+            "http://127.0.0.1:1",
+            "http://127.0.0.1:port",
+            f"https://x@{SITE[8:]}",
+            "null",
+            "",
+        ],
+    )
+    def test_pages_of_others_get_status_403(self, server, origin):
+        reason = 'espnet_kv_streams_refused_total{reason="origin"}'
+        before = server.metric(reason)
+        with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+            self.opened(server, Origin=origin)
+        assert refused.value.status == 403 and server.metric(reason) == before + 1
+
+    def test_the_refusal_names_the_option(self, server):
+        upgrade = {
+            "Upgrade": "websocket",
+            "Connection": "Upgrade",
+            "Sec-WebSocket-Version": "13",
+            "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+        }
+        status, text = server.get("/", headers=upgrade | {"Origin": "https://evil.example"})
+        assert status == 403 and "--allowed_origins" in json.loads(text)["error"]
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
@@ -176,6 +235,8 @@ def test_a_killed_server_can_be_restarted_on_its_port(model):
         (["--token_file", "nothing"], "nothing: No such file"),
         (["--token_file", os.devnull], "--token_file /dev/null: allowed: one word"),
         (["--key", "key.pem"], "--key key.pem: give the --certificate, too"),
+        (["--allowed_origins", "*"], r"--allowed_origins \*: allowed: the beginning"),
+        (["--allowed_origins", "https://a.example/page"], "--allowed_origins https://a.example/pa"),
         (["--certificate", "nothing.pem"], "nothing.pem: No such file"),
         (["--asr_model_file", "nothing.pth"], "nothing.pth does not exist"),
     ],
