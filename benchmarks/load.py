@@ -16,15 +16,17 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import aiohttp
 import numpy as np
 import psutil
+import soundfile
 from common import positive
 
 from espnet_kv.cli import command
@@ -68,21 +70,65 @@ def get_parser() -> argparse.ArgumentParser:
     add("--clients", type=positive, default=40)
     add("--minutes", type=float, default=10.0)
     add("--port", type=positive, default=6006, help="of the server")
+    add("--program", type=Path, help="sherpa-onnx-online-websocket-client, instead of our client")
     add("--core", type=int, default=0, help="that the server runs on")
     add("server", nargs="+", help="command of the server, after --")
     return parser
 
 
+class Result(NamedTuple):
+    """A message of the server. at: when it came. start: of its segment, seconds in the audio."""
+
+    at: float
+    segment: int
+    tokens: list[str]
+    timestamps: list[float]
+    start: float
+
+    @classmethod
+    def of(cls, message: str) -> "Result":
+        """Of JSON that came now."""
+        result = json.loads(message)
+        if "error" in result:
+            raise UserError(f"the server: {result['error']}")
+        start = result.get("start_time", 0.0)
+        return cls(
+            time.monotonic(), result["segment"], result["tokens"], result["timestamps"], start
+        )
+
+
+class Spoken(NamedTuple):
+    """A recording that was sent: its text, the latencies of its tokens and of the last result."""
+
+    text: str
+    tokens: list[float]
+    end: float
+
+    @classmethod
+    def of(cls, results: Sequence[Result], began: float, ended: float) -> "Spoken":
+        """From all results, and the times of the first and the last sample."""
+        segments = {result.segment: result for result in results}
+        latencies = []
+        for segment, last in segments.items():
+            entries = [result for result in results if result.segment == segment]
+            for count in range(1, len(last.tokens) + 1):
+                first = next(r.at for r in entries if r.tokens[:count] == last.tokens[:count])
+                latencies.append(first - began - last.start - last.timestamps[count - 1])
+        text = " ".join("".join(result.tokens) for result in segments.values() if result.tokens)
+        at = max((result.at for result in results), default=ended)
+        return cls(text.replace("\u2581", " ").strip(), latencies, at - ended)
+
+
 async def speak(
     session: aiohttp.ClientSession, url: str, samples: np.ndarray, paced: bool
-) -> tuple[str, list[float], float]:
-    """Send a recording; return the text, the latencies of its tokens, and that of the end.
+) -> Spoken:
+    """Send a recording.
 
     Args:
         paced: send in real time.
     """
     size = round(PIECE * RATE)
-    seen: list[tuple[float, int, list[str], list[float], float]] = []
+    results: list[Result] = []
     async with session.ws_connect(url, max_msg_size=0) as websocket:
         began = time.monotonic()
 
@@ -99,48 +145,57 @@ async def speak(
         async for message in websocket:
             if message.type is not aiohttp.WSMsgType.TEXT or message.data == "Done!":
                 break
-            result = json.loads(message.data)
-            if "error" in result:
-                raise UserError(f"{url}: {result['error']}")
-            seen.append(
-                (
-                    time.monotonic(),
-                    result["segment"],
-                    result["tokens"],
-                    result["timestamps"],
-                    result.get("start_time", 0.0),
-                )
-            )
-        ended = await sending
-    segments = {segment: entry for entry in seen for segment in [entry[1]]}
-    latencies = []
-    for segment, (_, _, tokens, times, start) in segments.items():
-        entries = [entry for entry in seen if entry[1] == segment]
-        for count in range(1, len(tokens) + 1):
-            first = next(at for at, _, found, *_ in entries if found[:count] == tokens[:count])
-            latencies.append(first - began - start - times[count - 1])
-    text = " ".join("".join(entry[2]) for entry in segments.values() if entry[2])
-    last = max((at for at, *_ in seen), default=ended)
-    return text.replace("\u2581", " ").strip(), latencies, last - ended
+            results.append(Result.of(message.data))
+        return Spoken.of(results, began, await sending)
+
+
+async def run_program(program: Path, port: int, wav: Path, seconds: float) -> Spoken:
+    """Send a recording in real time with sherpa-onnx's own client, which writes to stderr.
+
+    Its audio begins some milliseconds after the process, which count as latency.
+    """
+    began = time.monotonic()
+    process = await asyncio.create_subprocess_exec(
+        *(program, f"--server-port={port}", f"--samples-per-message={round(PIECE * RATE)}"),
+        *(f"--seconds-per-message={PIECE}", wav),
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    results, line = [], ""
+    assert process.stderr is not None
+    async for raw in process.stderr:
+        line = raw.decode()
+        if "{" in line:
+            results.append(Result.of(line[line.index("{") :]))
+    if await process.wait() or not line.rstrip().endswith("Done!"):
+        raise UserError(f"{program} failed: {line.rstrip()}")
+    return Spoken.of(results, began, began + seconds)
+
+
+Send = Callable[[str], Awaitable[Spoken]]
 
 
 async def client(
-    number: int, url: str, recordings: dict[str, np.ndarray], alone: dict[str, str], until: float
-) -> Iterator[Any]:
-    """Send recordings until the time is over; return the figures of this client."""
-    figures, names = Figures(), list(recordings)
+    number: int, send: Send, seconds: Mapping[str, float], alone: Mapping[str, str], until: float
+) -> Figures:
+    """Send recordings until the time is over.
+
+    Args:
+        number: of the client. send: sends the recording of a name. seconds: lengths of the
+            recordings. alone: their texts without load.
+    """
+    figures, names = Figures(), list(seconds)
     order = itertools.cycle(names[number % len(names) :] + names[: number % len(names)])
-    async with aiohttp.ClientSession() as session:
-        await asyncio.sleep(number * 0.37 % 5.0)  # they do not begin together
-        while time.monotonic() < until:
-            name = next(order)
-            text, token, end = await speak(session, url, recordings[name], paced=True)
-            figures.audio += len(recordings[name]) / RATE
-            figures.texts += 1
-            figures.token += token
-            figures.end.append(end)
-            if text != alone[name]:
-                figures.wrong.append((alone[name], text))
+    await asyncio.sleep(number * 0.37 % 5.0)  # they do not begin together
+    while time.monotonic() < until:
+        name = next(order)
+        spoken = await send(name)
+        figures.audio += seconds[name]
+        figures.texts += 1
+        figures.token += spoken.tokens
+        figures.end.append(spoken.end)
+        if spoken.text != alone[name]:
+            figures.wrong.append((alone[name], spoken.text))
     return figures
 
 
@@ -149,14 +204,40 @@ async def run(
 ) -> tuple[Figures, float]:
     """All clients; return their figures and the CPU seconds of the server."""
     url = f"ws://127.0.0.1:{args.port}/"
-    alone = {}
-    async with aiohttp.ClientSession() as session:
-        for name, samples in recordings.items():
-            alone[name], _, _ = await speak(session, url, samples, paced=False)
+    connector = aiohttp.TCPConnector(limit=0)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: Path(folder, f"{n}.wav") for n, name in enumerate(recordings)}
+        for name, file in files.items():
+            soundfile.write(file, recordings[name], RATE)
+        # as all clients send them, in 16 bits
+        audio = {name: soundfile.read(file, dtype="float32")[0] for name, file in files.items()}
+        seconds = {name: len(samples) / RATE for name, samples in audio.items()}
+        async with aiohttp.ClientSession(connector=connector) as session:
+            alone = {
+                name: (await speak(session, url, samples, paced=False)).text
+                for name, samples in audio.items()
+            }
+
+            def send(name: str) -> Awaitable[Spoken]:
+                if args.program:
+                    return run_program(args.program, args.port, files[name], seconds[name])
+                return speak(session, url, audio[name], paced=True)
+
+            return await _load(args, send, seconds, alone, server)
+
+
+async def _load(
+    args: argparse.Namespace,
+    send: Send,
+    seconds: Mapping[str, float],
+    alone: Mapping[str, str],
+    server: psutil.Process,
+) -> tuple[Figures, float]:
+    """Run all clients at once, and sample the memory of the server."""
     until = time.monotonic() + 60 * args.minutes
     before = cpu_seconds(server)
     tasks = [
-        asyncio.create_task(client(number, url, recordings, alone, until))
+        asyncio.create_task(client(number, send, seconds, alone, until))
         for number in range(args.clients)
     ]
     found = Figures()

@@ -19,6 +19,9 @@ FLOATS = {
 }
 INTEGERS = {"int8": 8, "int4": 4}
 LARGEST_HALF = 65504  # largest finite float16
+GROUP = 32
+"""Numbers that share a scale of 4-bit integers. With one scale for a whole vector of normally
+distributed numbers the squared error is 1.5 times as large for 128 of them, 2.3 times for 1536."""
 
 
 class Codec(ABC):
@@ -64,7 +67,7 @@ class FloatCodec(Codec):
 
 
 class IntegerCodec(Codec):
-    """Symmetric integers of 8 or 4 bits with one bfloat16 scale per vector.
+    """Symmetric integers with bfloat16 scales: one per vector for 8 bits, per GROUP for 4 bits.
 
     Two integers of 4 bits share a byte.
     """
@@ -73,17 +76,18 @@ class IntegerCodec(Codec):
         super().__init__(size)
         self.bits = bits
         self.top = 2 ** (bits - 1) - 1
+        self.groups = scales(size, bits)
 
     @property
     def layout(self) -> list[tuple[int, torch.dtype]]:
         codes = (self.size, torch.int8) if self.bits == 8 else (-(-self.size // 2), torch.uint8)
-        return [codes, (1, torch.bfloat16)]
+        return [codes, (self.groups, torch.bfloat16)]
 
     def encode(self, x: Tensor) -> list[Tensor]:
         x = x.float()
         # the lower bound prevents a division by zero for a vector of zeros
-        scale = (x.abs().amax(dim=-1, keepdim=True) / self.top).clamp(min=1e-30).bfloat16()
-        codes = (x / scale.float()).round().clamp(-self.top, self.top)
+        scale = (self._largest(x) / self.top).clamp(min=1e-30).bfloat16()
+        codes = (x / self._spread(scale.float())).round().clamp(-self.top, self.top)
         if self.bits == 8:
             return [codes.to(torch.int8), scale]
         codes = (F.pad(codes, (0, self.size % 2)) + 8).to(torch.uint8)
@@ -94,10 +98,27 @@ class IntegerCodec(Codec):
         codes, scale = parts
         # for vectors near the largest float16, the rounded scale exceeds the float16 range
         wide = torch.float32 if dtype == torch.float16 else dtype
+        scale = self._spread(scale.to(wide))
         if self.bits == 4:
             codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)[..., : self.size]
-            return _cast((codes.to(wide) - 8) * scale.to(wide), dtype)
-        return _cast(codes.to(wide) * scale.to(wide), dtype)
+            return _cast((codes.to(wide) - 8) * scale, dtype)
+        return _cast(codes.to(wide) * scale, dtype)
+
+    def _largest(self, x: Tensor) -> Tensor:
+        """Largest absolute value of each group, (..., groups)."""
+        if self.groups == 1:
+            return x.abs().amax(dim=-1, keepdim=True)
+        padded = F.pad(x.abs(), (0, self.groups * GROUP - self.size))
+        return padded.unflatten(-1, (self.groups, GROUP)).amax(dim=-1)
+
+    def _spread(self, scale: Tensor) -> Tensor:
+        """(..., groups) -> one for each number, or one for all."""
+        return scale if self.groups == 1 else scale.repeat_interleave(GROUP, -1)[..., : self.size]
+
+
+def scales(size: int, bits: int) -> int:
+    """Number of scales of a vector of `size` integers."""
+    return 1 if bits == 8 else -(-size // GROUP)
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

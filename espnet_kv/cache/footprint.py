@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
+from espnet_kv.cache.codec import scales
+
 BITS = {"fp64": 64, "fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4}
-SCALE_BYTES = 2  # scale of a vector of integers, in bfloat16
+SCALE_BYTES = 2  # of a bfloat16
 NAMES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
@@ -20,13 +22,13 @@ NAMES = {
 
 
 def vector_bytes(numbers: int, cache_dtype: str) -> int:
-    """Bytes of one stored vector of `numbers` numbers, including the scale of integers.
+    """Bytes of one stored vector of `numbers` numbers, including the scales of integers.
 
     Args:
         cache_dtype: fp64, fp32, fp16, bf16, int8 or int4.
     """
     bits = BITS[cache_dtype]
-    return -(-numbers * bits // 8) + (SCALE_BYTES if bits <= 8 else 0)
+    return -(-numbers * bits // 8) + (scales(numbers, bits) * SCALE_BYTES if bits <= 8 else 0)
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,10 @@ FEATURE_MAP = {"linear": D_K, "decay": D_K, "hedgehog": 2 * D_K}
 
 
 def vector_bytes(size: int, cache_dtype: str | None) -> int:
-    """int8 and int4 with a scale of two bytes."""
+    """int8 with a scale of two bytes, int4 with one for every 32 numbers."""
+    scales = {"int8": 1, "int4": math.ceil(size / 32)}.get(cache_dtype, 0)
     bits = {None: 32, "fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4}[cache_dtype]
-    return math.ceil(size * bits / 8) + 2 * (bits <= 8)
+    return math.ceil(size * bits / 8) + 2 * scales
 
 
 @streamed

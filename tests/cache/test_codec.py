@@ -57,9 +57,18 @@ def test_silence_and_extremes_stay_finite(cache_dtype):
     assert torch.equal(there_and_back(cache_dtype, x[:1]), x[:1])
 
 
-def test_each_vector_has_its_own_scale():
-    x = torch.tensor([[1000.0, 1.0], [0.01, 0.002]])
-    assert_close(there_and_back("int8", x)[1], x[1], tolerance=1e-4)
+@pytest.mark.parametrize("cache_dtype", INTEGERS)
+def test_each_vector_has_its_own_scale(cache_dtype):
+    x = torch.tensor([[1000.0, 1.0], [0.07, 0.01]])
+    assert_close(there_and_back(cache_dtype, x)[1], x[1], tolerance=1e-3)
+
+
+def test_a_large_number_spoils_the_4_bits_of_its_32_numbers_alone():
+    x = torch.tensor([0.07, 0.01] * 40)  # 80 numbers: groups of 32, 32 and 16
+    x[40] = 1000.0
+    back = there_and_back("int4", x[None])[0]
+    assert_close(torch.cat([back[:32], back[64:]]), torch.cat([x[:32], x[64:]]), tolerance=1e-3)
+    assert (back[32:40] == 0).all() and back[40] == pytest.approx(1000.0, rel=1e-2)
 
 
 @pytest.mark.parametrize("cache_dtype", [None, *FLOATS, *INTEGERS])
