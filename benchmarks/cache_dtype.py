@@ -58,11 +58,11 @@ def measure(experiment: Path, waveforms: list[Tensor], args: argparse.Namespace)
     result = {}
     for cache_dtype in CACHE_DTYPES:
         outputs, most = [], 0
+        options = {"left_chunks": args.left_chunks, "cache_dtype": cache_dtype}
         for waveform in waveforms:
             features = recognizer.frontend(waveform, is_final=True)[None]
-            ys, state = encoder.forward_chunk(
-                features, encoder.init_state(1, cache_dtype=cache_dtype)
-            )
+            state = encoder.init_state(1, chunk_size=args.chunk_size, **options)
+            ys, state = encoder.forward_chunk(features, state)
             most = max(most, state.nbytes_by_kind()["attention"] + state.nbytes_by_kind()["conv"])
             rest, _ = encoder.forward_chunk(features[:, :0], state, is_final=True)
             outputs.append(torch.cat([ys, rest], dim=1)[0])

@@ -117,9 +117,8 @@ def _with_weights(
     """The attention with `weights`, its latent rotated so that its numbers are of similar size.
 
     The first numbers of a latent from an SVD are much larger than the rest. Integers of a
-    quantised cache have one scale per latent, and 4 bits then resolve only the largest numbers.
-    The rotation is exact and free, and halves their error in cross-attention of Whisper models. A
-    scale per 32 numbers helps less there, needs more bytes and changes the format of all caches.
+    quantised cache share scales, and 4 bits then resolve only the largest numbers that share one.
+    The rotation is exact and free, and halves their error in cross-attention of Whisper models.
     """
     new = replacement_module(attention, MultiHeadLatentAttention, kv_rank=rank)
     down, up_k, up_v, v_bias = weights
