@@ -92,8 +92,8 @@ def tables(models: Sequence[Entry]) -> list[Table]:
     by_key = {column.key: column for columns in subjects.values() for column in columns}
     overview = [
         *("cache_attention_allocated", "compression_mha", *(column.key for column in rates)),
-        *("bytes_per_second", "cache_rest_allocated", "utterance_ms_mean", "rtf"),
-        *("chunk_ms_p50", "streaming_rtf", "offline_bytes", "streaming_bytes"),
+        *("bytes_per_second", "cache_rest_allocated", "streams_per_gib"),
+        *("utterance_ms_mean", "rtf", "chunk_ms_p50", "streaming_rtf", "offline_bytes", "streaming_bytes"),
     ]
     names = pd.Index([entry.name for entry in models], name="model")
     found = []
@@ -170,6 +170,7 @@ def _cache(profiles: Sequence[Profile]) -> list[Column]:
         *_sizes("cache_input", "input", bounded, "input"),
         _column("cache_rest_allocated", "conv. and input, allocated", f"{bounded}.rest", "kB"),
         *_sizes("cache_total", "whole state", bounded, "total"),
+        _column("streams_per_gib", "streams a GiB", f"{bounded}.streams_per_gib"),
         *_sizes("unbounded", "cache, unbounded", unbounded, "attention"),
         _column("position_bytes", "position tables, shared", f"{own}.position", "kB"),
         _column("bytes_per_frame", "added per frame", f"{own}.attention_bytes_per_frame", "B"),
@@ -183,6 +184,8 @@ def _cache(profiles: Sequence[Profile]) -> list[Column]:
     for dtype in dict.fromkeys(d for p in profiles for d in p.cache if d != p.cache_dtype):
         path, title = f"cache.{dtype}.longest.bounded", f"cache as {dtype}"
         columns += _sizes("cache_attention", title, path, "attention", f"_{dtype}")
+        streams = f"streams a GiB, {title}"
+        columns.append(_column(f"streams_per_gib_{dtype}", streams, f"{path}.streams_per_gib"))
     return columns
 
 

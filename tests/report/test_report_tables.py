@@ -47,6 +47,8 @@ def test_csv_gives_back_what_the_profiles_hold(report):
             "cache_attention_allocated": own.allocated.attention,
             "cache_total_allocated": own.allocated.total,
             "cache_rest_allocated": own.allocated.conv + own.allocated.input,
+            "streams_per_gib": 2**30 // own.allocated.total,
+            "streams_per_gib_int8": 2**30 // int8.allocated.total,
             "position_bytes": profile.own_cache.position,
             "cache_attention_bytes": own.bytes.attention,
             "cache_total_bytes": own.bytes.total,
