@@ -28,7 +28,7 @@ from espnet_kv.espnet.loading import (
     read_config,
     refuse_partial_loads,
 )
-from espnet_kv.espnet.openai_whisper import build_within
+from espnet_kv.espnet.openai_whisper import SAMPLE_RATE, WINDOW, build_within, too_long
 from espnet_kv.espnet.packs import unpacked
 from espnet_kv.espnet.parser import PAIRS, check_search
 from espnet_kv.espnet.replacing import replaced
@@ -117,6 +117,7 @@ class Speech2Text(espnet.Speech2Text):
 
         Raises:
             TooShortUttError: there are fewer samples than the first frame needs.
+            UserError: there is more than Whisper's 30 s.
         """
         if not isinstance(speech, list | tuple):
             _check_length(self.asr_model, [len(speech)])
@@ -133,7 +134,7 @@ class Speech2Text(espnet.Speech2Text):
         """N-best results of each of (B, N) samples.
 
         Raises:
-            TooShortUttError: as `__call__`.
+            TooShortUttError, UserError: as `__call__`.
         """
         lengths = list(map(len, speech)) if speech_lengths is None else speech_lengths
         _check_length(self.asr_model, [int(length) for length in lengths])
@@ -244,7 +245,9 @@ def _check_length(model: nn.Module, lengths: list[int]) -> None:
         stft = frontend.stft
         least = stft.n_fft // 2 + 1 if stft.center else stft.n_fft
     elif isinstance(model.encoder, OpenAIWhisperEncoder):
-        least = model.encoder.n_fft // 2 + 1
+        least, hop = model.encoder.n_fft // 2 + 1, model.encoder.hop_length
+        if max(lengths) // hop > WINDOW * SAMPLE_RATE // hop:  # ESPnet's drops the rest
+            raise too_long(max(lengths) / SAMPLE_RATE, WINDOW)
     if min(lengths) < least:
         raise TooShortUttError(
             f"{min(lengths)} samples of audio are too few: features need at least {least}; its "

@@ -93,7 +93,14 @@ def tables(models: Sequence[Entry]) -> list[Table]:
     overview = [
         *("cache_attention_allocated", "compression_mha", *(column.key for column in rates)),
         *("bytes_per_second", "cache_rest_allocated", "streams_per_gib"),
-        *("utterance_ms_mean", "rtf", "chunk_ms_p50", "streaming_rtf", "offline_bytes", "streaming_bytes"),
+        *(
+            "utterance_ms_mean",
+            "rtf",
+            "chunk_ms_p50",
+            "streaming_rtf",
+            "offline_bytes",
+            "streaming_bytes",
+        ),
     ]
     names = pd.Index([entry.name for entry in models], name="model")
     found = []

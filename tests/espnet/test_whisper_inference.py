@@ -140,6 +140,19 @@ def test_audio_of_more_than_30_s_is_refused_by_its_name(trained, tmp_path, capsy
     assert "Traceback" not in message and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kv_decoder", [True, False])
+def test_the_class_refuses_what_espnets_encoder_would_drop(trained, kv_decoder):
+    speech2text = Speech2Text(**trained, kv_decoder=kv_decoder, beam_size=1, maxlenratio=-1)
+    for decode, speech in (
+        (speech2text, noise(31)),
+        (speech2text, [noise(1), noise(31)]),
+        (speech2text.batch_decode, [noise(1), noise(31)]),
+    ):
+        with pytest.raises(UserError, match=r"31\.00 s is longer than the 30 s"):
+            decode(speech)
+    assert speech2text(noise(30))
+
+
 def test_the_search_ends_at_the_last_position(trained, caplog):
     """1.5 s have 75 frames: maxlenratio 8 would allow 600 tokens."""
     speech2text = Speech2Text(**trained, beam_size=1, ctc_weight=0.0, maxlenratio=8, penalty=20.0)
