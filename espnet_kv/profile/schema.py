@@ -141,11 +141,6 @@ class Held(Part):
         """Allocated bytes other than those of attention."""
         return self.allocated.total - self.allocated.attention
 
-    @property
-    def streams_per_gib(self) -> int:
-        """Streams whose state fits into a GiB, without the relative positions, which they share."""
-        return 2**30 // self.allocated.total
-
 
 class CacheLength(Part):
     """The cache of one stream after some audio."""

@@ -162,6 +162,17 @@ def _sizes(key: str, title: str, path: str, kind: str, suffix: str = "") -> list
     ]
 
 
+def _streams_per_gib(key: str, title: str, path: str) -> Column:
+    """Streams whose states fit, without the position tables, which they share."""
+    total = _column("", "", f"{path}.allocated.total").value
+
+    def value(profile: Profile) -> Value:
+        size = total(profile)
+        return 2**30 // size if isinstance(size, int) else None
+
+    return Column(key, title, value)
+
+
 def _cache(profiles: Sequence[Profile]) -> list[Column]:
     own, bounded, unbounded = (
         "own_cache",
@@ -177,7 +188,7 @@ def _cache(profiles: Sequence[Profile]) -> list[Column]:
         *_sizes("cache_input", "input", bounded, "input"),
         _column("cache_rest_allocated", "conv. and input, allocated", f"{bounded}.rest", "kB"),
         *_sizes("cache_total", "whole state", bounded, "total"),
-        _column("streams_per_gib", "streams a GiB", f"{bounded}.streams_per_gib"),
+        _streams_per_gib("streams_per_gib", "streams a GiB", bounded),
         *_sizes("unbounded", "cache, unbounded", unbounded, "attention"),
         _column("position_bytes", "position tables, shared", f"{own}.position", "kB"),
         _column("bytes_per_frame", "added per frame", f"{own}.attention_bytes_per_frame", "B"),
@@ -191,8 +202,9 @@ def _cache(profiles: Sequence[Profile]) -> list[Column]:
     for dtype in dict.fromkeys(d for p in profiles for d in p.cache if d != p.cache_dtype):
         path, title = f"cache.{dtype}.longest.bounded", f"cache as {dtype}"
         columns += _sizes("cache_attention", title, path, "attention", f"_{dtype}")
-        streams = f"streams a GiB, {title}"
-        columns.append(_column(f"streams_per_gib_{dtype}", streams, f"{path}.streams_per_gib"))
+        columns.append(
+            _streams_per_gib(f"streams_per_gib_{dtype}", f"streams a GiB, {title}", path)
+        )
     return columns
 
 
