@@ -171,7 +171,7 @@ class TestWholeRecipe:
         assert code == 0, out + err
         assert "is up to date" in out and file.stat().st_mtime_ns == before
         assert re.search(
-            r"^conformer mha( +[\d.]+( \([\d.]+ to [\d.]+\))?){9,}$", out, re.MULTILINE
+            r"^conformer mha( +[\d.\u2009]+( \([\d.]+ to [\d.]+\))?){10,}$", out, re.MULTILINE
         )
         assert (asr1 / "exp/report/report.html").exists()
 
