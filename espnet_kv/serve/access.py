@@ -3,6 +3,7 @@
 import hmac
 import json
 from collections.abc import Collection
+from typing import Any
 from urllib.parse import urlsplit
 
 from aiohttp import web
@@ -33,9 +34,7 @@ class Access:
         # headers may hold any bytes
         if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self.token.encode()):
             raise web.HTTPUnauthorized(
-                text=problem_json("the token is missing or wrong"),
-                content_type="application/json",
-                headers={"WWW-Authenticate": "Bearer"},
+                **json_body("the token is missing or wrong"), headers={"WWW-Authenticate": "Bearer"}
             )
 
     def check_origin(self, request: web.Request) -> None:
@@ -48,12 +47,12 @@ class Access:
         place = _place(origin)
         if place is None or place not in own | self._origins:
             problem = f"pages of {origin[:100]!r} may not open streams (--allowed_origins)"
-            raise web.HTTPForbidden(text=problem_json(problem), content_type="application/json")
+            raise web.HTTPForbidden(**json_body(problem))
 
 
-def problem_json(problem: str) -> str:
-    """The body of a refusal."""
-    return json.dumps({"error": problem})
+def json_body(problem: str) -> dict[str, Any]:
+    """Arguments of a refusal in aiohttp."""
+    return {"text": json.dumps({"error": problem}), "content_type": "application/json"}
 
 
 def is_origin(text: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from aiohttp import WSCloseCode, WSMsgType, web
 
-from espnet_kv.serve.access import Access, problem_json
+from espnet_kv.serve.access import Access, json_body
 from espnet_kv.serve.client import Client
 from espnet_kv.serve.metrics import Metrics
 from espnet_kv.serve.scheduler import Scheduler
@@ -192,11 +192,7 @@ class Server:
         if len(self._scheduler.clients) >= self._limits.max_streams:
             self._metrics.refused.labels("full").inc()
             problem = f"all {self._limits.max_streams} streams are in use; try again later"
-            raise web.HTTPServiceUnavailable(
-                text=problem_json(problem),
-                content_type="application/json",
-                headers={"Retry-After": "5"},
-            )
+            raise web.HTTPServiceUnavailable(**json_body(problem), headers={"Retry-After": "5"})
         websocket = _Websocket(
             timeout=CLOSE_SECONDS, compress=False, max_msg_size=self._limits.max_message_bytes
         )
