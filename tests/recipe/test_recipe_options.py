@@ -266,7 +266,7 @@ class TestContentOfFiles:
 @pytest.mark.parametrize("streaming", ["true", "false"])
 def test_what_suits_a_corpus_is_its_default(here, form, streaming):
     args = parse([*form.split(), "--use_streaming", streaming])
-    assert args.nbpe == 64 and args.overlay == Path("conf/overlays/small.yaml")
+    assert args.nbpe == 40 and args.overlay == Path("conf/overlays/small.yaml")
     assert args.speed_perturb_factors == []
     name = "decode_asr_streaming" if streaming == "true" else "decode_asr_fast"
     assert args.inference_config.stem == name

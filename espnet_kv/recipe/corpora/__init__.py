@@ -116,7 +116,7 @@ CORPORA = {
             _librispeech, defaults={"nbpe": 1000},
         ),
         Corpus(
-            "synth", *_MAIN_SETS_100, _SETS_100, _synthesize, defaults={"nbpe": 64, **_SMALL}
+            "synth", *_MAIN_SETS_100, _SETS_100, _synthesize, defaults={"nbpe": 40, **_SMALL}
         ),
         Corpus(
             "digits", *_MAIN_SETS_100, _SETS_100, _join_digits, defaults={"nbpe": 29, **_SMALL}
