@@ -6,7 +6,7 @@ CONFORMER := conf/train_asr_conformer_mha.yaml conf/train_asr_conformer_mla.yaml
 # where the demo works, below the recipe; two trainings side by side, one per core; short profiles
 DEMO := --corpus synth --train_nj 2 --inference_nj 2 --nj 2 \
     --datadir demo/data --dumpdir demo/dump --expdir demo/exp --download_dir demo/downloads \
-    --profile_args "--lengths '5 30 60' --repeats 1 --utterances 10"
+    --profile_args "--lengths '5 30' --repeats 1 --utterances 10"
 
 .PHONY: help env demo demo-all test test-checkout test-gpu lint constraints
 

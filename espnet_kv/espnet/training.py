@@ -18,6 +18,7 @@ from espnet2.utils.yaml_no_alias_safe_dump import yaml_no_alias_safe_dump
 
 from espnet_kv.cli import HelpFormatter
 from espnet_kv.errors import UserError
+from espnet_kv.espnet.heap import keep_freed_memory
 from espnet_kv.espnet.loading import DamagedError, load_tensors
 from espnet_kv.espnet.saving import CHECKPOINT, PREVIOUS, refuse_diverged, safe_saves
 from espnet_kv.espnet.task import TrainingTask
@@ -60,6 +61,8 @@ class SafeTraining(AbsTask):
         it is built, without reading data.
         """
         trains = not (args.collect_stats or args.dry_run)
+        if args.ngpu == 0:
+            keep_freed_memory()
         with safe_saves():
             if not trains or args.max_epoch != 0:
                 super().main_worker(args)
