@@ -60,7 +60,9 @@ def wer_against_cache(models: Sequence[Entry], narrow: bool = False) -> Figure |
     for axis, (title, points) in zip(axes, found.items(), strict=True):
         _scatter(axis, points, logarithmic)
         axis.set_title(title)
-    handles = _legend([entry for entry in models if any(entry in ps for ps in found.values())])
+    shown = [entry for entry in models if any(entry in points for points in found.values())]
+    joined = any(len(pareto_front(list(points.values()))) > 1 for points in found.values())
+    handles = _legend(shown, joined)
     figure.legend(handles=handles, loc="outside upper left", ncols=2 if narrow else 4)
     style.lay_out(figure)
     for axis, points in zip(axes, found.values(), strict=True):
@@ -77,9 +79,10 @@ def _scatter(axis: Axes, points: Mapping[Entry, Point], logarithmic: bool) -> No
         line = sorted(points[entry] for entry in members)
         axis.plot([p.cache for p in line], [p.wer for p in line], color=GRID, lw=1.2, zorder=1)
     front = pareto_front(list(points.values()))
-    look: Any = {"color": MUTED, "lw": 1.4, "ls": DASHED, "drawstyle": "steps-post"}
-    caches, rates = [p.cache for p in front], [p.wer for p in front]
-    axis.plot(caches, rates, label="Pareto front", zorder=2, **look)
+    if len(front) > 1:
+        look: Any = {"color": MUTED, "lw": 1.4, "ls": DASHED, "drawstyle": "steps-post"}
+        caches, rates = [p.cache for p in front], [p.wer for p in front]
+        axis.plot(caches, rates, label="Pareto front", zorder=2, **look)
     for entry, p in points.items():
         fill = _marker(entry.marker, entry.origin, entry.colour, entry.colour)
         axis.vlines(p.cache, p.low, p.high, color=entry.colour, lw=1.2, alpha=0.6, zorder=2)
@@ -116,12 +119,13 @@ def _marker(marker: str, origin: str, colour: str, fill: str) -> dict[str, Any]:
     }
 
 
-def _legend(models: Sequence[Entry]) -> list[Line2D]:
+def _legend(models: Sequence[Entry], joined: bool) -> list[Line2D]:
+    """Of the encoders, the origins where they differ, and the front where there is one."""
     signs = [(name, group[0].marker, "trained") for name, group in by_encoder(models).items()]
     origins = [name for name in ORIGINS if any(entry.origin == name for entry in models)]
     if origins != ["trained"]:
         signs += [(ORIGINS[name], "o", name) for name in origins]
-    return [
-        *(Line2D([], [], label=text, **_marker(m, o, INK, MUTED)) for text, m, o in signs),
-        Line2D([], [], color=MUTED, ls=DASHED, label="Pareto front"),
-    ]
+    handles = [Line2D([], [], label=text, **_marker(m, o, INK, MUTED)) for text, m, o in signs]
+    if joined:
+        handles.append(Line2D([], [], color=MUTED, ls=DASHED, label="Pareto front"))
+    return handles
