@@ -57,12 +57,12 @@ def wer_against_cache(models: Sequence[Entry], narrow: bool = False) -> Figure |
         [wer for p in points.values() for wer in (p.low, p.high)] for points in found.values()
     ]
     logarithmic = min(map(min, ranges)) > 0 and any(max(r) / min(r) > 5 for r in ranges)
-    for axis, (title, points) in zip(axes, found.items(), strict=True):
-        _scatter(axis, points, logarithmic)
+    fronts = [pareto_front(list(points.values())) for points in found.values()]
+    for axis, (title, points), front in zip(axes, found.items(), fronts, strict=True):
+        _scatter(axis, points, front, logarithmic)
         axis.set_title(title)
     shown = [entry for entry in models if any(entry in points for points in found.values())]
-    joined = any(len(pareto_front(list(points.values()))) > 1 for points in found.values())
-    handles = _legend(shown, joined)
+    handles = _legend(shown, joined=any(len(front) > 1 for front in fronts))
     figure.legend(handles=handles, loc="outside upper left", ncols=2 if narrow else 4)
     style.lay_out(figure)
     for axis, points in zip(axes, found.values(), strict=True):
@@ -72,13 +72,14 @@ def wer_against_cache(models: Sequence[Entry], narrow: bool = False) -> Figure |
     return figure
 
 
-def _scatter(axis: Axes, points: Mapping[Entry, Point], logarithmic: bool) -> None:
+def _scatter(
+    axis: Axes, points: Mapping[Entry, Point], front: Sequence[Point], logarithmic: bool
+) -> None:
     """Points with intervals, a thin line through each encoder's trained models, the front."""
     trained = [entry for entry in points if entry.origin == "trained"]
     for members in by_encoder(trained).values():
         line = sorted(points[entry] for entry in members)
         axis.plot([p.cache for p in line], [p.wer for p in line], color=GRID, lw=1.2, zorder=1)
-    front = pareto_front(list(points.values()))
     if len(front) > 1:
         look: Any = {"color": MUTED, "lw": 1.4, "ls": DASHED, "drawstyle": "steps-post"}
         caches, rates = [p.cache for p in front], [p.wer for p in front]
