@@ -18,6 +18,7 @@ LAYERS = {
     "errors": set(),
     "cli": set(),
     "files": set(),
+    "heap": set(),
     "names": set(),
     "config": {"names"},
     "scores": set(),
@@ -42,6 +43,7 @@ LAYERS = {
     "espnet": {
         "cli",
         "files",
+        "heap",
         "names",
         "config",
         "cache",
@@ -66,6 +68,7 @@ LAYERS = {
     },
     "profile": {
         "files",
+        "heap",
         "attention",
         "cache",
         "encoder",
@@ -83,6 +86,7 @@ WITHOUT_ESPNET = (
     "errors",
     "cli",
     "files",
+    "heap",
     "config",
     "scores",
     "channels",

@@ -18,11 +18,11 @@ from espnet2.utils.yaml_no_alias_safe_dump import yaml_no_alias_safe_dump
 
 from espnet_kv.cli import HelpFormatter
 from espnet_kv.errors import UserError
-from espnet_kv.espnet.heap import keep_freed_memory
 from espnet_kv.espnet.loading import DamagedError, load_tensors
 from espnet_kv.espnet.saving import CHECKPOINT, PREVIOUS, refuse_diverged, safe_saves
 from espnet_kv.espnet.task import TrainingTask
 from espnet_kv.files import write_text
+from espnet_kv.heap import keep_freed_memory
 
 
 class SafeTraining(AbsTask):

@@ -1,7 +1,5 @@
 """Peak memory of a run, counted in two ways: by torch's allocator and by the operating system."""
 
-import contextlib
-import ctypes
 import itertools
 import os
 import threading
@@ -10,6 +8,8 @@ from typing import Any
 
 import psutil
 import torch
+
+from espnet_kv.heap import return_freed_memory
 
 SAMPLING_SECONDS = 0.002
 METHODS = {"cpu": "torch profiler", "cuda": "cuda allocator"}
@@ -47,8 +47,7 @@ def peak_resident_bytes(run: Callable[[], object]) -> int:
     glibc, free memory that it kept before goes back to the system first, so that the run does not
     use it uncounted.
     """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries
-        ctypes.CDLL(None).malloc_trim(0)
+    return_freed_memory()
     process, ended = psutil.Process(), threading.Event()
     before = most = process.memory_info().rss
 

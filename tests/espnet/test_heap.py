@@ -9,7 +9,7 @@ import pytest
 # a step allocates, fills and frees four blocks of 20 MiB; page faults of three steps
 SCRIPT = """
 import ctypes, resource, sys
-from espnet_kv.espnet.heap import keep_freed_memory
+from espnet_kv.heap import keep_freed_memory
 
 if sys.argv[1] == "keep":
     keep_freed_memory()
