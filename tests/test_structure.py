@@ -19,6 +19,7 @@ LAYERS = {
     "cli": set(),
     "files": set(),
     "heap": set(),
+    "packed": set(),
     "names": set(),
     "config": {"names"},
     "scores": set(),
@@ -26,6 +27,7 @@ LAYERS = {
     "cache": set(),
     "attention": {"cache"},
     "encoder": {
+        "packed",
         "cache",
         "attention",
         "espnet.signatures",
@@ -44,6 +46,7 @@ LAYERS = {
         "cli",
         "files",
         "heap",
+        "packed",
         "names",
         "config",
         "cache",
@@ -52,7 +55,7 @@ LAYERS = {
         "lm",
         "streaming.recordings",
     },
-    "streaming": {"channels", "cache", "encoder", "espnet"},
+    "streaming": {"packed", "channels", "cache", "encoder", "espnet"},
     "export": {"cli", "attention", "cache", "encoder", "streaming"},
     "serve": {"streaming"},
     "convert": {
@@ -69,6 +72,7 @@ LAYERS = {
     "profile": {
         "files",
         "heap",
+        "packed",
         "attention",
         "cache",
         "encoder",
@@ -87,6 +91,7 @@ WITHOUT_ESPNET = (
     "cli",
     "files",
     "heap",
+    "packed",
     "config",
     "scores",
     "channels",

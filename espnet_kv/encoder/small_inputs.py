@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from espnet_kv.cache.step import current_step
+from espnet_kv.packed import PackedWeight, is_worth_packing
 
 SWISH = type(get_activation("swish"))
 """ESPnet's activation."""
@@ -18,6 +19,8 @@ class PointwiseConv1d(nn.Conv1d):
     is bit for bit that of the convolution it replaces, whose parameters it has.
     """
 
+    packed: PackedWeight | None = None
+
     @classmethod
     def of(cls, conv: nn.Conv1d) -> "PointwiseConv1d":
         """The parameters of `conv`, which has kernel size 1, in this class."""
@@ -29,7 +32,14 @@ class PointwiseConv1d(nn.Conv1d):
         """(B, channels, T) -> (B, channels, T)."""
         if current_step.get() is None:
             return super().forward(x)
-        return F.linear(x.transpose(1, 2), self.weight[:, :, 0], self.bias).transpose(1, 2)
+        linear = F.linear if self.packed is None else self.packed.linear
+        return linear(x.transpose(1, 2), self.weight[:, :, 0], self.bias).transpose(1, 2)
+
+    def pack(self) -> None:
+        """See `pack_weights`."""
+        if is_worth_packing(self.weight):
+            self.packed = self.packed or PackedWeight()
+            self.packed.fill(self.weight[:, :, 0])
 
 
 class ChunkSwish(nn.Module):

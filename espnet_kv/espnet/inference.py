@@ -35,6 +35,7 @@ from espnet_kv.espnet.replacing import replaced
 from espnet_kv.espnet.task import ASRTask, CachedDecodingTask
 from espnet_kv.lm.transformer_lm import KVTransformerLM
 from espnet_kv.names import plain_names
+from espnet_kv.packed import pack_weights
 
 _SIGNATURE = inspect.signature(espnet.Speech2Text)
 
@@ -97,6 +98,7 @@ class Speech2Text(espnet.Speech2Text):
         if given["dtype"] in ("float16", "bfloat16"):
             _features_in_32_bits(self.asr_model, getattr(torch, given["dtype"]))
             self.dtype = "float32"  # type of the audio
+        pack_weights(self.asr_model.encoder)
         if hasattr(self.asr_model.decoder, "prepare_search"):
             self.asr_model.decoder.prepare_search()
         limit_length(self)

@@ -17,6 +17,7 @@ from espnet_kv.errors import UserError
 from espnet_kv.espnet.openai_whisper import SAMPLE_RATE, WINDOW
 from espnet_kv.espnet.task import CachedDecodingTask
 from espnet_kv.espnet.whisper_weights import weights_follow
+from espnet_kv.packed import pack_weights
 from espnet_kv.streaming.frontend import StreamingFrontend
 from espnet_kv.streaming.requirements import check_streams
 
@@ -113,6 +114,8 @@ class Subject:
         subject = cls(source, model, args, device, chunk_size, left_chunks)
         subject.frontend()
         subject.init_state()
+        pack_weights(subject.model.encoder)  # as the commands do
+        pack_weights(subject.model.ctc)
         return subject
 
     @property

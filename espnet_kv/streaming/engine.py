@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from espnet_kv.cache.stream import EncoderState
 from espnet_kv.errors import ArgumentError, UserError
+from espnet_kv.packed import pack_weights
 
 # limit for a cache that is allocated at the start: some hours of audio
 MOST_FRAMES = 1_000_000
@@ -109,7 +110,8 @@ class TorchEngine(Engine[EncoderState]):
     """Encoder and CTC of the model, run by PyTorch.
 
     Args:
-        model, chunk_size, left_chunks, cache_dtype: see EngineBuilder.
+        model: see EngineBuilder; the weights of its encoder and CTC are packed in place.
+        chunk_size, left_chunks, cache_dtype: see EngineBuilder.
 
     Raises:
         UserError: a value is not allowed, or the encoder cannot stream.
@@ -125,6 +127,8 @@ class TorchEngine(Engine[EncoderState]):
         self._encoder, self._ctc, self.normalize = model.encoder, model.ctc, model.normalize
         self.chunk_size, self.left_chunks = _chunks(model.encoder, chunk_size, left_chunks)
         self.cache_dtype = cache_dtype
+        pack_weights(model.encoder)
+        pack_weights(model.ctc)
 
     def init_state(self, streams: int = 1) -> EncoderState:
         """See Engine."""
