@@ -244,7 +244,7 @@ def grouped_attention(
     """
     groups, heads = k.size(1), q.size(1)
     if groups == heads:
-        return F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale)
+        return _attention(q, k, v, bias, dropout, scale)
     # heads of one group become additional queries of that group, so that K and V are not copied
     b, _, queries, d_k = q.shape
     share = heads // groups
@@ -252,5 +252,20 @@ def grouped_attention(
     if bias is not None and max(bias.shape[1:3]) > 1:  # a padding mask broadcasts
         bias = bias.expand(-1, heads, queries, -1)
         bias = bias.reshape(bias.size(0), groups, share * queries, -1)
-    out = F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale)
+    out = _attention(q, k, v, bias, dropout, scale)
     return out.reshape(b, heads, queries, d_k)
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float, scale: float | None
+) -> Tensor:
+    """Scaled dot-product attention of as many query as key/value heads."""
+    if not torch.jit.is_tracing():
+        return F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale)
+    # ONNX has no such function. The exporter would scale and transpose the keys in copies.
+    logits = torch.matmul(q * (scale or 1 / math.sqrt(q.size(-1))), k.transpose(-2, -1))
+    if bias is not None and bias.dtype == torch.bool:
+        logits = logits.masked_fill(~bias, torch.finfo(logits.dtype).min)
+    elif bias is not None:
+        logits = logits + bias
+    return torch.matmul(logits.softmax(-1), v)

@@ -5,12 +5,12 @@ import pickle
 
 import pytest
 import torch
+from small_encoders import assert_close, build
 from torch import nn
 
 from espnet_kv.cache.step import active_step
 from espnet_kv.encoder.small_inputs import PointwiseConv1d
 from espnet_kv.packed import LEAST_ROWS, PackedLinear, pack_weights
-from tests.support.small_encoders import assert_close, build
 
 SIZE, OUT = 256, 512  # the smallest weight that is packed
 
