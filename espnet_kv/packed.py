@@ -3,8 +3,6 @@
 Shape letters: N output size, K input size.
 """
 
-from typing import Protocol, runtime_checkable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -47,13 +45,21 @@ class PackedWeight:
         version = 0 if weight.is_inference() else weight._version
         source = self._source
         if source is None or (source.data_ptr(), self._version) != (weight.data_ptr(), version):
-            self._source, self._version = weight.detach(), version
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(
-                self._source.contiguous(), TYPICAL_ROWS
-            )
+            plain = weight.detach()
+            # first the copy: another thread that finds the new source uses it
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(plain.contiguous(), TYPICAL_ROWS)
+            self._source, self._version = plain, version
 
 
-class PackedLinear(nn.Linear):
+class Packable:
+    """A layer that `pack_weights` packs; it comes before the class of torch in the bases."""
+
+    def pack(self) -> None:
+        """Make or renew the copy of the weight, if it saves time."""
+        raise NotImplementedError
+
+
+class PackedLinear(Packable, nn.Linear):
     """nn.Linear with a packed copy of its weight. Parameters and state dict are the same."""
 
     packed: PackedWeight
@@ -71,16 +77,8 @@ class PackedLinear(nn.Linear):
         return self.packed.linear(x, self.weight, self.bias)
 
     def pack(self) -> None:
-        """Fill the copy."""
+        """See Packable."""
         self.packed.fill(self.weight)
-
-
-@runtime_checkable
-class Packable(Protocol):
-    """A layer that keeps a packed copy of its weight."""
-
-    def pack(self) -> None:
-        """Make the copy, if it saves time."""
 
 
 def pack_weights(model: nn.Module) -> None:
@@ -105,7 +103,10 @@ def pack_weights(model: nn.Module) -> None:
 def is_worth_packing(weight: Tensor) -> bool:
     """Whether torch has oneDNN, and the weight is large, in float32 and on a CPU."""
     fits = weight.device.type == "cpu" and weight.dtype == torch.float32
-    return fits and weight.numel() >= LEAST_NUMBERS and torch.backends.mkldnn.is_available()
+    has_kernel = torch.backends.mkldnn.is_available() and hasattr(
+        torch.ops.mkldnn, "_linear_pointwise"
+    )
+    return fits and weight.numel() >= LEAST_NUMBERS and has_kernel
 
 
 def _helps(x: Tensor, weight: Tensor) -> bool:
