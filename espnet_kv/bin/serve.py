@@ -55,6 +55,12 @@ def get_parser() -> argparse.ArgumentParser:
     add("--max_streams", type=whole(1, 4096), default=32, help="Open streams; more are refused")
     add("--max_batch_size", type=whole(1), default=32, help="Streams that are decoded together")
     add(
+        "--max_wait_ms",
+        type=whole(0, 10_000),
+        default=50,
+        help="Longest time that a chunk waits for those of other streams, to be decoded with them",
+    )
+    add(
         "--idle_seconds",
         type=float,
         default=60.0,
@@ -116,6 +122,7 @@ def main(cmd: Sequence[str] | None = None) -> None:
         limits = Limits(
             args.max_streams,
             args.max_batch_size,
+            args.max_wait_ms / 1000,
             args.idle_seconds,
             args.max_stream_seconds,
             args.max_message_bytes,

@@ -46,6 +46,7 @@ class Client:
     Attributes:
         samples: number of samples received.
         served: number of the last step in which the stream took part.
+        ready_since: time.monotonic() when the stream became ready for its next step, if it is.
         segments: number of segments that ended; only the thread of the decoder changes it.
         failed: decoding failed.
     """
@@ -56,6 +57,7 @@ class Client:
         self._number = number
         self.samples = self.served = self.segments = 0
         self.failed = False
+        self.ready_since: float | None = None
         self._size, self._next_size = sizes
         self._most_waiting, self._wake = most_waiting, wake
         self._audio: deque[tuple[np.ndarray, float]] = deque()
@@ -78,7 +80,7 @@ class Client:
             self._audio.append((samples, time.monotonic()))
         if self._waiting >= self._most_waiting:
             self._has_room.clear()
-        self._wake()
+        self._note_readiness()
 
     async def room(self) -> None:
         """Wait until there is room for more samples."""
@@ -87,7 +89,7 @@ class Client:
     def complete(self) -> None:
         """No more samples will come; the stream ends with those that wait."""
         self._is_complete = True
-        self._wake()
+        self._note_readiness()
 
     @property
     def is_ready(self) -> bool:
@@ -95,6 +97,13 @@ class Client:
         if self._is_over or len(self._results) >= MOST_RESULTS:
             return False
         return self._is_complete or self._waiting >= self._size
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the stream is ready for more than one step, or ends."""
+        return self.is_ready and (
+            self._is_complete or self._waiting >= self._size + self._next_size
+        )
 
     def take(self) -> Piece:
         """The piece for the next step of a stream that is ready."""
@@ -109,6 +118,7 @@ class Client:
             left -= len(parts[-1])
         self._waiting -= wanted
         self._size = self._next_size
+        self.ready_since = time.monotonic() if self.is_ready else None
         if self._waiting < self._most_waiting:
             self._has_room.set()
         return Piece(np.concatenate(parts), is_last, arrived)
@@ -130,8 +140,13 @@ class Client:
             self._has_result.clear()
             await self._has_result.wait()
         text, _ = self._results.popleft()
-        self._wake()
+        self._note_readiness()
         return text
+
+    def _note_readiness(self) -> None:
+        if self.ready_since is None and self.is_ready:
+            self.ready_since = time.monotonic()
+        self._wake()
 
     def fail(self) -> None:
         """Decoding failed: no more results."""

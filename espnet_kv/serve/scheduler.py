@@ -1,10 +1,11 @@
 """Steps of decoding: which streams take part, and the thread that owns the batch of streams."""
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -26,10 +27,14 @@ class Scheduler:
     than `max_batch_size` such streams, those that have waited for the most steps take part. While
     a step runs in the thread of the decoder, the event loop collects what arrives for the next.
 
+    A step of few streams costs more for each than one of many, so a step waits a little for other
+    streams to become ready.
+
     Args:
         recognizer: its model and settings are used.
         max_streams: rows of the encoder's state, allocated at once.
         max_batch_size: streams in a step.
+        max_wait: seconds that a stream that is ready may wait for others.
         metrics: what is measured is written there.
     """
 
@@ -38,12 +43,13 @@ class Scheduler:
         recognizer: StreamingRecognizer,
         max_streams: int,
         max_batch_size: int,
+        max_wait: float,
         metrics: Metrics,
     ):
         self.clients: list[Client] = []
         self._recognizer, self._metrics = recognizer, metrics
         self._batch = StreamingBatch(recognizer, slots=max_streams)
-        self._max_batch_size = max_batch_size
+        self._max_batch_size, self._max_wait = max_batch_size, max_wait
         self._sizes = _piece_sizes(recognizer)
         self._steps, self._numbers = 0, itertools.count(1)
         self._wake = asyncio.Event()
@@ -67,15 +73,30 @@ class Scheduler:
             self._wake.clear()
             ready = [client for client in self.clients if client.is_ready]
             ready.sort(key=lambda client: client.served)
-            if ready:
-                await self._step(ready[: self._max_batch_size])
-            else:
+            if not ready:
                 await self._wake.wait()
+            elif (delay := self._delay(ready)) > 0:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), delay)
+            else:
+                await self._step(ready[: self._max_batch_size])
 
     async def cache(self) -> tuple[dict[str, int], int]:
         """Bytes held for all streams by kind, and bytes allocated for the encoder's state."""
         return await self._in_decoder(
             lambda: (self._batch.nbytes_by_kind(), self._batch.capacity_bytes)
+        )
+
+    def _delay(self, ready: Sequence[Client]) -> float:
+        """Seconds until a step of streams that are ready, unless others become ready before.
+
+        There is no delay if no others can, or a stream is late.
+        """
+        most = min(self._max_batch_size, len(self.clients))
+        if len(ready) >= most or any(client.is_late for client in ready):
+            return 0.0
+        return (
+            min(client.ready_since or 0.0 for client in ready) + self._max_wait - time.monotonic()
         )
 
     async def _step(self, clients: list[Client]) -> None:

@@ -48,6 +48,7 @@ class Limits:
 
     Attributes:
         max_streams: open streams. max_batch_size: streams decoded together.
+        max_wait: seconds that a chunk may wait for those of other streams.
         idle_seconds: time without audio, or without reading results, after which a stream ends.
         max_stream_seconds: audio of a stream, and time that it is open; 0: no limit.
         max_message_bytes: bytes of one message.
@@ -55,6 +56,7 @@ class Limits:
 
     max_streams: int
     max_batch_size: int
+    max_wait: float
     idle_seconds: float
     max_stream_seconds: float
     max_message_bytes: int
@@ -102,7 +104,7 @@ class Server:
         self._rate = recognizer.sample_rate
         self._metrics = Metrics(limits.max_streams)
         self._scheduler = Scheduler(
-            recognizer, limits.max_streams, limits.max_batch_size, self._metrics
+            recognizer, limits.max_streams, limits.max_batch_size, limits.max_wait, self._metrics
         )
         folder = resources.files("espnet_kv.serve")
         self._page = {path: (folder / name).read_text("utf-8") for path, (name, _) in PAGE.items()}

@@ -227,6 +227,7 @@ def test_a_killed_server_can_be_restarted_on_its_port(model):
         (["--max_segment_seconds", "0"], "--max_segment_seconds 0: .* 30"),
         (["--max_streams", "0"], "max_streams: '0' is not a whole number from 1"),
         (["--max_batch_size", "0"], "max_batch_size: '0'"),
+        (["--max_wait_ms", "-1"], "max_wait_ms: '-1' is not a whole number from 0"),
         (["--idle_seconds", "0"], "--idle_seconds 0.0: allowed"),
         (["--idle_seconds", "nan"], "--idle_seconds nan: allowed"),
         (["--max_stream_seconds", "-1"], "--max_stream_seconds -1.0: allowed"),
