@@ -57,7 +57,7 @@ def get_parser() -> argparse.ArgumentParser:
     add(
         "--max_wait_ms",
         type=whole(0, 10_000),
-        default=50,
+        default=100,
         help="Longest time that a chunk waits for those of other streams, to be decoded with them",
     )
     add(
