@@ -35,7 +35,8 @@ def test_after_setup_sh_the_recipe_is_whole(asr1):
         set_up(asr1)
     assert (asr1 / "db.sh").is_symlink() and (asr1 / "path.sh").is_symlink()
     assert (asr1 / CONFIG).is_file() and (asr1 / "conf/fbank.conf").is_file()
-    ended = run(asr1, "--dry_run=true", "--stop_stage=12", f"--asr_config={CONFIG}")
+    options = ["--stop_stage=12", f"--asr_config={CONFIG}", "--speed_perturb_factors="]  # no sox
+    ended = run(asr1, "--dry_run=true", *options)
     assert ended.returncode == 0, ended.stderr
     assert f"--asr_config {CONFIG}" in ended.stdout
 
