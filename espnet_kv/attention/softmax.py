@@ -260,7 +260,7 @@ def _attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float, scale: float | None
 ) -> Tensor:
     """Scaled dot-product attention of as many query as key/value heads."""
-    if not torch.jit.is_tracing():
+    if dropout or not torch.jit.is_tracing():
         return F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale)
     # ONNX has no such function. The exporter would scale and transpose the keys in copies.
     logits = torch.matmul(q * (scale or 1 / math.sqrt(q.size(-1))), k.transpose(-2, -1))
