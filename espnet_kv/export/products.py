@@ -26,11 +26,12 @@ def convolutions_as_products(model: Any) -> None:
 
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
-    nodes = []
+    nodes, replaced = [], set()
     for node in graph.node:
         if node.op_type != "Conv" or not _is_replaced(node, weights):
             nodes.append(node)
             continue
+        replaced.add(node.input[1])
         kernel = numpy_helper.to_array(weights[node.input[1]])  # (O, C, K_T, K_F)
         matrix = kernel.transpose(2, 3, 1, 0).reshape(-1, len(kernel))  # (K_T K_F C, O)
         name = f"{node.name}/weight"
@@ -39,9 +40,8 @@ def convolutions_as_products(model: Any) -> None:
     del graph.node[:]
     graph.node.extend(nodes)
     used = {name for node in nodes for name in node.input}
-    for tensor in weights.values():
-        if tensor.name not in used:
-            graph.initializer.remove(tensor)
+    for name in replaced - used:
+        graph.initializer.remove(weights[name])
 
 
 def _attributes(node: Any) -> dict[str, Any]:

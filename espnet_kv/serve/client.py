@@ -100,10 +100,8 @@ class Client:
 
     @property
     def is_late(self) -> bool:
-        """Whether the stream is ready for more than one step, or ends."""
-        return self.is_ready and (
-            self._is_complete or self._waiting >= self._size + self._next_size
-        )
+        """Whether a stream that is ready has the samples of two steps, or ends."""
+        return self._is_complete or self._waiting >= self._size + self._next_size
 
     def take(self) -> Piece:
         """The piece for the next step of a stream that is ready."""

@@ -54,6 +54,13 @@ def audio(samples):
     return speech("ABBAABBA").numpy()[:samples]
 
 
+async def one_after_the_other(scheduler):
+    a, b = (scheduler.open() for _ in range(2))
+    a.accept(audio(scheduler.first))
+    await asyncio.sleep(0.1)
+    b.accept(audio(scheduler.first))
+
+
 def test_a_single_stream_does_not_wait(recognizer):
     async def scenario(scheduler):
         scheduler.open().accept(audio(scheduler.first))
@@ -77,13 +84,7 @@ def test_streams_that_become_ready_in_time_share_a_step(recognizer):
 
 
 def test_a_step_begins_as_soon_as_nobody_else_can_join(recognizer):
-    async def scenario(scheduler):
-        a, b = (scheduler.open() for _ in range(2))
-        a.accept(audio(scheduler.first))
-        await asyncio.sleep(0.1)
-        b.accept(audio(scheduler.first))
-
-    ((streams, when),) = steps(recognizer, scenario)
+    ((streams, when),) = steps(recognizer, one_after_the_other)
     assert streams == {1, 2}
     assert 0.1 <= when < 0.1 + SOON
 
@@ -121,13 +122,7 @@ def test_a_stream_with_two_chunks_does_not_wait(recognizer):
 
 
 def test_without_a_wait_every_stream_is_decoded_at_once(recognizer):
-    async def scenario(scheduler):
-        a, b = (scheduler.open() for _ in range(2))
-        a.accept(audio(scheduler.first))
-        await asyncio.sleep(0.1)
-        b.accept(audio(scheduler.first))
-
-    first, second = steps(recognizer, scenario, max_wait=0)
+    first, second = steps(recognizer, one_after_the_other, max_wait=0)
     assert (first[0], second[0]) == ({1}, {2})
 
 
