@@ -216,7 +216,11 @@ def decode(
 
 @torch.no_grad()
 def encode(model: WhisperModel, utterances: Sequence[Utterance]) -> list[Tensor]:
-    return [model.encode(x[None], torch.tensor([len(x)]))[0][0] for x, _ in utterances]
+    device = next(model.parameters()).device
+    return [
+        model.encode(x[None].to(device), torch.tensor([len(x)], device=device))[0][0]
+        for x, _ in utterances
+    ]
 
 
 @command

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from common import positive, print_software, settings
-from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.nn.utils.rnn import pad_sequence
 from whisper_conversion import (
     METHODS,
@@ -34,7 +34,7 @@ from espnet_kv.cli import command
 PARTS = TOGETHER["decoder"]
 IGNORED = -1
 # of ESPnet's recipe that fine-tunes Whisper
-LABEL_SMOOTHING, WARMUP, CLIP = 0.1, 10, 1.0
+LABEL_SMOOTHING, CLIP = 0.1, 1.0
 OPTIMIZER = {"weight_decay": 0.01, "betas": (0.9, 0.99), "eps": 1e-6}
 
 
@@ -61,9 +61,12 @@ def get_parser() -> argparse.ArgumentParser:
     add("--cut", type=float, default=0.875, help="share of the cache that goes")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of calibration and training")
     add("--updates", type=positive, default=200, help="of the optimizer")
+    add("--warmup", type=positive, default=10, help="updates, then lr falls with their root")
+    add("--distill", type=fraction, default=0.0, help="weight of the released decoder's outputs")
     add("--batch_size", type=positive, default=8, help="utterances")
     add("--lr", type=float, default=1e-5, help="learning rate after warm-up")
     add("--cache_dtypes", nargs="+", default=["fp32", "int8"], help="fp32, int8, int4")
+    add("--device", default="cpu", help="cpu or cuda, for everything but the conversion")
     return parser
 
 
@@ -77,22 +80,37 @@ def examples(
     ]
 
 
+def fraction(text: str) -> float:
+    if not 0 <= (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: between 0 and 1")
+    return value
+
+
 def fine_tune(
-    model: WhisperModel, data: Sequence[Example], start: list[int], args: Any, seed: int
+    model: WhisperModel,
+    teacher: nn.Module,
+    data: Sequence[Example],
+    start: list[int],
+    args: Any,
+    seed: int,
 ) -> float:
-    """Train the decoder in place; return the mean loss of the last quarter of the updates."""
+    """Train the decoder in place; return the mean loss of the last quarter of the updates.
+
+    The loss is (1 - d) times the cross-entropy of transcripts, with smoothed labels, and d times
+    the divergence from the output of `teacher`, where d is --distill.
+    """
     from espnet2.schedulers.warmup_lr import WarmupLR
 
     decoder, generator = model.decoder, torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=args.lr, **OPTIMIZER)
-    scheduler = WarmupLR(optimizer, warmup_steps=WARMUP)
+    scheduler = WarmupLR(optimizer, warmup_steps=args.warmup)
     order: list[int] = []
     losses = []
     for _ in range(args.updates):
         if len(order) < args.batch_size:
             order = torch.randperm(len(data), generator=generator).tolist()
         batch = [data[order.pop()] for _ in range(args.batch_size)]
-        loss = _loss(model, batch, start)
+        loss = _loss(model, teacher, batch, start, args.distill)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), CLIP)
@@ -104,24 +122,42 @@ def fine_tune(
     return sum(last) / len(last)
 
 
-def _loss(model: WhisperModel, batch: Sequence[Example], start: list[int]) -> Tensor:
-    """Cross-entropy of the tokens after `start`."""
+def _loss(
+    model: WhisperModel,
+    teacher: nn.Module,
+    batch: Sequence[Example],
+    start: list[int],
+    distill: float,
+) -> Tensor:
+    """The loss of the tokens after `start`."""
     model.decoder.train()
+    device = batch[0].encoded.device
     first = torch.tensor(start)
     inputs = [torch.cat([first, tokens]) for _, tokens in batch]
     targets = [torch.cat([tokens, torch.tensor([model.eos])]) for _, tokens in batch]
     encoded = torch.stack([encoded for encoded, _ in batch])  # (B, T, D)
-    frames = torch.full([len(batch)], encoded.size(1))
-    lengths = torch.tensor([len(tokens) for tokens in inputs])
-    padded = pad_sequence(inputs, batch_first=True, padding_value=model.eos)  # (B, L)
-    scores, _ = model.decoder(encoded, frames, padded, lengths)  # (B, L, V)
-    wanted = pad_sequence(targets, batch_first=True, padding_value=IGNORED)
-    return cross_entropy(
-        scores[:, len(start) - 1 :].transpose(1, 2),
-        wanted,
-        ignore_index=IGNORED,
-        label_smoothing=LABEL_SMOOTHING,
-    )
+    frames = torch.full([len(batch)], encoded.size(1), device=device)
+    lengths = torch.tensor([len(tokens) for tokens in inputs], device=device)
+    padded = pad_sequence(inputs, batch_first=True, padding_value=model.eos).to(device)  # (B, L)
+    wanted = pad_sequence(targets, batch_first=True, padding_value=IGNORED).to(device)
+    kept = wanted != IGNORED
+
+    def scores(decoder: nn.Module) -> Tensor:
+        """(N, V) of the N tokens of the batch."""
+        return decoder(encoded, frames, padded, lengths)[0][:, len(start) - 1 :][kept]
+
+    found = scores(model.decoder)
+    loss = found.new_zeros(())
+    if distill < 1:
+        smoothed = cross_entropy(found, wanted[kept], label_smoothing=LABEL_SMOOTHING)
+        loss = loss + (1 - distill) * smoothed
+    if distill > 0:
+        with torch.no_grad():
+            expected = log_softmax(scores(teacher), dim=-1)
+        found = log_softmax(found, dim=-1)
+        divergence = kl_div(found, expected, reduction="batchmean", log_target=True)
+        loss = loss + distill * divergence
+    return loss
 
 
 @command
@@ -138,7 +174,9 @@ def main(argv: list[str] | None = None) -> None:
     model = WhisperModel(args.weights)
     start = start_tokens(model, {"token_type": model.token_type})
     tokenizer = get_tokenizer(model.token_type == "whisper_multilingual", language="en")
+    device = torch.device(args.device)
     tested = {data: read_utterances(data, args.test_utterances, 0) for data in args.test}
+    model.to(device)
     encodings = {data: encode(model, utterances) for data, utterances in tested.items()}
     read = [u for data in args.train for u in read_utterances(data, args.train_utterances, 0)]
     training = examples(model, read, tokenizer, EnglishTextNormalizer())
@@ -164,17 +202,19 @@ def main(argv: list[str] | None = None) -> None:
     for seed in args.seeds:
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randperm(len(read), generator=generator)[: args.calibration].tolist()
+        model.cpu()
         conversions = Conversions(model, PARTS, [read[n].samples for n in drawn], start)
         converted = {part: conversions.of(part, args.cut, METHODS[2]) for part in PARTS}
-        released = model.decoder
+        released = model.to(device).decoder
         for name, modules in (("control", {}), ("converted", converted)):
             model.decoder = copy.deepcopy(released)
             with ExitStack() as stack:
                 for part, layers in modules.items():
                     stack.enter_context(replaced(model, SLOTS[part], copy.deepcopy(layers)))
+                model.to(device)
                 if modules:
                     measure(name, seed)
-                loss = fine_tune(model, training, start, args, seed)
+                loss = fine_tune(model, released, training, start, args, seed)
                 measure(f"{name}, fine-tuned", seed, loss)
         model.decoder = released
     facts = {"benchmark": "whisper_finetuning", "settings": settings(args), "results": rows}

@@ -74,6 +74,7 @@ def decode_step(layout: Layout, config_file: Path, name: str, before: Sequence[S
                     log_dir / f"asr_inference.{n}.log",
                     int(args.gpu_inference),
                     output=output,
+                    shares=True,  # search leaves most of a GPU idle
                 )
             )
         return made

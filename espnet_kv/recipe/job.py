@@ -41,7 +41,8 @@ class Job:
     module: module with main(arguments), which may return an exit status.
     arguments: options of the command.
     log: file to which standard output and error are appended.
-    gpus: number of exclusive GPUs; 0: the job runs on the CPU.
+    gpus: number of GPUs; 0: the job runs on the CPU.
+    shares: other jobs that share may run on its GPUs at the same time.
     epochs: number of training epochs; 0: no epochs to show.
     after: called in the run after the job has succeeded; a UserError is a failure of the job.
     fresh: start a new process, also on the CPU, e.g. to measure its memory.
@@ -57,6 +58,7 @@ class Job:
     after: Callable[[], None] = lambda: None
     fresh: bool = False
     output: Path | None = None
+    shares: bool = False
 
 
 @dataclass

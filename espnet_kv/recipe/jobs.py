@@ -31,7 +31,7 @@ def run_jobs(jobs: Sequence[Job], parallel: int, threads: int | None = None) -> 
     """Run `jobs`, at most `parallel` at a time, or on a cluster, and show progress.
 
     If one fails, the others still finish, so that a rerun has only the failed job to do. All jobs
-    end with the run. Jobs on GPUs wait until enough GPUs are free.
+    end with the run. Jobs on GPUs wait until enough GPUs are free, unless all of them share.
 
     Args:
         threads: torch threads of each job; None: cores / parallel jobs, at most OMP_NUM_THREADS.
@@ -61,6 +61,8 @@ def _run_here(
     check_gpus(max(job.gpus for job in jobs), "ngpu")
     free = gpu_names() if any(job.gpus for job in jobs) else []
     parallel = max(1, min(parallel, len(jobs), most_at_once()))
+    if all(job.shares for job in jobs):
+        free = free * parallel  # in turns, so that each GPU has about as many
     threads = threads or _threads(parallel)
     waiting, running = list(jobs), list[Running]()
     try:

@@ -91,6 +91,14 @@ class TestGPUs:
             times = sorted(one["time"] for one in found if one["gpus"] == device)
             assert times[0][1] <= times[1][0]
 
+    def test_jobs_that_share_are_spread_over_the_gpus(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(jobs, "visible_gpus", lambda: 2)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        files = [tmp_path / f"{n}.met" for n in range(4)]
+        meet = [stub(tmp_path, "meet", f, 4, name=f.stem, gpus=1, shares=True) for f in files]
+        run_jobs(meet, parallel=4)
+        assert sorted(file.read_text() for file in files) == ["0", "0", "1", "1"]
+
     def test_a_job_for_all_gpus_waits_for_those_before(self, tmp_path, monkeypatch):
         monkeypatch.setattr(jobs, "visible_gpus", lambda: 2)
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -39,6 +39,16 @@ def record(file: str, seconds: str = "0") -> None:
     Path(file).write_text(json.dumps(found))
 
 
+def meet(file: str, count: str) -> None:
+    """Write the GPUs of this process, and wait until `count` processes have done so."""
+    Path(file).write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    deadline = time.monotonic() + 60
+    while len(list(Path(file).parent.glob("*.met"))) < int(count):
+        if time.monotonic() > deadline:
+            raise TimeoutError("the others do not run")
+        time.sleep(0.05)
+
+
 def say(text: str, status: str = "0") -> int:
     """Print a text and exit with a status."""
     print(text, flush=True)
