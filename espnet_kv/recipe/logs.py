@@ -104,6 +104,9 @@ def _raised(lines: list[str]) -> str:
                     break
                 following.append(more.strip())
             message = " ".join([found["message"] or "", *following]).strip()
+            if name == "AssertionError" and not message:  # as many of ESPnet's checks
+                code = [one.strip() for one in lines[:n] if one.strip().startswith("assert ")]
+                message = code[-1] if code else ""
             return message if name == "UserError" else f"{name}: {message}".removesuffix(": ")
     return ""
 

@@ -224,6 +224,9 @@ class TestReasons:
         with pytest.raises(UserError, match=said):
             run_jobs([stub(tmp_path, "say", printed, 1)], 1)
 
+    def test_an_assertion_without_a_message_is_told_by_its_code(self, tmp_path):
+        assert "failed: AssertionError: assert int(number) < 3 (" in failure(tmp_path, "check", 5)
+
     def test_what_fails_after_a_job_is_its_failure(self, tmp_path, capsys):
         def refuse():
             raise UserError("the model holds nan")

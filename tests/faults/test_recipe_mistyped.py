@@ -3,6 +3,8 @@
 import pytest
 from small_recipe import make_recipe, run, said
 
+LONG = " ".join(f"--encoder_conf number_{n}={n}" for n in range(12))
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -49,6 +51,9 @@ def options(folder) -> list[str]:
         (["--use_streaming", "true", "--use_lm", "true"], "streaming decodes with the model alone"),
         (["--stagee", "1"], "unrecognized arguments: --stagee 1"),
         (["--stage"], "--stage: expected one argument"),
+        (["--asr_args", LONG], "allowed: name it yourself with --asr_tag"),
+        (["--inference_args", LONG], "allowed: name it yourself with --inference_tag"),
+        (["--use_lm", "true", "--lm_args", LONG], "allowed: name it yourself with --lm_tag"),
         (["--kv_rank", "4"], "--kv_rank: goes with --convert_from"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
