@@ -82,6 +82,34 @@ def test_an_encoder_gives_what_it_gives_on_the_cpu(name, attention):
     torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("chunk", [0, 4], ids=["whole", "chunks"])
+@pytest.mark.parametrize("name", OURS)
+@attentions
+def test_gradients_are_those_on_the_cpu(name, attention, chunk):
+    encoder = (
+        streaming(name, chunk=chunk, **attention).train() if chunk else build(name, **attention)
+    )
+    x = utterances(41)[0]
+    expected, got = (
+        gradients(encoder, x),
+        gradients(copy.deepcopy(encoder).to(DEVICE), x.to(DEVICE)),
+    )
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for parameter, gradient in expected.items():
+        torch.testing.assert_close(
+            got[parameter], gradient, rtol=1e-3, atol=1e-5 * largest, msg=parameter
+        )
+
+
+def gradients(encoder: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Gradients on the CPU of a weighted sum of the output for x (T, F)."""
+    y, _, _ = encoder(x[None], torch.tensor([len(x)], device=x.device))
+    weights = torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y)
+    (y * weights).sum().backward()
+    found = {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}
+    return {name: gradient.cpu() for name, gradient in found.items()}
+
+
 @pytest.mark.parametrize("conf", OPTIONS[:3], ids=str)
 @pytest.mark.parametrize("ctc_weight", [0.0, 0.3])
 @pytest.mark.parametrize("lm", [False, True], ids=["", "lm"])
