@@ -33,6 +33,8 @@ from espnet_kv.cli import command
 
 PARTS = TOGETHER["decoder"]
 IGNORED = -1
+TRAINED = {"decoder": "", "attention": "attn"}
+"""What is trained: part of the names of its parameters."""
 # of ESPnet's recipe that fine-tunes Whisper
 LABEL_SMOOTHING, CLIP = 0.1, 1.0
 OPTIMIZER = {"weight_decay": 0.01, "betas": (0.9, 0.99), "eps": 1e-6}
@@ -61,7 +63,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--cut", type=float, default=0.875, help="share of the cache that goes")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of calibration and training")
     add("--updates", type=positive, default=200, help="of the optimizer")
-    add("--warmup", type=positive, default=10, help="updates, then lr falls with their root")
+    add("--warmup", type=positive, default=30, help="updates; then lr falls to 0 in a line")
+    add("--trained", choices=list(TRAINED), default="decoder", help="all of it, or its attention")
     add("--distill", type=fraction, default=0.0, help="weight of the released decoder's outputs")
     add("--batch_size", type=positive, default=8, help="utterances")
     add("--lr", type=float, default=1e-5, help="learning rate after warm-up")
@@ -99,11 +102,13 @@ def fine_tune(
     The loss is (1 - d) times the cross-entropy of transcripts, with smoothed labels, and d times
     the divergence from the output of `teacher`, where d is --distill.
     """
-    from espnet2.schedulers.warmup_lr import WarmupLR
-
-    decoder, generator = model.decoder, torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=args.lr, **OPTIMIZER)
-    scheduler = WarmupLR(optimizer, warmup_steps=args.warmup)
+    generator, part = torch.Generator().manual_seed(seed), TRAINED[args.trained]
+    trained = [p for name, p in model.decoder.named_parameters() if part in name]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, **OPTIMIZER)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda update: min(1, (update + 1) / args.warmup) * (1 - update / args.updates),
+    )
     order: list[int] = []
     losses = []
     for _ in range(args.updates):
@@ -113,11 +118,11 @@ def fine_tune(
         loss = _loss(model, teacher, batch, start, args.distill)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(decoder.parameters(), CLIP)
+        torch.nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
         scheduler.step()
         losses.append(loss.item())
-    decoder.eval()
+    model.decoder.eval()
     last = losses[-(-3 * len(losses) // 4) :] or losses
     return sum(last) / len(last)
 
@@ -214,6 +219,8 @@ def main(argv: list[str] | None = None) -> None:
                 model.to(device)
                 if modules:
                     measure(name, seed)
+                elif args.distill == 1:
+                    continue  # it would learn from its own outputs: it is the released decoder
                 loss = fine_tune(model, released, training, start, args, seed)
                 measure(f"{name}, fine-tuned", seed, loss)
         model.decoder = released

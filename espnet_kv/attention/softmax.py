@@ -112,9 +112,7 @@ class SoftmaxAttention(Attention):
         bias = rel_shift(scores.unflatten(1, (r, queries)).transpose(0, 1), keys)
         if self.zero_triu:
             bias = bias.tril(keys - queries)
-        bias = step.to_slot_order(bias)
-        if step.hidden is not None:
-            bias = bias.masked_fill(step.hidden, torch.finfo(bias.dtype).min)
+        bias = step.hide(step.to_slot_order(bias))
         return self._attend(q + self.pos_bias_u, stored, bias)
 
     def init_cross_state(self, memory, spec, mask):

@@ -65,6 +65,12 @@ class CacheStep(ABC):
         """Reorder the keys of (R, H, Q, S) from the order of time to the order of the slots."""
         return bias
 
+    def hide(self, bias: Tensor) -> Tensor:
+        """(R, H, Q, S) with the minimum for keys that are not visible."""
+        if self.hidden is None:
+            return bias
+        return bias.masked_fill(self.hidden, torch.finfo(bias.dtype).min)
+
     def rows_per_sum(self, x: Tensor) -> Tensor:
         """Reshape (R, Q, D) to one row per sum; here the frames of a stream share a sum."""
         return x

@@ -49,12 +49,16 @@ class GraphStep(CacheStep):
         held = frames.clamp(max=left)[:, None]
         visible = (key >= left - held) & (key < left + lengths[:, None])  # (B, S)
         self.visible = visible[:, None, None]
-        self.hidden = ~self.visible
+        lowest = torch.finfo(torch.float32).min
+        self._added = torch.zeros(1).masked_fill(~self.visible, lowest)  # (B, 1, 1, S)
         self.valid = (new < lengths[:, None])[:, None, :, None]
         if not tables:
             self.positions = frames[:, None] + new  # (B, C)
         self._lengths, self._new = lengths, new
         self._updated: dict[int, Tensor] = {}
+
+    def hide(self, bias: Tensor) -> Tensor:
+        return bias + self._added  # takes half the time of ONNX's Where
 
     def updated(self) -> list[Tensor]:
         """The caches after the chunk, in the order of the states and their tensors."""

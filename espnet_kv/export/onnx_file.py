@@ -12,6 +12,7 @@ from torch import Tensor
 from espnet_kv.errors import UserError
 from espnet_kv.export.layouts import Layout
 from espnet_kv.export.products import convolutions_as_products
+from espnet_kv.export.shapes import shapes_as_constants
 
 OPSET = 17
 BFLOAT16 = 16  # the number of this type in ONNX; NumPy does not have it
@@ -43,6 +44,11 @@ def write_onnx(layout: Layout, path: Path, metadata: Mapping[str, str | int]) ->
             dynamo=False,
         )
     model = onnx.load(path)
+    if layout.batched:
+        shapes_as_constants(
+            model,
+            lambda other, b: run_graph(open_graph(other.SerializeToString()), layout.example(b)),
+        )
     onnx.helper.set_model_props(
         model, {key: str(value) for key, value in (layout.metadata() | dict(metadata)).items()}
     )
@@ -90,14 +96,19 @@ def require_packages(*names: str) -> None:
             raise UserError(f'{name} is not installed: pip install "espnet_kv[serve]"') from error
 
 
-def open_graph(path: Path, threads: int = 0) -> Any:
-    """An onnxruntime.InferenceSession of a file, on the CPU; threads: 0: one for each core."""
+def open_graph(graph: Path | bytes, threads: int = 0) -> Any:
+    """An onnxruntime.InferenceSession of a file or its content, on the CPU.
+
+    Args:
+        threads: 0: one for each core.
+    """
     from onnxruntime import InferenceSession, SessionOptions
 
     options = SessionOptions()
     options.log_severity_level = 4  # errors are raised
     options.intra_op_num_threads = threads
-    return InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    source = graph if isinstance(graph, bytes) else str(graph)
+    return InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 def run_graph(session: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
