@@ -43,11 +43,14 @@ class CausalConv1d(nn.Conv1d):
         if step is None:
             return super().forward(F.pad(x, (self.kernel_size[0] - 1, 0)))
         padded = step.states[self.state_index].append(step, x)
-        depthwise = self.groups == self.in_channels == self.out_channels
+        if not self.groups == self.in_channels == self.out_channels:
+            return super().forward(padded)
+        if torch.jit.is_tracing():
+            # onnxruntime's fast depthwise convolution is for images: this one has a single row
+            image, weight = padded.unsqueeze(2), self.weight.unsqueeze(2)
+            return F.conv2d(image, weight, self.bias, groups=self.groups).squeeze(2)
         few = x.numel() * self.kernel_size[0] <= FEW_PRODUCTS
-        if depthwise and few and not torch.jit.is_tracing():  # ONNX has no unfold
-            return self._depthwise_sum(padded)
-        return super().forward(padded)
+        return self._depthwise_sum(padded) if few else super().forward(padded)
 
     def _depthwise_sum(self, padded: Tensor) -> Tensor:
         """Depthwise convolution of (B, channels, T+k-1) as products and sums."""
