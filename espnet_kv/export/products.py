@@ -1,11 +1,14 @@
-"""Convolutions of an ONNX graph as matrix products, whose weights can be quantised.
+"""Matrix products of an ONNX graph: what can be folded into their weights, or become one.
 
 Shape letters: C input and O output channels, T and F the axes convolved over, K_T and K_F sizes of
 the kernel.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+import numpy as np
 
 # The subsampling convolution has hundreds; with a single one there is nothing to gain.
 LEAST_CHANNELS = 16
@@ -44,6 +47,51 @@ def convolutions_as_products(model: Any) -> None:
         graph.initializer.remove(weights[name])
 
 
+def scales_into_weights(model: Any) -> None:
+    """Multiply weights and biases by the scale of a linear layer's output, in place.
+
+    Such as the half of a Conformer's feed-forward layers. Only powers of two, which are exact.
+
+    Args:
+        model: onnx.ModelProto.
+    """
+    from onnx import numpy_helper
+
+    graph = model.graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    makers = {name: node for node in graph.node for name in node.output}
+    uses = Counter(name for node in graph.node for name in node.input)
+    uses.update(output.name for output in graph.output)
+    for node in list(graph.node):
+        scale = _scale(node, makers)
+        linear = makers.get(node.input[0]) if scale else None
+        if linear is None or linear.op_type != "Add" or uses[node.input[0]] > 1:
+            continue
+        bias, product = linear.input
+        matrix = makers.get(product)
+        if matrix is None or matrix.op_type != "MatMul" or uses[product] > 1:
+            continue
+        names = (bias, matrix.input[1])
+        if any(uses[name] > 1 or name not in tensors for name in names):
+            continue
+        for name in names:
+            values = numpy_helper.to_array(tensors[name]) * np.float32(scale)
+            tensors[name].CopyFrom(numpy_helper.from_array(values, name))
+        linear.output[0] = node.output[0]
+        graph.node.remove(node)
+
+
+def _scale(node: Any, makers: Mapping[str, Any]) -> float | None:
+    """The power of two that a node multiplies its first input by; None: it does something else."""
+    constant = makers.get(node.input[1]) if node.op_type == "Mul" else None
+    if constant is None or constant.op_type != "Constant":
+        return None
+    from onnx import numpy_helper
+
+    value = numpy_helper.to_array(_attributes(constant)["value"])
+    return float(value) if value.size == 1 and abs(np.frexp(value)[0]) == 0.5 else None
+
+
 def _attributes(node: Any) -> dict[str, Any]:
     from onnx import helper
 
@@ -66,7 +114,6 @@ def _is_replaced(node: Any, weights: dict[str, Any]) -> bool:
 
 def _product(node: Any, weight: str, kernel: tuple[int, int], graph: Any) -> Iterator[Any]:
     """The nodes that take the place of a convolution; their constants go to the graph."""
-    import numpy as np
     from onnx import helper, numpy_helper
 
     def constant(name: str, values: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""Convolutions of a graph as matrix products."""
+"""Matrix products of a graph: scales folded into them, and convolutions as products."""
 
 import pytest
 import torch
@@ -10,7 +10,11 @@ pytest.importorskip("onnxruntime")
 from small_encoders import assert_close  # noqa: E402
 
 from espnet_kv.export.onnx_file import open_graph, quantize, run_graph  # noqa: E402
-from espnet_kv.export.products import LEAST_CHANNELS, convolutions_as_products  # noqa: E402
+from espnet_kv.export.products import (  # noqa: E402
+    LEAST_CHANNELS,
+    convolutions_as_products,
+    scales_into_weights,
+)
 
 CHANNELS = LEAST_CHANNELS
 
@@ -114,3 +118,29 @@ def test_the_int8_graph_has_them_in_int8(tmp_path):
     found = run_graph(open_graph(tmp_path / "int8.onnx"), [x])[0]
     wanted = module(x).detach()
     assert (found - wanted).norm() < 0.03 * wanted.norm()
+
+
+class Scaled(nn.Module):
+    """A scaled linear layer; `shared` uses its weights a second time."""
+
+    def __init__(self, scale: float, shared: bool):
+        super().__init__()
+        self.linear, self.scale, self.shared = nn.Linear(6, 6), scale, shared
+
+    def forward(self, x):
+        first = self.linear(x) if self.shared else 1.0
+        return x + self.scale * self.linear(x) * first
+
+
+@pytest.mark.parametrize(
+    ("scale", "shared", "products"),
+    [(0.5, False, 1), (2.0, False, 1), (0.3, False, 2), (0.5, True, 2)],
+)
+def test_scales_are_folded_where_that_is_exact(scale, shared, products, tmp_path):
+    module, x = Scaled(scale, shared), torch.randn(3, 4, 6)
+    model = write(module, (x,), tmp_path / "x.onnx")
+    scales_into_weights(model)
+    assert sum(node.op_type == "Mul" for node in model.graph.node) == products
+    onnx.checker.check_model(model, full_check=True)
+    (got,) = run_graph(open_graph(model.SerializeToString()), [x])
+    assert_close(got, module(x).detach())
