@@ -19,7 +19,8 @@ def shapes_as_constants(model: Any, run: Callable[[Any, int], Sequence[Tensor]])
     The shape of a Reshape may contain B once, which is then left to be inferred.
 
     Args:
-        model: onnx.ModelProto; its nodes are in the order in which they run.
+        model: onnx.ModelProto in which no shape depends on data, such as that of a
+            `StreamingGraph`; its nodes are in the order in which they run.
         run: outputs of an onnx.ModelProto with the inputs of `model` for a number of streams.
     """
     from onnx import numpy_helper
@@ -37,7 +38,7 @@ def shapes_as_constants(model: Any, run: Callable[[Any, int], Sequence[Tensor]])
     for node, place in uses:
         name = _measured(node, place)
         first, second = (value[name] for value in values)
-        found = _constant(first, second, node.op_type == "Reshape")
+        found = _constant(first, second, _is_shape(node, place))
         if found is not None:
             node.input[place] = f"{name}/constant"
             if all(node.input[place] != tensor.name for tensor in graph.initializer):
@@ -67,9 +68,13 @@ def _uses(graph: Any, known: set[str]) -> Iterator[tuple[Any, int]]:
                     yield node, place
 
 
+def _is_shape(node: Any, place: int) -> bool:
+    return node.op_type == "Reshape" and place == 1
+
+
 def _measured(node: Any, place: int) -> str:
-    """The tensor to measure: of a Reshape what it makes, as it may be given 0 and -1."""
-    return f"{node.output[0]}/shape" if node.op_type == "Reshape" else node.input[place]
+    """The tensor to measure: of a Reshape the shape it makes, as it may be given 0 and -1."""
+    return f"{node.output[0]}/shape" if _is_shape(node, place) else node.input[place]
 
 
 def _measuring(model: Any, uses: Sequence[tuple[Any, int]]) -> Any:
@@ -81,7 +86,7 @@ def _measuring(model: Any, uses: Sequence[tuple[Any, int]]) -> Any:
     copy.graph.node.extend(
         helper.make_node("Shape", [node.output[0]], [_measured(node, place)])
         for node, place in uses
-        if node.op_type == "Reshape"
+        if _is_shape(node, place)
     )
     del copy.graph.output[:]
     names = dict.fromkeys(_measured(node, place) for node, place in uses)
