@@ -109,7 +109,7 @@ def _constant(first: Any, second: Any, is_shape: bool) -> Any:
 
 
 def _remove_unused(graph: Any) -> None:
-    """Remove the nodes that no output depends on."""
+    """Remove the nodes and constants that no output depends on."""
     needed = {output.name for output in graph.output}
     kept = []
     for node in reversed(graph.node):
@@ -118,3 +118,6 @@ def _remove_unused(graph: Any) -> None:
             needed.update(node.input)
     del graph.node[:]
     graph.node.extend(reversed(kept))
+    for tensor in list(graph.initializer):
+        if tensor.name not in needed:
+            graph.initializer.remove(tensor)
