@@ -12,7 +12,7 @@ from torch import Tensor
 from espnet_kv.errors import UserError
 from espnet_kv.export.layouts import Layout
 from espnet_kv.export.products import convolutions_as_products, scales_into_weights
-from espnet_kv.export.shapes import shapes_as_constants
+from espnet_kv.export.shapes import remove_unused, shapes_as_constants
 
 OPSET = 17
 BFLOAT16 = 16  # the number of this type in ONNX; NumPy does not have it
@@ -50,6 +50,7 @@ def write_onnx(layout: Layout, path: Path, metadata: Mapping[str, str | int]) ->
             lambda other, b: run_graph(open_graph(other.SerializeToString()), layout.example(b)),
         )
     scales_into_weights(model)
+    remove_unused(model.graph)
     onnx.helper.set_model_props(
         model, {key: str(value) for key, value in (layout.metadata() | dict(metadata)).items()}
     )

@@ -89,7 +89,7 @@ def _scale(node: Any, makers: Mapping[str, Any]) -> float | None:
     from onnx import numpy_helper
 
     value = numpy_helper.to_array(_attributes(constant)["value"])
-    return float(value) if value.size == 1 and abs(np.frexp(value)[0]) == 0.5 else None
+    return value.item() if value.size == 1 and abs(np.frexp(value.item())[0]) == 0.5 else None
 
 
 def _attributes(node: Any) -> dict[str, Any]:

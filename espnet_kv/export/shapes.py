@@ -16,6 +16,8 @@ BATCHES = (2, 3)
 def shapes_as_constants(model: Any, run: Callable[[Any, int], Sequence[Tensor]]) -> None:
     """Replace in place what follows from shapes and does not depend on the number of streams B.
 
+    `remove_unused` then removes the arithmetic.
+
     The shape of a Reshape may contain B once, which is then left to be inferred.
 
     Args:
@@ -43,7 +45,6 @@ def shapes_as_constants(model: Any, run: Callable[[Any, int], Sequence[Tensor]])
             node.input[place] = f"{name}/constant"
             if all(node.input[place] != tensor.name for tensor in graph.initializer):
                 graph.initializer.append(numpy_helper.from_array(found, node.input[place]))
-    _remove_unused(graph)
 
 
 def _known_by_shapes(graph: Any) -> set[str]:
@@ -108,7 +109,7 @@ def _constant(first: Any, second: Any, is_shape: bool) -> Any:
     return found
 
 
-def _remove_unused(graph: Any) -> None:
+def remove_unused(graph: Any) -> None:
     """Remove the nodes and constants that no output depends on."""
     needed = {output.name for output in graph.output}
     kept = []

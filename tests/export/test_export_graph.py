@@ -6,7 +6,7 @@ import pytest
 from exports import PAIRS
 
 pytest.importorskip("onnxruntime", reason="the extra [serve] is not installed")
-pytest.importorskip("onnx", reason="the extra [serve] is not installed")
+onnx = pytest.importorskip("onnx", reason="the extra [serve] is not installed")
 
 
 @pytest.mark.parametrize(("encoder", "attention"), PAIRS)
@@ -17,6 +17,18 @@ def test_a_graph_equals_forward_chunk_for_streams_of_all_ages(exported, encoder,
     assert found["model.onnx"].ragged < 1e-5
     assert found["model.onnx"].tokens == 0
     assert found["model.int8.onnx"].tokens < 5
+
+
+@pytest.mark.parametrize(("encoder", "attention"), PAIRS)
+def test_a_graph_holds_what_it_uses(exported, encoder, attention):
+    """onnxruntime warns of constants without a use, and computes sizes that are fixed each time."""
+    graph = onnx.load(exported(encoder, attention).graph).graph
+    used = {name for node in graph.node for name in node.input}
+    used.update(output.name for output in graph.output)
+    assert used >= {tensor.name for tensor in graph.initializer}
+    assert all(used.intersection(node.output) for node in graph.node)
+    counted = sum(node.op_type == "Shape" for node in graph.node)
+    assert counted < 0.03 * len(graph.node)
 
 
 @pytest.mark.parametrize("cache_dtype", ["fp16", "bf16", "int8"])
