@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from espnet_kv.export.shapes import remove_unused
+
 # The subsampling convolution has hundreds; with a single one there is nothing to gain.
 LEAST_CHANNELS = 16
 _END = 2**63 - 1
@@ -29,12 +31,11 @@ def convolutions_as_products(model: Any) -> None:
 
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
-    nodes, replaced = [], set()
+    nodes = []
     for node in graph.node:
         if node.op_type != "Conv" or not _is_replaced(node, weights):
             nodes.append(node)
             continue
-        replaced.add(node.input[1])
         kernel = numpy_helper.to_array(weights[node.input[1]])  # (O, C, K_T, K_F)
         matrix = kernel.transpose(2, 3, 1, 0).reshape(-1, len(kernel))  # (K_T K_F C, O)
         name = f"{node.name}/weight"
@@ -42,9 +43,7 @@ def convolutions_as_products(model: Any) -> None:
         nodes += _product(node, name, kernel.shape[2:], graph)
     del graph.node[:]
     graph.node.extend(nodes)
-    used = {name for node in nodes for name in node.input}
-    for name in replaced - used:
-        graph.initializer.remove(weights[name])
+    remove_unused(graph)
 
 
 def scales_into_weights(model: Any) -> None:
