@@ -202,7 +202,7 @@ class Layout:
         if self.args.convert_from is not None:
             return config.parent
         name = f"asr_{self.args.asr_tag or self._asr_tag(config)}"
-        return self.args.asr_exp or self.args.expdir / _checked(name, "asr_args", "asr_tag")
+        return self.args.asr_exp or self.args.expdir / _checked(name, "asr_tag")
 
     def _asr_tag(self, config: Path) -> str:
         more = _in_a_name(self.args.asr_args)
@@ -225,7 +225,7 @@ class Layout:
     def lm_exp(self) -> Path:
         config, more = self.args.lm_config.stem, _in_a_name(self.args.lm_args)
         tag = self.args.lm_tag or f"{config}_{self._language}{self.tokens_name}{more}"
-        return self.args.lm_exp or self.args.expdir / _checked(f"lm_{tag}", "lm_args", "lm_tag")
+        return self.args.lm_exp or self.args.expdir / _checked(f"lm_{tag}", "lm_tag")
 
     @property
     def ngram(self) -> Path:
@@ -247,7 +247,7 @@ class Layout:
         if args.use_ngram:
             name += f"_ngram_{self.ngram.parent.name}_{self.ngram.stem}"
         name += f"_asr_model_{_model_in_a_name(args.inference_asr_model)}"
-        return _checked(name, "inference_args", "inference_tag")
+        return _checked(name, "inference_tag")
 
     def decoded(self, config: Path, name: str) -> Path:
         """What a model makes of a test set; one that is the validation set is below org/."""
@@ -278,16 +278,16 @@ def _in_a_name(options: str, slash: str = "") -> str:
     return "".join(c for c in options if c not in "|=" and not c.isspace())
 
 
-def _checked(name: str, made_of: str, tag: str) -> str:
-    """The name of a directory.
+def _checked(name: str, tag: str) -> str:
+    """The name of a directory, which the option `tag` sets.
 
     Raises:
         UserError: it is too long for a file system.
     """
     if (length := len(name.encode())) > LONGEST_NAME:
         raise UserError(
-            f"--{made_of} makes the name of a directory {length} bytes long, and {LONGEST_NAME} "
-            f"are allowed: name it yourself with --{tag}"
+            f"{name[:40]}...: the name of a directory of {length} bytes, and {LONGEST_NAME} are "
+            f"allowed: name it yourself with --{tag}"
         )
     return name
 

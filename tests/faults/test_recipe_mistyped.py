@@ -51,6 +51,7 @@ def options(folder) -> list[str]:
         (["--use_streaming", "true", "--use_lm", "true"], "streaming decodes with the model alone"),
         (["--stagee", "1"], "unrecognized arguments: --stagee 1"),
         (["--stage"], "--stage: expected one argument"),
+        (["--asr_tag", "x" * 240], "asr_xxx"),
         (["--asr_args", LONG], "allowed: name it yourself with --asr_tag"),
         (["--inference_args", LONG], "allowed: name it yourself with --inference_tag"),
         (["--use_lm", "true", "--lm_args", LONG], "allowed: name it yourself with --lm_tag"),
