@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,8 +16,6 @@ from espnet_kv.cli import command
 from espnet_kv.errors import UserError
 
 RATE = 16000
-TAIL = 0.001 * torch.randn(RATE, generator=torch.Generator().manual_seed(0))
-"""A second of faint noise behind each recording: runtimes decode whole chunks only."""
 Decode = Callable[[Sequence[Tensor]], list[str]]
 
 
@@ -32,20 +31,35 @@ def get_parser() -> argparse.ArgumentParser:
     add("--data", type=Path, required=True, help="Kaldi data directory at 16 kHz")
     add("--model_file", default="valid.acc.ave.pth", help="in each experiment")
     add("--utterances", type=positive, default=100, help="the first ones by name")
+    add(
+        "--tail",
+        type=not_negative,
+        default=1.0,
+        help="seconds of faint noise behind each recording: sherpa-onnx decodes whole chunks "
+        "only. With 0, sherpa-onnx is left out",
+    )
     add("--chunk_size", type=positive, default=16, help="frames")
     add("--left_chunks", type=positive, default=4, help="chunks of left context")
     return parser
 
 
-def read(data: Path, count: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Samples with TAIL, and references, by utterance."""
+def not_negative(text: str) -> float:
+    if not 0 <= (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: 0 or more seconds")
+    return value
+
+
+def read(data: Path, count: int, tail: float) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Samples with `tail` seconds of noise behind them, and references, by utterance."""
     from espnet_kv.recipe.audio import read_audio_at
     from espnet_kv.recipe.datadir import DataDir
 
     kaldi = DataDir.read(data)
     names = sorted(kaldi.text)[:count]
     audio = {name: read_audio_at(kaldi.wav_scp[name], RATE).samples for name in names}
-    samples = {name: torch.cat([torch.as_tensor(x).float(), TAIL]) for name, x in audio.items()}
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.001 * torch.randn(round(tail * RATE), generator=generator)
+    samples = {name: torch.cat([torch.as_tensor(x).float(), noise]) for name, x in audio.items()}
     return samples, {name: kaldi.text[name] for name in names}
 
 
@@ -104,7 +118,8 @@ def engines(
     from espnet_kv.config import load_yaml
 
     config = load_yaml(experiment / "config.yaml")
-    kaldi, mels = config["frontend"] == "kaldi_fbank", config["frontend_conf"].get("n_mels", 80)
+    kaldi = config["frontend"] == "kaldi_fbank" and args.tail > 0
+    mels = config["frontend_conf"].get("n_mels", 80)
     entry = scp.read_text(encoding="utf-8").split()[1]
     kind = "kaldi_ark" if ".ark:" in entry else "sound"
     for layout in ("plain", "wenet") if kaldi else ("plain",):
@@ -148,8 +163,8 @@ def main(argv: list[str] | None = None) -> None:
         if not (experiment / args.model_file).is_file():
             raise UserError(f"{experiment / args.model_file} does not exist: train it, or name it")
     print_software()
-    audio, references = read(args.data, args.utterances)
-    print(f"data  {args.data}, {len(audio)} utterances")
+    audio, references = read(args.data, args.utterances, args.tail)
+    print(f"data  {args.data}, {len(audio)} utterances, {args.tail:g} s of noise behind each")
     print(
         "\n| model | engine | WER (%), 95 % interval | texts equal to torch's |\n|---|---|---|---|"
     )

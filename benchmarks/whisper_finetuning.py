@@ -1,14 +1,15 @@
 """Word error rates of a converted Whisper decoder after fine-tuning, beside a control.
 
-Shape letters: B utterances, T encoder frames, D model size, L tokens, V vocabulary.
+Shape letters: B utterances, T encoder frames, D model size, L tokens, V vocabulary, N blocks of the
+decoder, K tokens of a batch that are learnt.
 """
 
 import argparse
 import copy
 import json
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.nn.utils.rnn import pad_sequence
 from whisper_conversion import (
+    BATCH,
     METHODS,
     TOGETHER,
     Conversions,
@@ -30,9 +32,11 @@ from whisper_conversion import (
 )
 
 from espnet_kv.cli import command
+from espnet_kv.convert.calibration import greedy_tokens, start_tokens
 
 PARTS = TOGETHER["decoder"]
-IGNORED = -1
+LONGEST_TEXT = 150
+"""Tokens; the released decoder writes more where it repeats itself."""
 TRAINED = {"decoder": "", "attention": "attn"}
 """What is trained: part of the names of its parameters."""
 # of ESPnet's recipe that fine-tunes Whisper
@@ -41,10 +45,18 @@ OPTIMIZER = {"weight_decay": 0.01, "betas": (0.9, 0.99), "eps": 1e-6}
 
 
 class Example(NamedTuple):
-    """encoded: (T, D) encoder output. tokens: (L,) of the transcript."""
+    """An utterance to learn.
+
+    Attributes:
+        encoded: (T, D) encoder output.
+        tokens: (L,) of the transcript, or those that the released decoder writes.
+        blocks: (N, L + start, D) outputs of the released decoder's blocks for the start and these
+            tokens; None: the transcript is learnt.
+    """
 
     encoded: Tensor
     tokens: Tensor
+    blocks: Tensor | None
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -65,7 +77,14 @@ def get_parser() -> argparse.ArgumentParser:
     add("--updates", type=positive, default=200, help="of the optimizer")
     add("--warmup", type=positive, default=30, help="updates; then lr falls to 0 in a line")
     add("--trained", choices=list(TRAINED), default="decoder", help="all of it, or its attention")
-    add("--distill", type=fraction, default=0.0, help="weight of the released decoder's outputs")
+    add(
+        "--learn",
+        choices=["transcripts", "released"],
+        default="transcripts",
+        help="the transcripts, or the words and outputs of the released decoder: its probabilities "
+        "of each token and the outputs of its blocks",
+    )
+    add("--block_weight", type=float, default=0.5, help="of the outputs of blocks")
     add("--batch_size", type=positive, default=8, help="utterances")
     add("--lr", type=float, default=1e-5, help="learning rate after warm-up")
     add("--cache_dtypes", nargs="+", default=["fp32", "int8"], help="fp32, int8, int4")
@@ -73,49 +92,135 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def examples(
+def transcribed(
     model: WhisperModel, utterances: Sequence[Utterance], tokenizer: Any, normalize: Any
 ) -> list[Example]:
     """Encoder outputs, which stay as they are, and tokens of normalised transcripts."""
     return [
-        Example(encoded, torch.tensor(tokenizer.encode(" " + normalize(text))))
+        Example(encoded, torch.tensor(tokenizer.encode(" " + normalize(text))), None)
         for encoded, (_, text) in zip(encode(model, utterances), utterances, strict=True)
     ]
 
 
-def fraction(text: str) -> float:
-    if not 0 <= (value := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: between 0 and 1")
-    return value
+@torch.no_grad()
+def decoded(
+    model: WhisperModel, utterances: Sequence[Utterance], start: list[int]
+) -> list[Example]:
+    """What the released decoder writes, greedily, and the outputs of its blocks."""
+    found = []
+    model.decoder.cache_dtype = "fp32"
+    for first in range(0, len(utterances), BATCH):
+        encoded = torch.stack(encode(model, utterances[first : first + BATCH]))  # (B, T, D)
+        for xs, written in zip(encoded, greedy_tokens(model, encoded, start), strict=True):
+            tokens = written[len(start) :].cpu()
+            if len(tokens) > LONGEST_TEXT:
+                continue
+            example = Example(xs, tokens, None)
+            with block_outputs(model.decoder) as blocks:
+                scores_of(model, model.decoder, [example], start)
+            found.append(example._replace(blocks=torch.cat(blocks)))
+    return found
+
+
+@contextmanager
+def block_outputs(decoder: nn.Module) -> Iterator[list[Tensor]]:
+    """Within it, outputs (B, L, D) of the decoder's blocks are added to the list."""
+    outputs: list[Tensor] = []
+    blocks = decoder.decoders.blocks
+    hooks = [
+        block.register_forward_hook(lambda *call: outputs.append(call[-1])) for block in blocks
+    ]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def scores_of(
+    model: WhisperModel, decoder: nn.Module, batch: Sequence[Example], start: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Logits of the tokens of a batch and of the ends behind them.
+
+    Returns:
+        (K, V) and the mask (B, L) of their places in the decoder's output.
+    """
+    device = batch[0].encoded.device
+    inputs = [torch.cat([torch.tensor(start), example.tokens]) for example in batch]
+    encoded = torch.stack([example.encoded for example in batch])  # (B, T, D)
+    frames = torch.full([len(batch)], encoded.size(1), device=device)
+    lengths = torch.tensor([len(tokens) for tokens in inputs], device=device)
+    padded = pad_sequence(inputs, batch_first=True, padding_value=model.eos).to(device)  # (B, L)
+    places = torch.arange(padded.size(1), device=device)
+    learnt = (places >= len(start) - 1) & (places < lengths[:, None])
+    return decoder(encoded, frames, padded, lengths)[0][learnt], learnt
+
+
+def transcript_loss(model: WhisperModel, batch: Sequence[Example], start: list[int]) -> Tensor:
+    """The cross-entropy of the transcripts, with smoothed labels."""
+    scores, _ = scores_of(model, model.decoder, batch, start)
+    end = torch.tensor([model.eos])
+    wanted = torch.cat([token for example in batch for token in (example.tokens, end)])
+    return cross_entropy(scores, wanted.to(scores.device), label_smoothing=LABEL_SMOOTHING)
+
+
+def released_loss(
+    model: WhisperModel,
+    released: nn.Module,
+    batch: Sequence[Example],
+    start: list[int],
+    block_weight: float,
+) -> Tensor:
+    """The divergence from the released decoder's probabilities, and the distance of its blocks.
+
+    Args:
+        block_weight: of the sum over blocks of the squared distance between their outputs, relative
+            to the variance of the released decoder's.
+    """
+    with block_outputs(model.decoder) as blocks:
+        scores, learnt = scores_of(model, model.decoder, batch, start)
+    found = torch.stack([block[learnt] for block in blocks])  # (N, K, D)
+    wanted = torch.cat([example.blocks[:, len(start) - 1 :] for example in batch], dim=1)
+    with torch.no_grad():
+        logits = released.decoders.ln(wanted[-1]) @ released.decoders.token_embedding.weight.T
+        expected = log_softmax(logits, dim=-1)
+    divergence = kl_div(
+        log_softmax(scores, dim=-1), expected, reduction="batchmean", log_target=True
+    )
+    distance = (found - wanted).square().mean(dim=(1, 2)) / wanted.var(dim=(1, 2))
+    return divergence + block_weight * distance.sum()
 
 
 def fine_tune(
     model: WhisperModel,
-    teacher: nn.Module,
+    released: nn.Module,
     data: Sequence[Example],
     start: list[int],
     args: Any,
     seed: int,
 ) -> float:
-    """Train the decoder in place; return the mean loss of the last quarter of the updates.
-
-    The loss is (1 - d) times the cross-entropy of transcripts, with smoothed labels, and d times
-    the divergence from the output of `teacher`, where d is --distill.
-    """
+    """Train the decoder in place; return the mean loss of the last quarter of the updates."""
     generator, part = torch.Generator().manual_seed(seed), TRAINED[args.trained]
-    trained = [p for name, p in model.decoder.named_parameters() if part in name]
+    trained = []
+    for name, weight in model.decoder.named_parameters():
+        if weight.requires_grad_(part in name).requires_grad:
+            trained.append(weight)
     optimizer = torch.optim.AdamW(trained, lr=args.lr, **OPTIMIZER)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda update: min(1, (update + 1) / args.warmup) * (1 - update / args.updates),
     )
+    model.decoder.train()
     order: list[int] = []
     losses = []
     for _ in range(args.updates):
         if len(order) < args.batch_size:
             order = torch.randperm(len(data), generator=generator).tolist()
         batch = [data[order.pop()] for _ in range(args.batch_size)]
-        loss = _loss(model, teacher, batch, start, args.distill)
+        if args.learn == "released":
+            loss = released_loss(model, released, batch, start, args.block_weight)
+        else:
+            loss = transcript_loss(model, batch, start)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, CLIP)
@@ -127,50 +232,11 @@ def fine_tune(
     return sum(last) / len(last)
 
 
-def _loss(
-    model: WhisperModel,
-    teacher: nn.Module,
-    batch: Sequence[Example],
-    start: list[int],
-    distill: float,
-) -> Tensor:
-    """The loss of the tokens after `start`."""
-    model.decoder.train()
-    device = batch[0].encoded.device
-    first = torch.tensor(start)
-    inputs = [torch.cat([first, tokens]) for _, tokens in batch]
-    targets = [torch.cat([tokens, torch.tensor([model.eos])]) for _, tokens in batch]
-    encoded = torch.stack([encoded for encoded, _ in batch])  # (B, T, D)
-    frames = torch.full([len(batch)], encoded.size(1), device=device)
-    lengths = torch.tensor([len(tokens) for tokens in inputs], device=device)
-    padded = pad_sequence(inputs, batch_first=True, padding_value=model.eos).to(device)  # (B, L)
-    wanted = pad_sequence(targets, batch_first=True, padding_value=IGNORED).to(device)
-    kept = wanted != IGNORED
-
-    def scores(decoder: nn.Module) -> Tensor:
-        """(N, V) of the N tokens of the batch."""
-        return decoder(encoded, frames, padded, lengths)[0][:, len(start) - 1 :][kept]
-
-    found = scores(model.decoder)
-    loss = found.new_zeros(())
-    if distill < 1:
-        smoothed = cross_entropy(found, wanted[kept], label_smoothing=LABEL_SMOOTHING)
-        loss = loss + (1 - distill) * smoothed
-    if distill > 0:
-        with torch.no_grad():
-            expected = log_softmax(scores(teacher), dim=-1)
-        found = log_softmax(found, dim=-1)
-        divergence = kl_div(found, expected, reduction="batchmean", log_target=True)
-        loss = loss + distill * divergence
-    return loss
-
-
 @command
 def main(argv: list[str] | None = None) -> None:
     from whisper.normalizers import EnglishTextNormalizer
     from whisper.tokenizer import get_tokenizer
 
-    from espnet_kv.convert.calibration import start_tokens
     from espnet_kv.convert.choice import replaced
     from espnet_kv.convert.source import PARTS as SLOTS
 
@@ -184,7 +250,10 @@ def main(argv: list[str] | None = None) -> None:
     model.to(device)
     encodings = {data: encode(model, utterances) for data, utterances in tested.items()}
     read = [u for data in args.train for u in read_utterances(data, args.train_utterances, 0)]
-    training = examples(model, read, tokenizer, EnglishTextNormalizer())
+    if args.learn == "released":
+        training = decoded(model, read, start)
+    else:
+        training = transcribed(model, read, tokenizer, EnglishTextNormalizer())
     rows = []
 
     def measure(name: str, seed: int | str, loss: float | None = None) -> None:
@@ -219,8 +288,8 @@ def main(argv: list[str] | None = None) -> None:
                 model.to(device)
                 if modules:
                     measure(name, seed)
-                elif args.distill == 1:
-                    continue  # it would learn from its own outputs: it is the released decoder
+                elif args.learn == "released":
+                    continue  # it is what is learnt
                 loss = fine_tune(model, released, training, start, args, seed)
                 measure(f"{name}, fine-tuned", seed, loss)
         model.decoder = released

@@ -1,6 +1,7 @@
 """Writing and running of ONNX files."""
 
 import logging
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,10 @@ from espnet_kv.export.shapes import remove_unused, shapes_as_constants
 
 OPSET = 17
 BFLOAT16 = 16  # the number of this type in ONNX; NumPy does not have it
+FLOAT = ("/mapping/", "/cgmlp/channel_proj2/")
+"""Parts of the names of products that stay in float32 in a graph of int8: the map of features, and
+the layer behind the gate of a Branchformer's cgMLP. Values there are products of two and a few are
+ten times the rest, so that one scale for all rounds most of them away."""
 
 
 def write_onnx(layout: Layout, path: Path, metadata: Mapping[str, str | int]) -> None:
@@ -60,31 +65,52 @@ def write_onnx(layout: Layout, path: Path, metadata: Mapping[str, str | int]) ->
 def quantize(source: Path, target: Path) -> None:
     """Write a copy of a graph whose matrix products have weights in int8.
 
-    Activations are quantised while the graph runs. Products of two activations, depthwise
-    convolutions, and the map of features stay in float32. The subsampling convolution, a quarter of
-    the arithmetic, becomes a product (as one in float32 it would be slower).
+    Activations are quantised while the graph runs, weights have a scale for each output. Products
+    of two activations, depthwise convolutions and those of FLOAT stay in float32. The subsampling
+    convolution, a quarter of the arithmetic, becomes a product (as one in float32 it would be
+    slower).
 
     Args:
         source: the graph. target: the new file.
     """
     import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = onnx.load(source)
     convolutions_as_products(model)
-    names = [node.name for node in model.graph.node]
+    axes = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
+    found = [
+        (node.name, axes[node.input[1]])
+        for node in model.graph.node
+        if node.op_type in ("MatMul", "Gemm")
+        and node.input[1] in axes
+        and not any(part in node.name for part in FLOAT)
+    ]
+    matrices = [name for name, count in found if count == 2]
+    # onnxruntime has one scale for all outputs where heads have matrices of their own
+    stacked = [name for name, count in found if count > 2]
+    model = _quantized(model, matrices, per_channel=True)
+    onnx.save(_quantized(model, stacked, per_channel=False) if stacked else model, target)
+
+
+def _quantized(model: Any, nodes: list[str], per_channel: bool) -> Any:
+    """The model with the weights of these nodes in int8; per_channel: a scale for each output."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)  # it advises a preparation that these graphs do not need
     try:
-        quantize_dynamic(
-            model,
-            target,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            weight_type=QuantType.QInt8,
-            nodes_to_exclude=[name for name in names if "/mapping/" in name],
-            extra_options={"MatMulConstBOnly": True},
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            quantize_dynamic(
+                model,
+                target := Path(folder) / "int8.onnx",
+                nodes_to_quantize=nodes,
+                weight_type=QuantType.QInt8,
+                per_channel=per_channel,
+                extra_options={"MatMulConstBOnly": True},
+            )
+            return onnx.load(target)
     finally:
         root.setLevel(level)
 

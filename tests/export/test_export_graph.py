@@ -31,6 +31,24 @@ def test_a_graph_holds_what_it_uses(exported, encoder, attention):
     assert counted < 0.03 * len(graph.node)
 
 
+@pytest.mark.parametrize(("encoder", "attention"), PAIRS)
+def test_products_of_the_int8_graph(exported, encoder, attention):
+    """Weights have a scale for each output. What follows the gate of a cgMLP stays in fp32."""
+    graph = onnx.load(exported(encoder, attention).graph.with_name("model.int8.onnx")).graph
+    sizes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    quantised = [node for node in graph.node if node.op_type == "MatMulInteger"]
+    assert len(quantised) > 10
+    weights = [node.input[1] for node in quantised if len(sizes[node.input[1]]) == 2]
+    assert weights
+    for name in weights:
+        scale = sizes[name.replace("_quantized", "_scale")]
+        assert scale == sizes[name][1:]
+    floats = [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] in sizes]
+    gated = "branchformer" in encoder
+    assert len(floats) == (2 if gated else 0)  # blocks
+    assert all("/cgmlp/channel_proj2/" in name for name in floats)
+
+
 @pytest.mark.parametrize("cache_dtype", ["fp16", "bf16", "int8"])
 def test_caches_may_be_rounded(exported, cache_dtype):
     model, _, graph, found = exported(cache_dtype=cache_dtype, int8=False)
