@@ -43,7 +43,9 @@ def test_products_of_the_int8_graph(exported, encoder, attention):
     for name in weights:
         scale = sizes[name.replace("_quantized", "_scale")]
         assert scale == sizes[name][1:]
-    floats = [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] in sizes]
+    floats = [
+        node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] in sizes
+    ]
     gated = "branchformer" in encoder
     assert len(floats) == (2 if gated else 0)  # blocks
     assert all("/cgmlp/channel_proj2/" in name for name in floats)
