@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from espnet_kv.cli import command
 from espnet_kv.errors import UserError
+from espnet_kv.recipe.option_types import seconds
 
 RATE = 16000
 Decode = Callable[[Sequence[Tensor]], list[str]]
@@ -33,7 +33,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--utterances", type=positive, default=100, help="the first ones by name")
     add(
         "--tail",
-        type=not_negative,
+        type=seconds,
         default=1.0,
         help="seconds of faint noise behind each recording: sherpa-onnx decodes whole chunks "
         "only. With 0, sherpa-onnx is left out",
@@ -41,12 +41,6 @@ def get_parser() -> argparse.ArgumentParser:
     add("--chunk_size", type=positive, default=16, help="frames")
     add("--left_chunks", type=positive, default=4, help="chunks of left context")
     return parser
-
-
-def not_negative(text: str) -> float:
-    if not 0 <= (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: 0 or more seconds")
-    return value
 
 
 def read(data: Path, count: int, tail: float) -> tuple[dict[str, Tensor], dict[str, str]]:

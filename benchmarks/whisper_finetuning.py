@@ -117,7 +117,7 @@ def decoded(
                 continue
             example = Example(xs, tokens, None)
             with block_outputs(model.decoder) as blocks:
-                scores_of(model, model.decoder, [example], start)
+                scores_of(model, [example], start)
             found.append(example._replace(blocks=torch.cat(blocks)))
     return found
 
@@ -138,9 +138,9 @@ def block_outputs(decoder: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def scores_of(
-    model: WhisperModel, decoder: nn.Module, batch: Sequence[Example], start: list[int]
+    model: WhisperModel, batch: Sequence[Example], start: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """Logits of the tokens of a batch and of the ends behind them.
+    """The decoder's logits of the tokens of a batch and of the ends behind them.
 
     Returns:
         (K, V) and the mask (B, L) of their places in the decoder's output.
@@ -153,12 +153,12 @@ def scores_of(
     padded = pad_sequence(inputs, batch_first=True, padding_value=model.eos).to(device)  # (B, L)
     places = torch.arange(padded.size(1), device=device)
     learnt = (places >= len(start) - 1) & (places < lengths[:, None])
-    return decoder(encoded, frames, padded, lengths)[0][learnt], learnt
+    return model.decoder(encoded, frames, padded, lengths)[0][learnt], learnt
 
 
 def transcript_loss(model: WhisperModel, batch: Sequence[Example], start: list[int]) -> Tensor:
     """The cross-entropy of the transcripts, with smoothed labels."""
-    scores, _ = scores_of(model, model.decoder, batch, start)
+    scores, _ = scores_of(model, batch, start)
     end = torch.tensor([model.eos])
     wanted = torch.cat([token for example in batch for token in (example.tokens, end)])
     return cross_entropy(scores, wanted.to(scores.device), label_smoothing=LABEL_SMOOTHING)
@@ -178,7 +178,7 @@ def released_loss(
             to the variance of the released decoder's.
     """
     with block_outputs(model.decoder) as blocks:
-        scores, learnt = scores_of(model, model.decoder, batch, start)
+        scores, learnt = scores_of(model, batch, start)
     found = torch.stack([block[learnt] for block in blocks])  # (N, K, D)
     wanted = torch.cat([example.blocks[:, len(start) - 1 :] for example in batch], dim=1)
     with torch.no_grad():
@@ -201,10 +201,10 @@ def fine_tune(
 ) -> float:
     """Train the decoder in place; return the mean loss of the last quarter of the updates."""
     generator, part = torch.Generator().manual_seed(seed), TRAINED[args.trained]
-    trained = []
-    for name, weight in model.decoder.named_parameters():
-        if weight.requires_grad_(part in name).requires_grad:
-            trained.append(weight)
+    model.decoder.requires_grad_(False)
+    trained = [weight for name, weight in model.decoder.named_parameters() if part in name]
+    for weight in trained:
+        weight.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained, lr=args.lr, **OPTIMIZER)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
