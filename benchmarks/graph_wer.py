@@ -21,9 +21,9 @@ Decode = Callable[[Sequence[Tensor]], list[str]]
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Export trained models and decode a test set on the best path of CTC: with "
-        "torch, with the graphs in onnxruntime and, where the model has Kaldi's features, with "
-        "sherpa-onnx. fp32 and int8 are the types of the weights.",
+        description="Export trained models and decode a test set: with torch, with the graphs in "
+        "onnxruntime and, where the model has Kaldi's features, with sherpa-onnx (on the best path "
+        "of CTC). fp32 and int8 are the types of the weights.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -40,6 +40,8 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add("--chunk_size", type=positive, default=16, help="frames")
     add("--left_chunks", type=positive, default=4, help="chunks of left context")
+    add("--beam_size", type=positive, default=1, help="1: the best path")
+    add("--ctc_weight", type=float, default=1.0, help="the decoder has the rest")
     return parser
 
 
@@ -68,8 +70,8 @@ def ours(experiment: Path, args: argparse.Namespace, graph: Path | None) -> Deco
         experiment / args.model_file,
         chunk_size=args.chunk_size,
         left_chunks=args.left_chunks,
-        beam_size=1,
-        ctc_weight=1.0,
+        beam_size=args.beam_size,
+        ctc_weight=args.ctc_weight,
         engine=functools.partial(OnnxEngine, graph) if graph else TorchEngine,
     )
     return lambda audio: [recognizer(samples)[0][0] or "" for samples in audio]

@@ -8,7 +8,7 @@ import argparse
 import copy
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ from whisper_conversion import (
 
 from espnet_kv.cli import command
 from espnet_kv.convert.calibration import greedy_tokens, start_tokens
+from espnet_kv.files import new_file
 
 PARTS = TOGETHER["decoder"]
 LONGEST_TEXT = 150
@@ -42,6 +43,10 @@ TRAINED = {"decoder": "", "attention": "attn"}
 # of ESPnet's recipe that fine-tunes Whisper
 LABEL_SMOOTHING, CLIP = 0.1, 1.0
 OPTIMIZER = {"weight_decay": 0.01, "betas": (0.9, 0.99), "eps": 1e-6}
+READ = ("weights", "train", "train_utterances")
+CONVERTED = (*READ, "calibration", "cut")
+LEARNT = (*READ, "learn")
+"""Options that decide what `--work` keeps."""
 
 
 class Example(NamedTuple):
@@ -89,7 +94,24 @@ def get_parser() -> argparse.ArgumentParser:
     add("--lr", type=float, default=1e-5, help="learning rate after warm-up")
     add("--cache_dtypes", nargs="+", default=["fp32", "int8"], help="fp32, int8, int4")
     add("--device", default="cpu", help="cpu or cuda, for everything but the conversion")
+    add("--work", type=Path, help="keep here what is learnt and conversions, for the next run")
     return parser
+
+
+def kept(args: Any, name: str, options: Sequence[str], make: Callable, *operands) -> Any:
+    """What `make` returns, or what an earlier run with the same `options` left in `--work`."""
+    if args.work is None:
+        return make(*operands)
+    file = args.work / f"{name}.pt"
+    made_with = {option: str(getattr(args, option)) for option in options}
+    if file.is_file():
+        found = torch.load(file, weights_only=False, mmap=True)
+        if found["options"] == made_with:
+            return found["made"]
+    made = make(*operands)
+    with new_file(file) as part:
+        torch.save({"options": made_with, "made": made}, part)
+    return made
 
 
 def transcribed(
@@ -250,10 +272,13 @@ def main(argv: list[str] | None = None) -> None:
     model.to(device)
     encodings = {data: encode(model, utterances) for data, utterances in tested.items()}
     read = [u for data in args.train for u in read_utterances(data, args.train_utterances, 0)]
-    if args.learn == "released":
-        training = decoded(model, read, start)
-    else:
-        training = transcribed(model, read, tokenizer, EnglishTextNormalizer())
+
+    def learnt() -> list[Example]:
+        if args.learn == "released":
+            return decoded(model, read, start)
+        return transcribed(model, read, tokenizer, EnglishTextNormalizer())
+
+    training = kept(args, "learnt", LEARNT, learnt)
     rows = []
 
     def measure(name: str, seed: int | str, loss: float | None = None) -> None:
@@ -270,15 +295,17 @@ def main(argv: list[str] | None = None) -> None:
             print(f"| {' | '.join(map(str, row.values()))} | {last} | {' | '.join(shown)} |")
             sys.stdout.flush()
 
+    def convert(seed: int) -> dict[str, dict[str, Any]]:
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randperm(len(read), generator=generator)[: args.calibration].tolist()
+        conversions = Conversions(model.cpu(), PARTS, [read[n].samples for n in drawn], start)
+        return {part: conversions.of(part, args.cut, METHODS[2]) for part in PARTS}
+
     print(f"\n| model | seed | cache | loss | WER (%) of {' | '.join(map(str, args.test))} |")
     print(f"|---|---:|---|---:|{'---|' * len(args.test)}")
     measure("as released", "-")
     for seed in args.seeds:
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randperm(len(read), generator=generator)[: args.calibration].tolist()
-        model.cpu()
-        conversions = Conversions(model, PARTS, [read[n].samples for n in drawn], start)
-        converted = {part: conversions.of(part, args.cut, METHODS[2]) for part in PARTS}
+        converted = kept(args, f"converted_{seed}", CONVERTED, convert, seed)
         released = model.to(device).decoder
         for name, modules in (("control", {}), ("converted", converted)):
             model.decoder = copy.deepcopy(released)
