@@ -142,14 +142,18 @@ def engines(
 def row(
     model: str, engine: str, texts: Mapping[str, str], first: Mapping[str, str], ref: Mapping
 ) -> str:
-    """One line of the table; equal texts are counted against the `first` engine."""
+    """One line of the table, with the difference from the `first` engine."""
     from espnet_kv.recipe.score import score
-    from espnet_kv.scores import rate_text
+    from espnet_kv.scores import error_interval, rate_text
 
-    found = score(ref, texts, "wer")
+    found, base = score(ref, texts, "wer"), score(ref, first, "wer")
     equal = sum(texts[name].split() == first[name].split() for name in ref)
+    errors = [a - b for a, b in zip(found.utterance_errors, base.utterance_errors, strict=True)]
+    more = rate_text(
+        found.error_rate - base.error_rate, error_interval(errors, found.utterance_words)
+    )
     wer = rate_text(found.error_rate, found.interval)
-    return f"| {model} | {engine} | {wer} | {equal} of {len(ref)} |"
+    return f"| {model} | {engine} | {wer} | {more} | {equal} of {len(ref)} |"
 
 
 @command
@@ -162,8 +166,9 @@ def main(argv: list[str] | None = None) -> None:
     audio, references = read(args.data, args.utterances, args.tail)
     print(f"data  {args.data}, {len(audio)} utterances, {args.tail:g} s of noise behind each")
     print(
-        "\n| model | engine | WER (%), 95 % interval | texts equal to torch's |\n|---|---|---|---|"
+        "\n| model | engine | WER (%), 95 % interval | more than torch | texts equal to torch's |"
     )
+    print("|---|---|---|---|---|")
     for experiment in args.experiments:
         with tempfile.TemporaryDirectory() as folder:
             first: dict[str, str] = {}

@@ -53,11 +53,17 @@ class Score:
     @functools.cached_property
     def interval(self) -> tuple[float, float] | None:
         """95 % interval of the error rate, see `error_interval`."""
-        chunks = self.alignment.alignments
-        return error_interval(
-            [sum(map(_errors, utterance)) for utterance in chunks],
-            [len(reference) for reference in self.alignment.references],
-        )
+        return error_interval(self.utterance_errors, self.utterance_words)
+
+    @property
+    def utterance_errors(self) -> list[int]:
+        """Errors of each utterance."""
+        return [sum(map(_errors, chunks)) for chunks in self.alignment.alignments]
+
+    @property
+    def utterance_words(self) -> list[int]:
+        """Tokens of each utterance's reference."""
+        return [len(reference) for reference in self.alignment.references]
 
     @property
     def counts(self) -> dict[str, int]:
