@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import re
 import shlex
 import sys
@@ -153,6 +154,8 @@ def main(cmd: Sequence[str] | None = None) -> None:
     Raises:
         UserError: bad options or bad input.
     """
+    # before torch is imported, whose profiler warns of older tensors
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     arguments = list(sys.argv[1:] if cmd is None else cmd)
     args = get_parser().parse_args(arguments)
     seconds, cache_dtypes = _lengths(args.lengths), _cache_dtypes(args.cache_dtypes)

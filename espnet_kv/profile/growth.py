@@ -1,14 +1,13 @@
 """How time and peak memory grow with the length of the audio.
 
 On a CPU each measurement runs in a process of its own, so that a length for which memory does not
-suffice ends that process and not the profile: a process is spawned, loads the model, and forks for
-every measurement.
+suffice ends that process and not the profile: another process loads the model, and forks for every
+measurement.
 """
 
 import contextlib
 import logging
 import multiprocessing
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -175,10 +174,11 @@ def _measure_here(task: Task, subject: Subject) -> Iterator[Row]:
 
 
 def _measure_apart(task: Task) -> Iterator[Row]:
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the profiler warns of older tensors
-    context = multiprocessing.get_context("spawn")
+    threads = torch.get_num_threads()
+    # torch's pool of threads would not survive a fork; a spawned process has to import ESPnet again
+    context: Any = multiprocessing.get_context("fork" if threads == 1 else "spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_serve, args=(task, theirs, torch.get_num_threads()))
+    process = context.Process(target=_serve, args=(task, theirs, threads))
     process.start()
     theirs.close()
     try:
@@ -199,7 +199,7 @@ def _measure_apart(task: Task) -> Iterator[Row]:
 
 
 def _serve(task: Task, out: Connection, threads: int) -> None:
-    """In the spawned process: load the model, then fork for every measurement."""
+    """In the other process: load the model, then fork for every measurement."""
     torch.set_num_threads(1)  # a pool of threads would not survive the fork
     subject = task.load("cpu")
     fork = multiprocessing.get_context("fork")

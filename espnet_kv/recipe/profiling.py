@@ -48,8 +48,7 @@ def profile_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> S
         ]
         log = out / "profile.log"
         print(f"  profiling {exp.name}, log in {log}", flush=True)
-        # a new process, so that its memory holds nothing else
-        return [Job(f"profile {exp.name}", "espnet_kv.bin.profile", options, log, ngpu, fresh=True)]
+        return [Job(f"profile {exp.name}", "espnet_kv.bin.profile", options, log, ngpu)]
 
     return Step(
         stage=14,
