@@ -255,12 +255,12 @@ def error_interval(errors: Sequence[int], words: Sequence[int]) -> tuple[float, 
 
 def interval_text(interval: Sequence[float] | None) -> str:
     """5.1 to 9.0; empty if the interval is not known."""
-    return f"{interval[0]:.1f} to {interval[1]:.1f}" if interval else ""
+    return f"{interval[0]:z.1f} to {interval[1]:z.1f}" if interval else ""
 
 
 def rate_text(rate: float, interval: Sequence[float] | None) -> str:
     """7.0 (5.1 to 9.0), or 7.0 if the interval is not known."""
-    return f"{rate:.1f} ({said})" if (said := interval_text(interval)) else f"{rate:.1f}"
+    return f"{rate:z.1f} ({said})" if (said := interval_text(interval)) else f"{rate:z.1f}"
 
 
 def _sclite(result: Path) -> Rates:

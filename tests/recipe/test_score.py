@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from espnet_kv.errors import UserError
 from espnet_kv.recipe.results import BEGIN, END, write_results
 from espnet_kv.recipe.score import Score, score, write_score
-from espnet_kv.scores import MISSING, read_scored_set, read_scores
+from espnet_kv.scores import MISSING, rate_text, read_scored_set, read_scores
 
 REF = {"u1": "THE CAT SAT DOWN", "u2": "A DOG", "u3": "STOP", "u4": ""}
 HYP = {"u1": "THE BAT SAT", "u2": "A BIG DOG", "u3": "STOP", "u4": ""}
@@ -53,6 +53,15 @@ def test_the_interval_is_that_of_resampled_utterances():
         f"95 % interval of Err (utterances resampled 2000 times, seed 0): {low:.1f} to {high:.1f}"
         in (result.summary())
     )
+
+
+def test_errors_by_utterance_add_up_to_all():
+    result = score(REF, HYP, "wer")
+    assert (result.utterance_errors, result.utterance_words) == ([2, 1, 0, 0], [4, 2, 1, 0])
+
+
+def test_rates_as_text_have_no_negative_zero():
+    assert rate_text(-0.04, (-0.26, 0.04)) == "0.0 (-0.3 to 0.0)"
 
 
 def test_without_errors_the_interval_is_a_point():
