@@ -6,7 +6,9 @@ decoder, K tokens of a batch that are learnt.
 
 import argparse
 import copy
+import itertools
 import json
+import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,6 +22,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.nn.utils.rnn import pad_sequence
 from whisper_conversion import (
     BATCH,
+    LONGEST,
     METHODS,
     TOGETHER,
     Conversions,
@@ -33,20 +36,31 @@ from whisper_conversion import (
 
 from espnet_kv.cli import command
 from espnet_kv.convert.calibration import greedy_tokens, start_tokens
+from espnet_kv.errors import UserError
 from espnet_kv.files import new_file
 
 PARTS = TOGETHER["decoder"]
 LONGEST_TEXT = 150
 """Tokens; the released decoder writes more where it repeats itself."""
-TRAINED = {"decoder": "", "attention": "attn"}
+RATE, WINDOW = 16000, (4.0, LONGEST)
+"""Hz, and the shortest and the longest window of joined utterances in seconds."""
+TRAINED = {"decoder": "", "blocks": "blocks.", "attention": "attn"}
 """What is trained: part of the names of its parameters."""
 # of ESPnet's recipe that fine-tunes Whisper
 LABEL_SMOOTHING, CLIP = 0.1, 1.0
 OPTIMIZER = {"weight_decay": 0.01, "betas": (0.9, 0.99), "eps": 1e-6}
 READ = ("weights", "train", "train_utterances")
 CONVERTED = (*READ, "calibration", "cut")
-LEARNT = (*READ, "learn")
+WORDS = (*READ, "learn")
+LEARNT = (*WORDS, "windows")
 """Options that decide what `--work` keeps."""
+
+
+class Spoken(NamedTuple):
+    """samples: (N,) at RATE, N at most 30 s. tokens: (L,) of what is said."""
+
+    samples: Tensor
+    tokens: Tensor
 
 
 class Example(NamedTuple):
@@ -81,13 +95,19 @@ def get_parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of calibration and training")
     add("--updates", type=positive, default=200, help="of the optimizer")
     add("--warmup", type=positive, default=30, help="updates; then lr falls to 0 in a line")
-    add("--trained", choices=list(TRAINED), default="decoder", help="all of it, or its attention")
+    add("--trained", choices=list(TRAINED), default="decoder", help="all of it, or a part")
     add(
         "--learn",
         choices=["transcripts", "released"],
         default="transcripts",
         help="the transcripts, or the words and outputs of the released decoder: its probabilities "
         "of each token and the outputs of its blocks",
+    )
+    add(
+        "--windows",
+        type=int,
+        default=0,
+        help="of each directory: utterances joined at random, up to 30 s; 0: each by itself",
     )
     add("--block_weight", type=float, default=0.5, help="of the outputs of blocks")
     add("--batch_size", type=positive, default=8, help="utterances")
@@ -114,33 +134,59 @@ def kept(args: Any, name: str, options: Sequence[str], make: Callable, *operands
     return made
 
 
-def transcribed(
-    model: WhisperModel, utterances: Sequence[Utterance], tokenizer: Any, normalize: Any
-) -> list[Example]:
-    """Encoder outputs, which stay as they are, and tokens of normalised transcripts."""
-    return [
-        Example(encoded, torch.tensor(tokenizer.encode(" " + normalize(text))), None)
-        for encoded, (_, text) in zip(encode(model, utterances), utterances, strict=True)
-    ]
+def words_of(
+    model: WhisperModel, utterances: Sequence[Utterance], start: list[int], learn: str
+) -> list[Tensor]:
+    """Tokens (L,) to learn of each utterance: of its normalised transcript, or the released
+    decoder's, as the greedy search finds them."""
+    if learn == "released":
+        model.decoder.cache_dtype = "fp32"
+        return [
+            tokens[len(start) :].cpu()
+            for batch in itertools.batched(utterances, BATCH)
+            for tokens in greedy_tokens(model, torch.stack(encode(model, batch)), start)
+        ]
+    from whisper.normalizers import EnglishTextNormalizer
+    from whisper.tokenizer import get_tokenizer
+
+    tokenizer = get_tokenizer(model.token_type == "whisper_multilingual", language="en")
+    normalize = EnglishTextNormalizer()
+    return [torch.tensor(tokenizer.encode(" " + normalize(text))) for _, text in utterances]
+
+
+def joined(spoken: Sequence[Spoken], count: int, generator: random.Random) -> list[Spoken]:
+    """`count` windows of utterances one after the other, of a random length up to LONGEST.
+
+    Each utterance comes once before any comes again.
+    """
+    windows, order = [], list[Spoken]()
+    while len(windows) < count:
+        longest = generator.uniform(*WINDOW) * RATE
+        window = list[Spoken]()
+        while True:
+            order = order or generator.sample(spoken, len(spoken))
+            total = sum(len(samples) for samples, _ in [*window, order[-1]])
+            if window and total > longest:
+                break
+            window.append(order.pop())
+        windows.append(Spoken(*map(torch.cat, zip(*window, strict=True))))
+    return windows
 
 
 @torch.no_grad()
-def decoded(
-    model: WhisperModel, utterances: Sequence[Utterance], start: list[int]
+def examples(
+    model: WhisperModel, spoken: Sequence[Spoken], start: list[int], learn: str
 ) -> list[Example]:
-    """What the released decoder writes, greedily, and the outputs of its blocks."""
+    """What is learnt: encoder outputs, which stay as they are, tokens, and outputs of blocks."""
     found = []
-    model.decoder.cache_dtype = "fp32"
-    for first in range(0, len(utterances), BATCH):
-        encoded = torch.stack(encode(model, utterances[first : first + BATCH]))  # (B, T, D)
-        for xs, written in zip(encoded, greedy_tokens(model, encoded, start), strict=True):
-            tokens = written[len(start) :].cpu()
-            if len(tokens) > LONGEST_TEXT:
-                continue
-            example = Example(xs, tokens, None)
+    for samples, tokens in spoken:
+        (encoded,) = encode(model, [Utterance(samples, "")])
+        example = Example(encoded, tokens, None)
+        if learn == "released":
             with block_outputs(model.decoder) as blocks:
                 scores_of(model, [example], start)
-            found.append(example._replace(blocks=torch.cat(blocks)))
+            example = example._replace(blocks=torch.cat(blocks))
+        found.append(example)
     return found
 
 
@@ -256,9 +302,6 @@ def fine_tune(
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    from whisper.normalizers import EnglishTextNormalizer
-    from whisper.tokenizer import get_tokenizer
-
     from espnet_kv.convert.choice import replaced
     from espnet_kv.convert.source import PARTS as SLOTS
 
@@ -266,7 +309,6 @@ def main(argv: list[str] | None = None) -> None:
     print_software()
     model = WhisperModel(args.weights)
     start = start_tokens(model, {"token_type": model.token_type})
-    tokenizer = get_tokenizer(model.token_type == "whisper_multilingual", language="en")
     device = torch.device(args.device)
     tested = {data: read_utterances(data, args.test_utterances, 0) for data in args.test}
     model.to(device)
@@ -274,11 +316,19 @@ def main(argv: list[str] | None = None) -> None:
     read = [u for data in args.train for u in read_utterances(data, args.train_utterances, 0)]
 
     def learnt() -> list[Example]:
-        if args.learn == "released":
-            return decoded(model, read, start)
-        return transcribed(model, read, tokenizer, EnglishTextNormalizer())
+        words = kept(args, "words", WORDS, words_of, model, read, start, args.learn)
+        spoken, generator = list[Spoken](), random.Random(0)
+        for pairs in itertools.batched(zip(read, words, strict=True), args.train_utterances):
+            own = [Spoken(x, tokens) for (x, _), tokens in pairs if len(tokens) <= LONGEST_TEXT]
+            spoken += joined(own, args.windows, generator) if args.windows else own
+        return examples(model, spoken, start, args.learn)
 
     training = kept(args, "learnt", LEARNT, learnt)
+    if len(training) < args.batch_size:
+        raise UserError(
+            f"--batch_size {args.batch_size}: only {len(training)} windows are learnt; give a "
+            "smaller one, or more --train_utterances or --windows"
+        )
     rows = []
 
     def measure(name: str, seed: int | str, loss: float | None = None) -> None:
