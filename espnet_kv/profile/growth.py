@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from espnet_kv.errors import UserError
+from espnet_kv.heap import return_freed_memory
 from espnet_kv.profile.clock import median, milliseconds, undisturbed
 from espnet_kv.profile.memory import METHODS, peak_bytes, peak_resident_bytes
 from espnet_kv.profile.sound import Sound, features
@@ -77,6 +78,7 @@ def stream(subject: Subject, sound: Sound, seconds: Sequence[float]) -> Iterator
     size = round(subject.chunk_seconds * subject.sample_rate)
     process = psutil.Process()
     with torch.no_grad(), undisturbed():
+        return_freed_memory()  # as in peak_resident_bytes
         resident = process.memory_info().rss
         frontend, state = subject.frontend(), subject.init_state()
         fed, times = 0, list[float]()
