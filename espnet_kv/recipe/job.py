@@ -45,7 +45,7 @@ class Job:
     shares: other jobs that share may run on its GPUs at the same time.
     epochs: number of training epochs; 0: no epochs to show.
     after: called in the run after the job has succeeded; a UserError is a failure of the job.
-    fresh: start a new process, also on the CPU, e.g. to measure its memory.
+    fresh: start a new process, also on the CPU, e.g. in a worker of a cluster.
     output: its --output_dir, if that directory holds only what this command writes.
     """
 
