@@ -12,7 +12,6 @@ from espnet_kv.profile import schema
 from espnet_kv.profile.schema import read_profile
 from espnet_kv.recipe import profiling, runner
 from espnet_kv.recipe.__main__ import main
-from espnet_kv.recipe.jobs import Job
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.options import parse
 from espnet_kv.scores import read_scores
@@ -142,7 +141,7 @@ class TestStage:
 
         def write(jobs, parallel):
             for job in jobs:
-                assert job.module == "espnet_kv.bin.profile" and job.fresh and parallel == 1
+                assert job.module == "espnet_kv.bin.profile" and parallel == 1
                 asked.append(list(job.arguments))
                 write_profile(job.log.parent / "profile.json", make_profile(wer={}))
                 job.after()
@@ -196,9 +195,8 @@ class TestStage:
         assert file.read_text() == (exp / "again.json").read_text()
         assert len(asked) == 1
 
-    def test_what_went_wrong_is_told(self, options, exp, capsys, monkeypatch):
-        """The command itself, which cannot read this model; here in a fork."""
-        monkeypatch.setattr(profiling, "Job", lambda *arguments, fresh: Job(*arguments))
+    def test_what_went_wrong_is_told(self, options, exp, capsys):
+        """The command itself, which cannot read this model."""
         assert main(options) == 1
         err = capsys.readouterr().err
         assert "profile.log" in err and err.startswith("error: ") and err.count("\n") == 1
