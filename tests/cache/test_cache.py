@@ -11,6 +11,7 @@ from streams import STREAMED, Feeder, reachable, streaming, utterances
 
 from espnet_kv.cache import EncoderState
 from espnet_kv.cache.codec import FLOATS, INTEGERS
+from espnet_kv.heap import return_freed_memory
 
 streamed = pytest.mark.parametrize("attention", STREAMED)
 cache_dtypes = pytest.mark.parametrize("cache_dtype", [None, *FLOATS, *INTEGERS])
@@ -161,8 +162,9 @@ HOUR = 90_000  # frames of 40 ms
 
 
 def resident_kib() -> int:
-    """Memory of this process now; its peak, which the tests before may have set, where that is all
-    that the system tells."""
+    """Memory of this process now, without what the allocator keeps of the tests before; its peak,
+    which they may have set, where that is all that the system tells."""
+    return_freed_memory()
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * resource.getpagesize() // 1024
@@ -183,7 +185,7 @@ def test_an_hour_takes_the_memory_of_ten_minutes(attention):
         capacities.add(state.store.capacity_bytes)
     assert state.frames[0] >= HOUR - 60
     assert len(capacities) == 1
-    assert held[-1] == pytest.approx(held[9], abs=1024)  # 1 MiB, in KiB
+    assert held[-1] <= held[9] + 1024  # 1 MiB, in KiB
 
 
 @pytest.mark.slow
