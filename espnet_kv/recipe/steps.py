@@ -98,8 +98,10 @@ class Step:
 
     @property
     def holds_something(self) -> bool:
-        """Whether the output directory is not empty."""
-        return self.output.is_dir() and any(self.output.iterdir())
+        """Whether the output directory holds more than what a killed run left half-written."""
+        return self.output.is_dir() and any(
+            not entry.name.startswith(".partial") for entry in self.output.iterdir()
+        )
 
 
 @dataclass(frozen=True)

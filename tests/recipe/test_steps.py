@@ -96,6 +96,14 @@ class TestState:
         judge.begin(step)  # and then the machine loses power
         assert judge.state(step).reason == "was cut off"
 
+    def test_killed_while_it_notes_that_it_begins_it_has_made_nothing(self, tmp_path, judge):
+        step = make(tmp_path, precious=True, in_place=True)
+        step.output.mkdir()
+        (step.output / f".partial.{step.begun_file.name}").write_text('{"st')
+        assert judge.state(step).reason == "not made yet"
+        run(judge, step)
+        assert judge.state(step).kind == "done"
+
     def test_a_changed_training_is_refused_and_a_cut_off_one_goes_on(self, tmp_path, judge):
         step = make(tmp_path, precious=True, in_place=True, options={"lr": 1}, remedy="rename it")
         judge.begin(step)
