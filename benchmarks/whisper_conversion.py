@@ -215,7 +215,8 @@ def decode(
 
 
 @torch.no_grad()
-def encode(model: WhisperModel, utterances: Sequence[Utterance]) -> list[Tensor]:
+def encode(model: WhisperModel, utterances: Sequence[tuple[Tensor, Any]]) -> list[Tensor]:
+    """Encoder outputs (T, D) of samples, which come first in each utterance."""
     device = next(model.parameters()).device
     return [
         model.encode(x[None].to(device), torch.tensor([len(x)], device=device))[0][0]

@@ -179,9 +179,9 @@ def examples(
 ) -> list[Example]:
     """What is learnt: encoder outputs, which stay as they are, tokens, and outputs of blocks."""
     found = []
-    for samples, tokens in spoken:
-        (encoded,) = encode(model, [Utterance(samples, "")])
-        example = Example(encoded, tokens, None)
+    for one in spoken:
+        (encoded,) = encode(model, [one])
+        example = Example(encoded, one.tokens, None)
         if learn == "released":
             with block_outputs(model.decoder) as blocks:
                 scores_of(model, [example], start)

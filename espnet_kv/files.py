@@ -12,6 +12,9 @@ from pathlib import Path
 
 from espnet_kv.errors import UserError
 
+PARTIAL = ".partial"
+"""How names of files and directories begin that are being written inside their directory."""
+
 
 @contextmanager
 def new_directory(dst: Path) -> Iterator[Path]:
@@ -40,7 +43,7 @@ def new_entries(dst: Path) -> Iterator[Path]:
         OSError: names `dst` if the system names no file.
     """
     is_new = not dst.exists()
-    with _partial_directory(dst / ".partial", dst) as new:
+    with _partial_directory(dst / PARTIAL, dst) as new:
         try:
             yield new
             for entry in sorted(new.iterdir()):
@@ -72,7 +75,7 @@ def new_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: names `path` if the system names no file.
     """
-    partial = path.with_name(f".partial.{path.name}")
+    partial = path.with_name(f"{PARTIAL}.{path.name}")
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -21,7 +21,7 @@ from espnet_kv.errors import UserError
 from espnet_kv.espnet.loading import DamagedError, load_tensors
 from espnet_kv.espnet.saving import CHECKPOINT, PREVIOUS, refuse_diverged, safe_saves
 from espnet_kv.espnet.task import TrainingTask
-from espnet_kv.files import write_text
+from espnet_kv.files import PARTIAL, write_text
 from espnet_kv.heap import keep_freed_memory
 
 
@@ -103,7 +103,7 @@ def repair_training(directory: Path, args: argparse.Namespace) -> None:
     Raises:
         UserError: the training diverged, or a needed model file is missing or truncated.
     """
-    for partial in directory.glob(".partial.*.pth"):
+    for partial in directory.glob(f"{PARTIAL}.*.pth"):
         partial.unlink()
     if not args.resume or args.use_deepspeed:
         return

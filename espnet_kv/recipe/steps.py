@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from espnet_kv.files import write_text
+from espnet_kv.files import PARTIAL, write_text
 from espnet_kv.recipe.content import Content
 from espnet_kv.recipe.jobs import Job
 
@@ -100,7 +100,7 @@ class Step:
     def holds_something(self) -> bool:
         """Whether the output directory holds more than what a killed run left half-written."""
         return self.output.is_dir() and any(
-            not entry.name.startswith(".partial") for entry in self.output.iterdir()
+            not entry.name.startswith(PARTIAL) for entry in self.output.iterdir()
         )
 
 
