@@ -181,7 +181,9 @@ class Conversions:
                 return self.runner.run(self.held_out, modules=[side])[side]
 
             error = ModelError(self.model, slot, run)
-            choice = choose_mla(layers, rank, budget, error.of)
+            size = next(iter(layers.values()))[0].n_feat
+            shared = min(budget, size) if slot.is_cross else None
+            choice = choose_mla(layers, rank, budget, error.of, shared_rank=shared)
             print(f"{part}, {cut:g}: {choice.chosen}; {choice.errors}", file=sys.stderr, flush=True)
             self.made[key] = choice.modules
         elif method == METHODS[1]:

@@ -5,6 +5,7 @@ d_k head size.
 """
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,9 @@ class Attention(nn.Module):
             decoder.
         cross: True for attention to the encoder output, False for self-attention; set by the
             decoder.
+        can_share_state: whether the cross-attention modules of a decoder, which read the same
+            frames, can have one state.
+        shares_state: whether they do; see `share_state`.
     """
 
     options: tuple[str, ...] = ()
@@ -72,6 +76,8 @@ class Attention(nn.Module):
     colour_slot: int | None = None
     state_index: int
     cross: bool = False
+    can_share_state: bool = False
+    shares_state: bool = False
 
     def __init__(self, sizes: HeadSizes, dropout_rate: float, rel_pos: bool):
         super().__init__()
@@ -143,6 +149,16 @@ class Attention(nn.Module):
     def cross_attend(self, x: Tensor, step: CacheStep) -> Tensor:
         """Cross-attention of (B, Q, D) over the state of `init_cross_state` -> (B, Q, D)."""
 
+    def share_state(self, first: "Attention") -> None:
+        """Read the state of `first`, the first cross-attention module of the same decoder."""
+        self.shares_state = True
+
     def position_table(self, pos_emb: Tensor) -> Tensor | None:
         """Relative positions (1, P, D) as projected by this module; None: it does not use them."""
         return None
+
+
+def share_state(attentions: Sequence[Attention]) -> None:
+    """Let the cross-attention modules of a decoder have one state, that of the first."""
+    for attention in attentions:
+        attention.share_state(attentions[0])

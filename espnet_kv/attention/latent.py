@@ -30,6 +30,7 @@ class MultiHeadLatentAttention(SoftmaxAttention):
 
     options = ("kv_rank",)
     colour_slot = 2
+    can_share_state = True
 
     def __init__(
         self,
@@ -60,7 +61,12 @@ class MultiHeadLatentAttention(SoftmaxAttention):
 
     @property
     def label(self) -> str:
-        return f"mla r{self.kv_rank}"
+        return f"mla r{self.kv_rank}" + (" of all layers" if self.shares_state else "")
+
+    def share_state(self, first):
+        """One latent for all layers: with r = D it can represent the keys and values of each."""
+        super().share_state(first)
+        self.linear_kv_down = first.linear_kv_down
 
     def cached_vectors(self, x):
         return (self.linear_kv_down(x)[:, None],)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from espnet_kv.attention.latent import MultiHeadLatentAttention
 from espnet_kv.convert.budget import choose_ranks, predicted_errors
-from espnet_kv.convert.factorize import to_mla, to_mla_by_second_moment
+from espnet_kv.convert.factorize import to_mla, to_mla_by_second_moment, to_shared_mla
 from espnet_kv.convert.metric import OutputMetric
-from espnet_kv.convert.modules import in_place_of
+from espnet_kv.convert.modules import put_in_place
 from espnet_kv.convert.source import Part
 from espnet_kv.convert.statistics import LayerStatistics
 
@@ -21,6 +21,10 @@ USUAL = "second moment, equal ranks"
 EQUAL, SHARED = (
     "model output, keys x {:g}, equal ranks",
     "model output, keys x {:g}, ranks by layer",
+)
+ONE, EXACT = (
+    "model output, keys x {:g}, one latent for all layers",
+    "one latent for all layers, lossless",
 )
 
 # Factors of key errors in the norm of the model's output. Large key errors change the attention
@@ -60,15 +64,14 @@ class ModelError:
 @contextmanager
 def replaced(model: Any, part: Part, modules: Mapping[str, Any]) -> Iterator[None]:
     """Context manager within which `modules` (name -> module) stand in the model."""
-    slots = [slot for slot in part.slots(model) if slot[0] in modules]
-    before = [getattr(block, attribute) for _, block, attribute in slots]
+    slots = part.slots(model)
+    before = put_in_place(slots, modules)
     try:
-        for name, block, attribute in slots:
-            setattr(block, attribute, in_place_of(getattr(block, attribute), modules[name]))
         yield
     finally:
-        for (_, block, attribute), module in zip(slots, before, strict=True):
-            setattr(block, attribute, module)
+        for name, block, attribute in slots:
+            if name in before:
+                setattr(block, attribute, before[name])
 
 
 @dataclass
@@ -90,12 +93,15 @@ def choose_mla(
     budget: int | None,
     model_error: Callable[[Mapping[str, Any]], float],
     step: Callable[[], object] = lambda: None,
+    shared_rank: int | None = None,
 ) -> Choice:
     """Convert the layers of a part to mla by the candidate with the smallest error of the model.
 
     Candidates with equal ranks: the second moment of the frames, and the norm of the model's
     output (`metric`) with KEY_SCALES. With a budget also the best of these scales, with the ranks
-    that minimise the sum of the predicted errors.
+    that minimise the sum of the predicted errors. With a shared rank, one latent for all layers
+    takes the place of those in the norm of the output; if it is lossless, there is no other
+    candidate.
 
     Args:
         layers: name -> attention module and its statistics.
@@ -103,6 +109,7 @@ def choose_mla(
         budget: numbers per frame of all layers; None: only equal ranks.
         model_error: `ModelError.of`, for audio that is not in the statistics.
         step: called after each layer of a candidate.
+        shared_rank: see `target.shared_rank`.
 
     Raises:
         UserError, ConfigError: see `to_mla`.
@@ -110,9 +117,19 @@ def choose_mla(
     choices: list[Choice] = []
     errors: dict[str, float] = {}
 
+    def attempt(name: str, modules: Mapping[str, MultiHeadLatentAttention]) -> None:
+        errors[name] = model_error(modules)
+        choices.append(Choice(dict(modules), name, errors))
+
+    attentions = [attention for attention, _ in layers.values()]
+    if shared_rank is not None and shared_rank >= attentions[0].n_feat:
+        attempt(EXACT, dict(zip(layers, to_shared_mla(attentions, shared_rank), strict=True)))
+        for _ in layers:
+            step()
+        return choices[0]
     metrics = {name: OutputMetric.of(*layer) for name, layer in layers.items()}
 
-    def attempt(name: str, ranks: Mapping[str, int], scale: float | None = None) -> None:
+    def separate(ranks: Mapping[str, int], scale: float | None = None) -> dict[str, Any]:
         modules = {}
         for layer, (attention, statistics) in layers.items():
             if scale is None:
@@ -122,23 +139,37 @@ def choose_mla(
                 new = to_mla(attention, ranks[layer], statistics, metric)
             modules[layer] = new
             step()
-        errors[name] = model_error(modules)
-        choices.append(Choice(modules, name, errors))
+        return modules
+
+    def together(rank: int, scale: float) -> dict[str, Any]:
+        known = [
+            (statistics, metrics[name].with_keys_scaled(scale))
+            for name, (_, statistics) in layers.items()
+        ]
+        modules = dict(zip(layers, to_shared_mla(attentions, rank, known), strict=True))
+        for _ in layers:
+            step()
+        return modules
 
     equal = dict.fromkeys(layers, rank)
-    attempt(USUAL, equal)
+    attempt(USUAL, separate(equal))
     for scale in KEY_SCALES:
-        attempt(EQUAL.format(scale), equal, scale)
-    if budget is not None:
+        if shared_rank is None:
+            attempt(EQUAL.format(scale), separate(equal, scale))
+        else:
+            attempt(ONE.format(scale), together(shared_rank, scale))
+    if budget is not None and shared_rank is None:
         scale = min(KEY_SCALES, key=lambda scale: errors[EQUAL.format(scale)])
         predicted = {
             name: predicted_errors(*layer, metrics[name].with_keys_scaled(scale))
             for name, layer in layers.items()
         }
-        attempt(SHARED.format(scale), choose_ranks(predicted, budget), scale)
+        attempt(SHARED.format(scale), separate(choose_ranks(predicted, budget), scale))
     return min(choices, key=lambda choice: errors[choice.chosen])
 
 
-def candidates(budget: int | None) -> int:
-    """The number of candidates of `choose_mla`."""
+def candidates(budget: int | None, shared_rank: int | None = None, size: int = 0) -> int:
+    """The number of candidates of `choose_mla` in a model of this size."""
+    if shared_rank is not None:
+        return 1 if shared_rank >= size else 1 + len(KEY_SCALES)
     return 1 + len(KEY_SCALES) + (budget is not None)

@@ -3,9 +3,12 @@
 Shape letters: H heads, D model size, d_k head size, r rank.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from espnet_kv.attention.base import share_state
 from espnet_kv.attention.grouped import MultiHeadAttention
 from espnet_kv.attention.latent import MultiHeadLatentAttention
 from espnet_kv.convert.linalg import hartley, left_vectors, symmetric_root
@@ -69,13 +72,36 @@ def to_mla(
         UserError: keys are normalised (qk_norm).
         ConfigError: rank is out of range.
     """
-    k, v = attention.linear_k, attention.linear_v
-    if statistics is not None and rank < k.in_features:  # otherwise nothing is lost
-        metric = metric or OutputMetric.of(attention, statistics)
-        weights = _latent(attention, rank, statistics, metric)
-    else:
-        weights = (*factorize_kv(k.weight, v.weight, rank), v.bias)
+    known = None
+    if statistics is not None:
+        known = [(statistics, metric or OutputMetric.of(attention, statistics))]
+    (weights,) = _latent([attention], rank, known)
     return _with_weights(attention, rank, weights)
+
+
+@torch.no_grad()
+def to_shared_mla(
+    attentions: Sequence[MultiHeadAttention],
+    rank: int,
+    known: Sequence[tuple[LayerStatistics, OutputMetric]] | None = None,
+) -> list[MultiHeadLatentAttention]:
+    """Convert the cross-attention modules of a decoder to one latent for all (`share_state`).
+
+    They read the same frames, so that nothing is lost with a rank of D, whatever their number.
+    Otherwise the sum of their errors is minimised as `to_mla` does it.
+
+    Args:
+        known: statistics and metric of each module; None: fit to the weights only.
+
+    Raises:
+        UserError, ConfigError: see `to_mla`.
+    """
+    made = [
+        _with_weights(attention, rank, weights)
+        for attention, weights in zip(attentions, _latent(attentions, rank, known), strict=True)
+    ]
+    share_state(made)
+    return made
 
 
 @torch.no_grad()
@@ -93,22 +119,40 @@ def to_mla_by_second_moment(
 
 
 def _latent(
-    attention: MultiHeadAttention, rank: int, statistics: LayerStatistics, metric: OutputMetric
-) -> Weights:
-    """The best weights in the norm `metric`."""
-    h = attention.h
-    keys, values = head_rows(attention.linear_k.weight, h), head_rows(attention.linear_v.weight, h)
-    maps = torch.cat([metric.left_k @ keys, metric.left_v @ values])
-    roots = torch.cat([metric.right_k, metric.right_v])
-    rows = best_rows(maps, roots @ roots, rank)
-    ups = best_ups(torch.cat([keys, values]), roots, rows)  # (2 H, d_k, r)
-    value_error = values - ups[h:] @ rows
-    bias = head_rows(attention.linear_v.bias[:, None], h)[..., 0]
-    bias = bias + torch.einsum("hij,hj->hi", value_error, statistics.pooled_mean)
+    attentions: Sequence[MultiHeadAttention],
+    rank: int,
+    known: Sequence[tuple[LayerStatistics, OutputMetric]] | None,
+) -> list[Weights]:
+    """Weights of modules with one latent: the best in their metrics, or in the Frobenius norm."""
+    count, size = len(attentions), attentions[0].linear_k.in_features
+    if known is None or rank >= size:  # nothing is lost
+        keys, values = (
+            torch.cat([getattr(attention, name).weight for attention in attentions])
+            for name in ("linear_k", "linear_v")
+        )
+        down, up_k, up_v = factorize_kv(keys, values, rank)
+        of_each = zip(up_k.chunk(count), up_v.chunk(count), attentions, strict=True)
+        return [(down, k, v, attention.linear_v.bias) for k, v, attention in of_each]
+    plain, maps, roots = list[Tensor](), list[Tensor](), list[Tensor]()
+    for attention, (_, metric) in zip(attentions, known, strict=True):
+        keys = head_rows(attention.linear_k.weight, attention.h)
+        values = head_rows(attention.linear_v.weight, attention.h)
+        plain += keys, values
+        maps += metric.left_k @ keys, metric.left_v @ values
+        roots += metric.right_k, metric.right_v
+    of, root = torch.cat(plain), torch.cat(roots)
+    rows = best_rows(torch.cat(maps), root @ root, rank)
+    ups = best_ups(of, root, rows)  # (2 H for each module, d_k, r)
+    errors = (of - ups @ rows).chunk(2 * count)
     # orthonormal up-projections: the latent has the scale of the keys and values
     up, basis = torch.linalg.qr(ups.flatten(0, 1))
-    up_k, up_v = up.chunk(2)
-    return basis @ rows, up_k, up_v, bias.flatten()
+    parts = up.chunk(2 * count)
+    weights = list[Weights]()
+    for n, (attention, (statistics, _)) in enumerate(zip(attentions, known, strict=True)):
+        bias = head_rows(attention.linear_v.bias[:, None], attention.h)[..., 0]
+        bias = bias + torch.einsum("hij,hj->hi", errors[2 * n + 1], statistics.pooled_mean)
+        weights.append((basis @ rows, parts[2 * n], parts[2 * n + 1], bias.flatten()))
+    return weights
 
 
 def _with_weights(

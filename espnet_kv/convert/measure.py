@@ -32,8 +32,9 @@ def cache_bytes(model: Any, part: str) -> dict[str, Any]:
         part: a key of PARTS.
 
     Returns:
-        {"layers": bytes of each layer, "bytes": their sum, "allocated": bytes of the allocated
-        storage, "frames" or "tokens": length of the input, "how": method of measurement}.
+        {"layers": bytes of each layer, or of the latent that all share, "bytes": their sum,
+        "allocated": bytes of the allocated storage, "frames" or "tokens": length of the input,
+        "how": method of measurement}.
     """
     if part == "encoder":
         return _of_encoder(model)
@@ -47,7 +48,7 @@ def cache_bytes(model: Any, part: str) -> dict[str, Any]:
     for length in range(1, TOKENS + 1):
         _, state = decoder.score(tokens[:length], state, encoded)
     if part == "decoder_cross":
-        layers = state.search.memory.states
+        layers = state.search.memory.own_states
         held = [layer.nbytes([FRAMES]) for layer in layers]
         allocated = sum(layer.capacity_bytes for layer in layers)
         return _result(held, allocated, {"frames": FRAMES}, "a search")

@@ -10,19 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from espnet_kv.attention.latent import MultiHeadLatentAttention
 from espnet_kv.convert.calibration import Calibration, CalibrationRunner, start_tokens
 from espnet_kv.convert.calls import Call, recording
 from espnet_kv.convert.choice import Choice, ModelError, candidates, choose_mla
-from espnet_kv.convert.factorize import to_mla
+from espnet_kv.convert.factorize import to_mla, to_shared_mla
 from espnet_kv.convert.layer_error import layer_errors
 from espnet_kv.convert.linalg import symmetric_root
 from espnet_kv.convert.measure import cache_bytes
-from espnet_kv.convert.modules import in_place_of, plain_attention
+from espnet_kv.convert.modules import plain_attention, put_in_place
 from espnet_kv.convert.pooling import to_gqa
 from espnet_kv.convert.source import PARTS
 from espnet_kv.convert.statistics import LayerStatistics
-from espnet_kv.convert.target import Target, layer_options
+from espnet_kv.convert.target import Target, layer_options, shared_rank
 from espnet_kv.convert.transfer import to_linear, transfer
+from espnet_kv.decoder.cached import SHARED
 from espnet_kv.errors import ArgumentError, UserError
 from espnet_kv.espnet.loading import build_filled
 from espnet_kv.espnet.task import ASRTask
@@ -134,8 +136,10 @@ def convert_model(
             known = {name: (attention, statistics[name]) for name, attention in attentions.items()}
             choice = _choose(model, part, known, target, runner, calibration, progress)
             converted |= choice.modules
-            confs = {name: {"kv_rank": new.kv_rank} for name, new in choice.modules.items()}
             choices[part] = {"chosen": choice.chosen, "errors": choice.errors}
+        elif PARTS[part].is_cross and (rank := shared_rank(target, attentions)) is not None:
+            made = to_shared_mla(list(attentions.values()), rank)
+            converted |= dict(zip(attentions, made, strict=True))
         else:
             step = progress(f"{part} to {target.attention_type}", len(attentions))
             for name, attention in attentions.items():
@@ -143,6 +147,8 @@ def convert_model(
                     name, attention, target, conf, statistics.get(name)
                 )
                 step()
+        if target.attention_type == "mla":
+            confs = {name: _mla_options(converted[name]) for name in attentions}
         for name, attention in attentions.items():
             spectrum = _spectrum(attention, statistics.get(name))
             layers.append(Layer(part, name, confs[name], spectrum))
@@ -158,8 +164,7 @@ def convert_model(
             step()
 
     for part in parts:
-        for name, block, slot in PARTS[part].slots(model):
-            setattr(block, slot, in_place_of(getattr(block, slot), converted[name]))
+        put_in_place(PARTS[part].slots(model), converted)
     # rebuilt from the configuration, to check that it describes all the weights
     args = argparse.Namespace(**copy.deepcopy(new_config))
     with weights_follow():
@@ -195,12 +200,19 @@ def _choose(
     rank = layer_options(target, attentions)["kv_rank"]
     budget = target.budget(attentions)
     where = PARTS[part]
+    shared = shared_rank(target, attentions) if where.is_cross else None
 
     def run() -> Tensor:
         return runner.run(calibration.held_out, modules=[where.module])[where.module]
 
-    step = progress(f"{part} to mla", len(layers) * candidates(budget))
-    return choose_mla(layers, rank, budget, ModelError(model, where, run).of, step)
+    size = next(iter(attentions.values())).n_feat
+    step = progress(f"{part} to mla", len(layers) * candidates(budget, shared, size))
+    return choose_mla(layers, rank, budget, ModelError(model, where, run).of, step, shared)
+
+
+def _mla_options(module: MultiHeadLatentAttention) -> dict[str, Any]:
+    """attention_conf of a converted module."""
+    return {"kv_rank": module.kv_rank} | ({SHARED: True} if module.shares_state else {})
 
 
 def _convert_layer(

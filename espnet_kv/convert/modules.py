@@ -1,11 +1,12 @@
 """Construction of the attention modules that replace those of the source model."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from espnet_kv.attention.base import Attention, HeadSizes
+from espnet_kv.attention.base import Attention, HeadSizes, share_state
 from espnet_kv.attention.grouped import MultiHeadAttention
 from espnet_kv.attention.whisper import NAMES, WhisperAttention, whisper_class
 from espnet_kv.errors import UserError
@@ -74,6 +75,29 @@ def in_place_of(old: Any, new: Any) -> Any:
     whisper.load_state_dict(state)
     whisper.state_index, whisper.cross = old.state_index, old.cross
     return whisper.train(old.training)
+
+
+def put_in_place(
+    slots: Iterable[tuple[str, nn.Module, str]], modules: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Replace attention modules of a model by `in_place_of`.
+
+    Args:
+        slots: see `Part.slots`.
+        modules: name -> replacement.
+
+    Returns:
+        Name -> module that was there.
+    """
+    before, placed = {}, []
+    for name, block, attribute in slots:
+        if name in modules:
+            before[name] = getattr(block, attribute)
+            placed.append(in_place_of(before[name], modules[name]))
+            setattr(block, attribute, placed[-1])
+    if any(getattr(module, "shares_state", False) for module in modules.values()):
+        share_state(placed)  # those of Whisper models are copies
+    return before
 
 
 def refuse_normed_keys(source: MultiHeadAttention) -> None:

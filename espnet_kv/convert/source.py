@@ -41,6 +41,11 @@ class Part:
     def conf_key(self) -> str:
         return f"{self.prefix}attention_conf"
 
+    @property
+    def is_cross(self) -> bool:
+        """Whether the layers read the same frames, those of the encoder output."""
+        return self.prefix == "src_"
+
     def slots(self, model: nn.Module) -> list[tuple[str, nn.Module, str]]:
         """(module name, block, attribute of the block) for every block that has this attention."""
         module: Any = getattr(model, self.module)

@@ -73,6 +73,18 @@ class Target:
         return budget
 
 
+def shared_rank(target: Target, attentions: Mapping[str, Any]) -> int | None:
+    """Size of one latent for all layers of a cross-attention; None: each layer has its own.
+
+    A latent of the model size is lossless, so more of the budget is not used.
+
+    Raises:
+        UserError: see `Target.budget`.
+    """
+    budget = target.budget(attentions)
+    return None if budget is None else min(budget, next(iter(attentions.values())).n_feat)
+
+
 def layer_options(target: Target, attentions: Mapping[str, Any]) -> dict[str, Any]:
     """attention_conf of the layers of a part, the same for all.
 

@@ -13,6 +13,9 @@ from espnet_kv.cache.step import active_step
 from espnet_kv.decoder.search import Hypothesis, Search, transpose_weights
 from espnet_kv.errors import ConfigError
 
+SHARED = "shared_latent"
+"""Option of src_attention_conf: cross-attention of all layers caches one latent."""
+
 
 class CachedDecoder:
     """Mixin for an ESPnet decoder class: ESPnet's scorer interfaces with the cache of `Search`.
@@ -167,7 +170,7 @@ def check_places(
         layers: number of blocks.
 
     Returns:
-        The options of each layer, by place.
+        The options of each layer, by place; without SHARED.
 
     Raises:
         ConfigError (a ValueError): names the key, its value and the allowed values.
@@ -175,7 +178,35 @@ def check_places(
     found = {}
     for place, (kind, conf) in places.items():
         try:
-            found[place] = check_cached(kind, conf, layers)
+            own = own_options(conf) if place == "src" else conf
+            found[place] = check_cached(kind, own, layers)
+            if shares_latent(conf) and place == "src":
+                _check_shared(kind, own, found[place])
         except ConfigError as error:
             raise ConfigError(f"{place}_{error}") from error
     return found
+
+
+def shares_latent(src_attention_conf: Mapping[str, Any]) -> bool:
+    """The value of SHARED.
+
+    Raises:
+        ConfigError (a ValueError): it is neither true nor false.
+    """
+    value = src_attention_conf.get(SHARED, False)
+    if not isinstance(value, bool):
+        raise ConfigError(f"attention_conf.{SHARED}: {value!r} (allowed: true, false)")
+    return value
+
+
+def own_options(src_attention_conf: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of each module: all but SHARED, which is of the decoder."""
+    return {key: value for key, value in src_attention_conf.items() if key != SHARED}
+
+
+def _check_shared(kind: str, conf: Mapping[str, Any], layers: Sequence[Mapping]) -> None:
+    if not check_attention(kind, conf).can_share_state:
+        raise ConfigError(f"attention_conf.{SHARED}: true does not go with attention_type {kind}")
+    for key in conf:
+        if any(layer[key] != layers[0][key] for layer in layers):
+            raise ConfigError(f"attention_conf.{SHARED}: true: give one {key}, not one per layer")

@@ -80,6 +80,16 @@ class Memory(StoreStep):
     def __init__(self, states: Sequence[Any], frames: int, visible: Tensor | None):
         self.states, self.read, self.visible = states, frames, visible
 
+    @property
+    def own_states(self) -> list[Any]:
+        """Each state once, where modules share one."""
+        return list(dict.fromkeys(self.states))
+
+
+def state_owners(attentions: Sequence[Any]) -> Sequence[Any]:
+    """The cross-attention modules that have a state of their own."""
+    return attentions[:1] if attentions and attentions[0].shares_state else attentions
+
 
 @dataclass(eq=False)
 class Hypothesis:
@@ -283,19 +293,21 @@ class Search(TokenSearch):
         attentions = decoder.self_attentions
         super().__init__(attentions, len(xs), decoder.cache_dtype, xs.dtype, xs.device)
         self._cross = decoder.src_attentions
+        self._cross_owners = state_owners(self._cross)
         self.replace_memory(xs, mask)
 
     def replace_memory(self, xs: Tensor, mask: Tensor | None) -> None:
         """Replace the encoder output by (B, T, D), e.g. when it has grown."""
         self.frames = xs.size(1)
         spec = self._make_spec(self.frames)
-        states = [attention.init_cross_state(xs, spec, mask) for attention in self._cross]
+        own = [attention.init_cross_state(xs, spec, mask) for attention in self._cross_owners]
+        states = own if len(own) == len(self._cross) else own * len(self._cross)
         self.memory = Memory(states, self.frames, None if mask is None else mask[:, None].ne(0))
 
     def nbytes_by_kind(self) -> dict[str, int]:
         """Bytes in use: {"self": tokens and sums, "cross": encoded utterances}."""
         frames = [self.frames] * self.batch_size
-        cross = sum(state.nbytes(frames) for state in self.memory.states)
+        cross = sum(state.nbytes(frames) for state in self.memory.own_states)
         return super().nbytes_by_kind() | {"cross": cross}
 
     def capacity_by_kind(self) -> dict[str, int]:
@@ -303,7 +315,7 @@ class Search(TokenSearch):
         return super().capacity_by_kind() | {"cross": _storage_nbytes(cross)}
 
     def nbytes_analytic(self) -> dict[str, int]:
-        cross = self._footprint(self._cross, [self.frames] * self.batch_size)
+        cross = self._footprint(self._cross_owners, [self.frames] * self.batch_size)
         return super().nbytes_analytic() | {"cross": cross}
 
 

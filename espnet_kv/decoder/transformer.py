@@ -8,9 +8,9 @@ from espnet2.asr.decoder.transformer_decoder import TransformerDecoder
 from torch import Tensor
 
 from espnet_kv.attention import replace_attention
-from espnet_kv.attention.base import Attention, HeadSizes
+from espnet_kv.attention.base import Attention, HeadSizes, share_state
 from espnet_kv.attention.positions import at_positions
-from espnet_kv.decoder.cached import CachedDecoder, check_places
+from espnet_kv.decoder.cached import CachedDecoder, check_places, shares_latent
 from espnet_kv.espnet.loading import refuse_partial_loads
 from espnet_kv.espnet.signatures import complete_arguments, with_arguments_of
 
@@ -32,6 +32,7 @@ class KVTransformerDecoder(CachedDecoder, TransformerDecoder):
         self_attention_type, src_attention_type: mha, gqa, mla or linear, for self-attention and
             for cross-attention to the encoder output.
         self_attention_conf, src_attention_conf: their options; a list holds one value per block.
+            With shared_latent: true, src mla caches one latent for all blocks.
         espnet_conf: the arguments of ESPnet's class. use_sdpa and use_flash_attn have no effect.
 
     Raises:
@@ -71,6 +72,8 @@ class KVTransformerDecoder(CachedDecoder, TransformerDecoder):
                     qk_norm=espnet["qk_norm"],
                 )
                 attention.state_index, attention.cross = index, place == "src"
+        if shares_latent(confs["src"][1]):
+            share_state(self.src_attentions)
         # ESPnet loads with strict=False and would keep random attention weights
         self.load_guard = refuse_partial_loads(self)
 

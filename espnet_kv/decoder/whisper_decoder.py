@@ -8,9 +8,9 @@ from espnet2.asr.decoder.whisper_decoder import ExpandedTokenEmbedding, OpenAIWh
 from torch import Tensor, nn
 from torch.nn import functional
 
-from espnet_kv.attention.base import Attention
+from espnet_kv.attention.base import Attention, share_state
 from espnet_kv.attention.whisper import replace_whisper_attention
-from espnet_kv.decoder.cached import CachedDecoder, check_places
+from espnet_kv.decoder.cached import CachedDecoder, check_places, shares_latent
 from espnet_kv.decoder.search import Hypothesis, transpose_weights
 from espnet_kv.errors import ConfigError, UserError
 from espnet_kv.espnet.loading import refuse_partial_loads
@@ -36,6 +36,7 @@ class KVWhisperDecoder(CachedDecoder, OpenAIWhisperDecoder):
         self_attention_type, src_attention_type: mha, gqa, mla or linear, for self-attention and
             for cross-attention to the encoder output.
         self_attention_conf, src_attention_conf: their options; a list holds one value per block.
+            With shared_latent: true, src mla caches one latent for all blocks.
 
     Attributes:
         dims: the dimensions of the Whisper model.
@@ -90,6 +91,8 @@ class KVWhisperDecoder(CachedDecoder, OpenAIWhisperDecoder):
                 conf = confs[place][index]
                 attention = replace_whisper_attention(block, slot, places[place][0], conf)
                 attention.state_index, attention.cross = index, place == "src"
+        if shares_latent(places["src"][1]):
+            share_state(self.src_attentions)
         self.text_positions = len(self.decoders.positional_embedding)
         # ESPnet loads with strict=False and would keep random attention weights
         self.load_guard = refuse_partial_loads(self)

@@ -11,6 +11,7 @@ from typing import Any
 
 from espnet_kv.attention import attention_like, layer_confs
 from espnet_kv.cache.footprint import Footprint, vector_bytes
+from espnet_kv.decoder.cached import own_options, shares_latent
 
 # what is kept of a stream: (vectors, numbers in each)
 type Vectors = list[tuple[int, int]]
@@ -125,13 +126,15 @@ def decoder_bytes(
     own, cross = (
         footprints(
             conf[f"{place}_attention_type"],
-            conf[f"{place}_attention_conf"] or {},
+            own_options(conf[f"{place}_attention_conf"] or {}),
             heads,
             size,
             layers,
         )
         for place in ("self", "src")
     )
+    if shares_latent(conf["src_attention_conf"] or {}):
+        cross = cross[:1]
     tokens = sum(stored * footprint.frame_bytes("fp32") for footprint in own)
     sums = sum(hypotheses * footprint.constant_bytes("fp32") for footprint in own)
     return {

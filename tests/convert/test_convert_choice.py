@@ -1,5 +1,6 @@
 """Choice between conversions of a model's attention by its error on held-out inputs."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,9 @@ from espnet_kv.convert.calibration import disturbed
 from espnet_kv.convert.calls import recording
 from espnet_kv.convert.choice import (
     EQUAL,
+    EXACT,
     KEY_SCALES,
+    ONE,
     SHARED,
     USUAL,
     ModelError,
@@ -18,8 +21,9 @@ from espnet_kv.convert.choice import (
     choose_mla,
     replaced,
 )
-from espnet_kv.convert.factorize import to_mla, to_mla_by_second_moment
+from espnet_kv.convert.factorize import to_mla, to_mla_by_second_moment, to_shared_mla
 from espnet_kv.convert.layer_error import relative_error
+from espnet_kv.convert.metric import OutputMetric
 from espnet_kv.convert.source import PARTS
 from espnet_kv.convert.statistics import LayerStatistics
 
@@ -86,6 +90,80 @@ def test_it_is_never_worse_than_equal_ranks_with_the_second_moment(three_layers)
     assert error.of(choice.modules) == choice.errors[choice.chosen] <= choice.errors[USUAL]
     usual = {n: to_mla_by_second_moment(a, RANK, known) for n, (a, known) in layers.items()}
     assert error.of(usual) == pytest.approx(choice.errors[USUAL])
+
+
+@pytest.fixture
+def one_input(rng):
+    """Three layers of cross-attention, whose queries differ and whose frames are the same."""
+    part, source = PARTS["decoder_cross"], Source(rng)
+    model = model_of([layer(rel_pos=False) for _ in range(3)])
+    first, held_out = (source.calls(n, rel_pos=False, cross=True) for n in (6, 4))
+
+    def calls(frames):
+        others = source.calls(len(frames), rel_pos=False, cross=True)
+        return [
+            replace(own, key=call.key, context=call.context)
+            for own, call in zip(others, frames, strict=True)
+        ]
+
+    names = list(part.attentions(model))
+    fitted, unseen = ({name: calls(c) for name in names} for c in (first, held_out))
+    layers = {
+        name: (attention, LayerStatistics.of(attention, fitted[name]))
+        for name, attention in part.attentions(model).items()
+    }
+    return model, layers, unseen
+
+
+@pytest.mark.parametrize("rank", [SIZE, SIZE + 4])
+def test_one_latent_of_the_model_size_loses_nothing(one_input, rank):
+    _, layers, unseen = one_input
+    modules = to_shared_mla([attention for attention, _ in layers.values()], rank)
+    assert len({id(module.linear_kv_down) for module in modules}) == 1
+    for (name, (attention, _)), module in zip(layers.items(), modules, strict=True):
+        torch.testing.assert_close(outputs(module, unseen[name]), outputs(attention, unseen[name]))
+
+
+def test_one_latent_is_better_than_one_of_each_layer_with_as_many_numbers(one_input):
+    """Each layer reads all the numbers, so none has fewer than it had alone."""
+    _, layers, unseen = one_input
+    metrics = {name: OutputMetric.of(*known) for name, known in layers.items()}
+    attentions = [attention for attention, _ in layers.values()]
+    known = [(statistics, metrics[name]) for name, (_, statistics) in layers.items()]
+    one = dict(zip(layers, to_shared_mla(attentions, 3 * RANK, known), strict=True))
+    for name, (attention, statistics) in layers.items():
+        expected = outputs(attention, unseen[name])
+        each = to_mla(attention, RANK, statistics, metrics[name])
+        errors = [relative_error(outputs(m, unseen[name]), expected) for m in (one[name], each)]
+        assert errors[0] < 0.8 * errors[1], name
+
+
+def test_cross_attention_gets_one_latent_for_a_budget(one_input):
+    model, layers, unseen = one_input
+    part, asked = PARTS["decoder_cross"], []
+
+    def run() -> torch.Tensor:
+        parts = [outputs(a, unseen[name]) for name, a in part.attentions(model).items()]
+        return torch.cat(parts, dim=1).log_softmax(dim=-1)
+
+    error = ModelError(model, part, run)
+    steps = []
+    choice = choose_mla(layers, RANK, 3 * RANK, error.of, lambda: steps.append(1), 3 * RANK)
+    assert list(choice.errors) == [USUAL, *map(ONE.format, KEY_SCALES)]
+    assert choice.errors[choice.chosen] < choice.errors[USUAL]
+    assert {module.kv_rank for module in choice.modules.values()} == {3 * RANK}
+    assert all(module.shares_state for module in choice.modules.values())
+    assert len(steps) == len(layers) * candidates(3 * RANK, 3 * RANK, SIZE)
+
+    def record(modules) -> float:
+        asked.append(modules)
+        return error.of(modules)
+
+    steps.clear()
+    choice = choose_mla(layers, SIZE, 9 * SIZE, record, lambda: steps.append(1), SIZE)
+    assert choice.chosen == EXACT and len(asked) == 1
+    assert choice.errors[EXACT] < 1e-6
+    assert len(steps) == len(layers) * candidates(9 * SIZE, SIZE, SIZE)
 
 
 def test_the_error_of_a_decoder_is_the_divergence_of_its_distributions():

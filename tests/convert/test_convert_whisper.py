@@ -81,7 +81,7 @@ def test_full_rank_is_lossless(calibrated, source, audio, tmp_path):
 @pytest.mark.parametrize(
     ("options", "size"),
     [
-        (["mla", "--target_compression", "0.75"], SIZE // 2),
+        (["mla", "--target_compression", "0.875"], SIZE // 4),
         (["gqa", "--num_kv_heads", "2"], SIZE),
     ],
     ids=["mla", "gqa"],
@@ -106,6 +106,39 @@ def test_each_part_is_converted_alone(part, options, size, source, audio, tmp_pa
         assert choice["errors"][choice["chosen"]] == min(choice["errors"].values())
         assert f"{part}: chosen: {choice['chosen']}" in printed
         assert choice["chosen"] in (tmp_path / "out/conversion.md").read_text()
+
+
+@pytest.mark.parametrize("calibrated", [True, False], ids=["audio", "weights"])
+def test_cross_attention_of_all_blocks_gets_one_latent(calibrated, source, audio, tmp_path, capsys):
+    """As many numbers as the model's size are lossless, whatever the number of blocks."""
+    options = ["--attention_type", "mla", "--target_compression", str(1 - 0.5 / BLOCKS)]
+    options += ["--parts", "decoder_cross", *(audio if calibrated else ())]
+    assert run(source, tmp_path / "out", *options) == 0
+    written = yaml.safe_load((tmp_path / "out/config.yaml").read_text())
+    conf = written["decoder_conf"]["src_attention_conf"]
+    assert conf == {"kv_rank": SIZE, "shared_latent": True}
+    model, record = load(tmp_path / "out"), read_record(tmp_path / "out")
+    torch.testing.assert_close(
+        outputs(model)["decoder"], outputs(source.model)["decoder"], rtol=1e-4, atol=1e-4
+    )
+    assert (
+        len({id(block.cross_attn.linear_kv_down) for block in model.decoder.decoders.blocks}) == 1
+    )
+    cache = record["cache"]["decoder_cross"]
+    assert cache["after"]["bytes"] * 2 * BLOCKS == cache["before"]["bytes"]
+    assert cache["after"]["allocated"] * 2 * BLOCKS == cache["before"]["allocated"]
+    assert ("one latent for all layers, lossless" in capsys.readouterr().out) == calibrated
+
+
+def test_a_smaller_latent_of_all_blocks_is_chosen_by_the_error(source, audio, tmp_path):
+    options = ["--attention_type", "mla", "--target_compression", str(1 - 0.25 / BLOCKS)]
+    options += ["--parts", "decoder_cross", *audio]
+    assert run(source, tmp_path / "out", *options) == 0
+    choice = read_record(tmp_path / "out")["choices"]["decoder_cross"]
+    assert "one latent for all layers" in choice["chosen"]
+    conf = yaml.safe_load((tmp_path / "out/config.yaml").read_text())["decoder_conf"]
+    assert conf["src_attention_conf"] == {"kv_rank": SIZE // 2, "shared_latent": True}
+    outputs(load(tmp_path / "out"))
 
 
 def test_the_name_of_a_whisper_tokenizer_is_no_file(source, tmp_path):
