@@ -89,14 +89,15 @@ def put_in_place(
     Returns:
         Name -> module that was there.
     """
-    before, placed = {}, []
+    before, sharing = {}, []
     for name, block, attribute in slots:
         if name in modules:
             before[name] = getattr(block, attribute)
-            placed.append(in_place_of(before[name], modules[name]))
-            setattr(block, attribute, placed[-1])
-    if any(getattr(module, "shares_state", False) for module in modules.values()):
-        share_state(placed)  # those of Whisper models are copies
+            new = in_place_of(before[name], modules[name])
+            setattr(block, attribute, new)
+            if getattr(modules[name], "shares_state", False):
+                sharing.append(new)
+    share_state(sharing)  # those of Whisper models are copies
     return before
 
 

@@ -130,6 +130,19 @@ def test_cross_attention_of_all_blocks_gets_one_latent(calibrated, source, audio
     assert ("one latent for all layers, lossless" in capsys.readouterr().out) == calibrated
 
 
+@pytest.mark.parametrize("calibrated", [True, False], ids=["audio", "weights"])
+def test_half_of_every_cache_is_lossless(calibrated, source, audio, tmp_path):
+    """Layers of the encoder and self-attention keep latents of their own."""
+    options = ["--attention_type", "mla", "--target_compression", "0.5"]
+    options += ["--parts", ",".join(PARTS), *(audio if calibrated else ())]
+    assert run(source, tmp_path / "out", *options) == 0
+    expected, model = outputs(source.model), load(tmp_path / "out")
+    for module, got in outputs(model).items():
+        torch.testing.assert_close(got, expected[module], rtol=1e-4, atol=1e-4)
+    first, last = (block.attn.linear_kv_down for block in model.decoder.decoders.blocks)
+    assert not torch.equal(first.weight, last.weight)
+
+
 def test_a_smaller_latent_of_all_blocks_is_chosen_by_the_error(source, audio, tmp_path):
     options = ["--attention_type", "mla", "--target_compression", str(1 - 0.25 / BLOCKS)]
     options += ["--parts", "decoder_cross", *audio]

@@ -113,3 +113,16 @@ def test_the_json_says_which_attention_is_where(tmp_path, scp):
     model = json.loads((tmp_path / "profile.json").read_text())["model"]
     labels = [model[f"{place}attention_label"] for place in ("", "self_", "src_")]
     assert labels[:2] == ["gqa G2", "mla r5"] and labels[2].startswith("linear")
+
+
+def test_a_latent_of_all_layers_counts_once(tmp_path, scp):
+    given = config("mla", **of("mla", "mla"))
+    given["decoder_conf"]["src_attention_conf"] = {"kv_rank": 32, "shared_latent": True}
+    ended = profile(tmp_path, scp, given, "--lengths", "1")
+    assert ended.returncode == 0, ended.stderr
+    found = read_profile(tmp_path / "profile.json")
+    cache = found.decoder_cache
+    assert cache is not None and cache.bytes == cache.analytic
+    assert cache.bytes.decoder_cross == cache.allocated.decoder_cross == 100 * 32 * 4
+    assert found.model.src_attention_conf == {"kv_rank": 32, "shared_latent": True}
+    assert found.model.src_attention_label == "mla r32 of all layers"
