@@ -168,11 +168,15 @@ class Conversions:
         """Name -> module."""
         from espnet_kv.convert.choice import ModelError, choose_mla
         from espnet_kv.convert.factorize import to_mla, to_mla_by_second_moment
+        from espnet_kv.convert.target import Target, shared_rank
 
         if (key := (part, cut, method)) in self.made:
             return self.made[key]
         layers, slot = self.layers[part], self.slots[part]
-        budget = round((1 - cut) * sum(2 * a.n_feat for a, _ in layers.values()))
+        target = Target("mla", target_compression=cut)
+        attentions = {name: attention for name, (attention, _) in layers.items()}
+        budget = target.budget(attentions)
+        assert budget is not None
         rank = budget // len(layers)
         if method == METHODS[2]:
             side = slot.module
@@ -181,8 +185,7 @@ class Conversions:
                 return self.runner.run(self.held_out, modules=[side])[side]
 
             error = ModelError(self.model, slot, run)
-            size = next(iter(layers.values()))[0].n_feat
-            shared = min(budget, size) if slot.is_cross else None
+            shared = shared_rank(target, attentions) if slot.is_cross else None
             choice = choose_mla(layers, rank, budget, error.of, shared_rank=shared)
             print(f"{part}, {cut:g}: {choice.chosen}; {choice.errors}", file=sys.stderr, flush=True)
             self.made[key] = choice.modules

@@ -69,9 +69,7 @@ def replaced(model: Any, part: Part, modules: Mapping[str, Any]) -> Iterator[Non
     try:
         yield
     finally:
-        for name, block, attribute in slots:
-            if name in before:
-                setattr(block, attribute, before[name])
+        put_in_place(slots, before)
 
 
 @dataclass
@@ -122,10 +120,17 @@ def choose_mla(
         choices.append(Choice(dict(modules), name, errors))
 
     attentions = [attention for attention, _ in layers.values()]
-    if shared_rank is not None and shared_rank >= attentions[0].n_feat:
-        attempt(EXACT, dict(zip(layers, to_shared_mla(attentions, shared_rank), strict=True)))
+
+    def together(
+        rank: int, known: list[tuple[LayerStatistics, OutputMetric]] | None = None
+    ) -> dict[str, Any]:
+        modules = dict(zip(layers, to_shared_mla(attentions, rank, known), strict=True))
         for _ in layers:
             step()
+        return modules
+
+    if shared_rank is not None and shared_rank >= attentions[0].n_feat:
+        attempt(EXACT, together(shared_rank))
         return choices[0]
     metrics = {name: OutputMetric.of(*layer) for name, layer in layers.items()}
 
@@ -141,23 +146,17 @@ def choose_mla(
             step()
         return modules
 
-    def together(rank: int, scale: float) -> dict[str, Any]:
-        known = [
-            (statistics, metrics[name].with_keys_scaled(scale))
-            for name, (_, statistics) in layers.items()
-        ]
-        modules = dict(zip(layers, to_shared_mla(attentions, rank, known), strict=True))
-        for _ in layers:
-            step()
-        return modules
-
     equal = dict.fromkeys(layers, rank)
     attempt(USUAL, separate(equal))
     for scale in KEY_SCALES:
         if shared_rank is None:
             attempt(EQUAL.format(scale), separate(equal, scale))
         else:
-            attempt(ONE.format(scale), together(shared_rank, scale))
+            known = [
+                (statistics, metrics[name].with_keys_scaled(scale))
+                for name, (_, statistics) in layers.items()
+            ]
+            attempt(ONE.format(scale), together(shared_rank, known))
     if budget is not None and shared_rank is None:
         scale = min(KEY_SCALES, key=lambda scale: errors[EQUAL.format(scale)])
         predicted = {
