@@ -1,6 +1,8 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434)."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 from espnet_kv.attention.base import HeadSizes
 from espnet_kv.attention.softmax import SoftmaxAttention, grouped_attention
 from espnet_kv.cache.footprint import Footprint
-from espnet_kv.errors import ConfigError
+from espnet_kv.errors import ConfigError, UserError
 
 
 class MultiHeadLatentAttention(SoftmaxAttention):
@@ -66,7 +68,9 @@ class MultiHeadLatentAttention(SoftmaxAttention):
     def share_state(self, first):
         """One latent for all layers: with r = D it can represent the keys and values of each."""
         super().share_state(first)
-        self.linear_kv_down = first.linear_kv_down
+        if self is not first:
+            self.linear_kv_down = first.linear_kv_down
+            self.register_load_state_dict_pre_hook(_refuse_another_latent)
 
     def cached_vectors(self, x):
         return (self.linear_kv_down(x)[:, None],)
@@ -116,6 +120,24 @@ class MultiHeadLatentAttention(SoftmaxAttention):
         k = self.linear_k_up(latent).view(*latent.shape[:2], self.h, self.d_k)
         v = self.linear_v_up(latent).view(*latent.shape[:2], self.h, self.d_k)
         return k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _refuse_another_latent(
+    module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *rest: Any
+) -> None:
+    """Raise a UserError if a checkpoint has another latent for a layer than for the first.
+
+    It would replace that of all layers: parameters with several names are loaded once for each.
+    """
+    loaded: Any = module.linear_kv_down.weight  # by now that of the first layer
+    given = state_dict.get(key := f"{prefix}linear_kv_down.weight")
+    if given is None or given.shape != loaded.shape:
+        return  # torch reports these
+    if not torch.allclose(given.to(loaded), loaded, rtol=0, atol=0, equal_nan=True):
+        raise UserError(
+            f"the checkpoint does not fit: {key} differs from that of the first layer, and "
+            "src_attention_conf has shared_latent: true; leave shared_latent out"
+        )
 
 
 def _rank(given: int | float, size: int) -> int:

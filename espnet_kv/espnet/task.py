@@ -1,6 +1,7 @@
 """ESPnet's ASR task with the plug-in registered and checkpoints loaded strictly."""
 
 import argparse
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,8 @@ class TrainingTask(ASRTask):
         """Build the model of `args`.
 
         Raises:
-            UserError: files in init_param have missing keys or other sizes.
+            UserError: files in init_param have missing keys or other sizes, or an adapter would
+                change one of several layers with a common module.
         """
         files = list(getattr(args, "init_param", None) or [])
         parts = [file for file in files if ":" in file]  # FILE:FROM:TO selects a part on purpose
@@ -148,6 +150,8 @@ class TrainingTask(ASRTask):
             model = super().build_model(args)
         if whole:
             _check_init(model, files)
+        if getattr(args, "use_adapter", False):
+            _check_adapters(model, args.adapter_conf or {})
         return model
 
 
@@ -168,3 +172,17 @@ def _check_init(model: AbsESPnetModel, files: list[str]) -> None:
             f"attention_type or config?): missing keys: {', '.join(missing) or 'none'}; other "
             f"sizes: {', '.join(resized) or 'none'}; to take a part only: FILE:encoder:encoder",
         )
+
+
+def _check_adapters(model: AbsESPnetModel, conf: Mapping[str, Any]) -> None:
+    """ESPnet puts LoRA into the first layer that has a module, not into others that share it."""
+    targets = tuple(conf.get("target_modules") or ["query"])
+    first: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        same = first.setdefault(id(module), name)
+        if same != name and (name.endswith(targets) or same.endswith(targets)):
+            raise ArgumentError(
+                "adapter_conf",
+                f"target_modules: {same} and {name} are one (src_attention_conf has "
+                "shared_latent: true), and only the first would be adapted; choose others",
+            )

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from small_decoders import SIZE, VOCABULARY, build
+from small_decoders import SIZE, build
 
 from espnet_kv.attention import attention_label
 from espnet_kv.encoder.encoders import KVConformerEncoder
-from espnet_kv.errors import ConfigError
+from espnet_kv.errors import ConfigError, UserError
 from espnet_kv.profile.analytic import decoder_bytes
 
 BLOCKS, RANK, FRAMES = 3, 6, 9
@@ -71,14 +71,38 @@ def test_a_search_scores_as_training_does(alike):
 
 
 def test_an_encoder_output_that_grows_replaces_the_latent(alike):
-    model, _ = alike
     encoded = torch.randn(2 * FRAMES, SIZE)
-    state = model.init_state(encoded[:FRAMES])
-    _, states = model.batch_score(TOKENS[:1, :3], [state], encoded[None, :FRAMES])
-    got, states = model.batch_score(TOKENS[:1], states, encoded[None])
-    # the tokens before saw the shorter output
-    assert states[0].search.nbytes_by_kind()["cross"] == 4 * RANK * 2 * FRAMES
-    assert got.shape == (1, VOCABULARY) and torch.isfinite(got).all()
+    found = []
+    for model in alike:
+        state = model.init_state(encoded[:FRAMES])
+        _, states = model.batch_score(TOKENS[:1, :3], [state], encoded[None, :FRAMES])
+        # the tokens before saw the shorter output
+        scores, states = model.batch_score(TOKENS[:1], states, encoded[None])
+        found.append((scores, states[0].search.nbytes_by_kind()["cross"]))
+    (got, one), (expected, each) = found
+    torch.testing.assert_close(got, expected)
+    assert BLOCKS * one == each == BLOCKS * 4 * RANK * 2 * FRAMES
+
+
+def test_a_latent_of_each_layer_is_not_loaded_into_one(alike):
+    """Without a check the last layer's would be kept, and nothing would be said."""
+    one, _ = alike
+    before = copy.deepcopy(one.state_dict())
+    own = decoder(False).state_dict()
+    for given, strict in ((own, True), (own, False), (before | one_of(own), False)):
+        with pytest.raises(UserError, match="does not fit") as refused:
+            copy.deepcopy(one).load_state_dict(given, strict=strict)
+        assert "decoders.1.src_attn.linear_kv_down" in str(refused.value)
+        assert "shared_latent" in str(refused.value)
+    one.load_state_dict({key: value.half() for key, value in before.items()})
+    broken = {key: value * torch.nan for key, value in before.items()}
+    one.load_state_dict(broken)  # whoever loads a file checks it for NaN
+    one.load_state_dict(before)
+
+
+def one_of(state):
+    key = "decoders.1.src_attn.linear_kv_down.weight"
+    return {key: state[key]}
 
 
 def test_it_is_one_weight_in_training_and_in_copies(alike):

@@ -10,6 +10,7 @@ import soundfile
 import torch
 import yaml
 from espnet2.tasks.asr import ASRTask as ESPnetASRTask
+from espnet2.torch_utils.load_pretrained_model import load_pretrained_model
 
 from espnet_kv.bin import asr_inference
 from espnet_kv.decoder.transformer import KVTransformerDecoder
@@ -158,6 +159,58 @@ def test_another_size_to_start_from_is_named(experiments):
     config["init_param"] = [str(experiments / "mla8/model.pth")]
     with pytest.raises(UserError, match=r"other sizes: encoder.encoders.0.self_attn.linear_kv_"):
         TrainingTask.build_model(argparse.Namespace(**config))
+
+
+class TestOneLatentOfAllLayers:
+    @pytest.fixture(scope="class")
+    def decoders(self, experiments, tmp_path_factory) -> Path:
+        """Like `experiments`: latents of each layer, and one latent."""
+        root = tmp_path_factory.mktemp("decoders")
+        config = yaml.safe_load((experiments / "mha/config.yaml").read_text())
+        for name, options in (("each", {}), ("one", {"shared_latent": True})):
+            config["decoder"] = "kv_transformer"
+            config["decoder_conf"] |= {
+                "num_blocks": 3,
+                "src_attention_type": "mla",
+                "src_attention_conf": {"kv_rank": 4} | options,
+            }
+            (root / name).mkdir()
+            (root / name / "config.yaml").write_text(yaml.safe_dump(config))
+            model = ASRTask.build_model(argparse.Namespace(**config))
+            torch.save(model.state_dict(), root / name / "model.pth")
+        return root
+
+    def test_is_not_filled_with_those_of_each_layer(self, decoders):
+        load(ASRTask, decoders, "one", "one")
+        load(ASRTask, decoders, "each", "one")
+        with pytest.raises(UserError) as refused:
+            load(ASRTask, decoders, "one", "each")
+        told = str(refused.value)
+        assert told.startswith(str(decoders / "each/model.pth"))
+        assert "decoder.decoders.1.src_attn.linear_kv_down.weight" in told
+        assert "leave shared_latent out" in told
+
+    @pytest.mark.parametrize("part", ["", ":decoder:decoder"])
+    def test_is_not_initialised_with_those_of_each_layer(self, part, decoders):
+        config = yaml.safe_load((decoders / "one/config.yaml").read_text())
+        model = TrainingTask.build_model(argparse.Namespace(**config))
+        with pytest.raises(UserError, match=r"does not fit: .*src_attn.linear_kv_down.weight"):
+            load_pretrained_model(f"{decoders}/each/model.pth{part}", model, False)
+        load_pretrained_model(f"{decoders}/one/model.pth{part}", model, False)
+
+    @pytest.mark.parametrize(
+        "target", ["linear_kv_down", "0.src_attn.linear_kv_down", "1.src_attn.linear_kv_down", "_q"]
+    )
+    def test_gets_no_adapter_of_one_layer(self, target, decoders):
+        for name in ("each", "one"):
+            config = yaml.safe_load((decoders / name / "config.yaml").read_text())
+            config |= {"use_adapter": True, "adapter_conf": {"target_modules": [target]}}
+            args = argparse.Namespace(**config)
+            if name == "each" or target == "_q":
+                TrainingTask.build_model(args)
+                continue
+            with pytest.raises(UserError, match=r"^adapter_conf target_modules: .*kv_down are one"):
+                TrainingTask.build_model(args)
 
 
 class TestGuard:
