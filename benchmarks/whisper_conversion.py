@@ -168,7 +168,7 @@ class Conversions:
         """Name -> module."""
         from espnet_kv.convert.choice import ModelError, choose_mla
         from espnet_kv.convert.factorize import to_mla, to_mla_by_second_moment
-        from espnet_kv.convert.target import Target, shared_rank
+        from espnet_kv.convert.target import Target
 
         if (key := (part, cut, method)) in self.made:
             return self.made[key]
@@ -185,7 +185,7 @@ class Conversions:
                 return self.runner.run(self.held_out, modules=[side])[side]
 
             error = ModelError(self.model, slot, run)
-            shared = shared_rank(target, attentions) if slot.is_cross else None
+            shared = target.shared_rank(slot, attentions)
             choice = choose_mla(layers, rank, budget, error.of, shared_rank=shared)
             print(f"{part}, {cut:g}: {choice.chosen}; {choice.errors}", file=sys.stderr, flush=True)
             self.made[key] = choice.modules

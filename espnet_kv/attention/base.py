@@ -158,7 +158,7 @@ class Attention(nn.Module):
         return None
 
 
-def share_state(attentions: Sequence[Attention]) -> None:
+def share_one_state(attentions: Sequence[Attention]) -> None:
     """Let the cross-attention modules of a decoder have one state, that of the first."""
     for attention in attentions:
         attention.share_state(attentions[0])

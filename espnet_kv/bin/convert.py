@@ -53,7 +53,8 @@ def get_parser() -> argparse.ArgumentParser:
         "--target_compression",
         type=float,
         help="mla, gqa: instead of a size, the fraction of the attention cache to remove, e.g. "
-        "0.875; layers get different sizes by their sensitivity",
+        "0.875; with mla, layers can get different sizes by their sensitivity, and decoder_cross "
+        "one latent for all layers, of at most the model size",
     )
     add(
         "--parts",

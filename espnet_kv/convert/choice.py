@@ -18,7 +18,7 @@ from espnet_kv.convert.statistics import LayerStatistics
 
 # names of the candidates in conversion.json
 USUAL = "second moment, equal ranks"
-EQUAL, SHARED = (
+EQUAL, BY_LAYER = (
     "model output, keys x {:g}, equal ranks",
     "model output, keys x {:g}, ranks by layer",
 )
@@ -107,7 +107,7 @@ def choose_mla(
         budget: numbers per frame of all layers; None: only equal ranks.
         model_error: `ModelError.of`, for audio that is not in the statistics.
         step: called after each layer of a candidate.
-        shared_rank: see `target.shared_rank`.
+        shared_rank: see `Target.shared_rank`.
 
     Raises:
         UserError, ConfigError: see `to_mla`.
@@ -163,7 +163,7 @@ def choose_mla(
             name: predicted_errors(*layer, metrics[name].with_keys_scaled(scale))
             for name, layer in layers.items()
         }
-        attempt(SHARED.format(scale), separate(choose_ranks(predicted, budget), scale))
+        attempt(BY_LAYER.format(scale), separate(choose_ranks(predicted, budget), scale))
     return min(choices, key=lambda choice: errors[choice.chosen])
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from espnet_kv.attention.base import share_state
+from espnet_kv.attention.base import share_one_state
 from espnet_kv.attention.grouped import MultiHeadAttention
 from espnet_kv.attention.latent import MultiHeadLatentAttention
 from espnet_kv.convert.linalg import hartley, left_vectors, symmetric_root
@@ -100,7 +100,7 @@ def to_shared_mla(
         _with_weights(attention, rank, weights)
         for attention, weights in zip(attentions, _latent(attentions, rank, known), strict=True)
     ]
-    share_state(made)
+    share_one_state(made)
     return made
 
 

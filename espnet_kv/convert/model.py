@@ -3,7 +3,8 @@
 import argparse
 import copy
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +19,11 @@ from espnet_kv.convert.factorize import to_mla, to_shared_mla
 from espnet_kv.convert.layer_error import layer_errors
 from espnet_kv.convert.linalg import symmetric_root
 from espnet_kv.convert.measure import cache_bytes
-from espnet_kv.convert.modules import plain_attention, put_in_place
+from espnet_kv.convert.modules import plain_attention, put_in_place, refuse_normed_keys
 from espnet_kv.convert.pooling import to_gqa
 from espnet_kv.convert.source import PARTS
 from espnet_kv.convert.statistics import LayerStatistics
-from espnet_kv.convert.target import Target, layer_options, shared_rank
+from espnet_kv.convert.target import Target, layer_options
 from espnet_kv.convert.transfer import to_linear, transfer
 from espnet_kv.decoder.cached import SHARED
 from espnet_kv.errors import ArgumentError, UserError
@@ -104,6 +105,9 @@ def convert_model(
     sources = {name: a for attentions in names.values() for name, a in attentions.items()}
     if target.attention_type == "linear" and any(sources[n] is not modules[n] for n in modules):
         raise ArgumentError("attention_type", "linear: Whisper models become mla or gqa only")
+    for name, attention in sources.items():
+        with named(name):
+            refuse_normed_keys(attention)
     fit_calls: dict[str, list[Call]] = {}
     held_out_calls: dict[str, list[Call]] = {}
     runner = None
@@ -137,9 +141,11 @@ def convert_model(
             choice = _choose(model, part, known, target, runner, calibration, progress)
             converted |= choice.modules
             choices[part] = {"chosen": choice.chosen, "errors": choice.errors}
-        elif PARTS[part].is_cross and (rank := shared_rank(target, attentions)) is not None:
+        elif (rank := target.shared_rank(PARTS[part], attentions)) is not None:
+            step = progress(f"{part} to one latent", 1)
             made = to_shared_mla(list(attentions.values()), rank)
             converted |= dict(zip(attentions, made, strict=True))
+            step()
         else:
             step = progress(f"{part} to {target.attention_type}", len(attentions))
             for name, attention in attentions.items():
@@ -200,7 +206,7 @@ def _choose(
     rank = layer_options(target, attentions)["kv_rank"]
     budget = target.budget(attentions)
     where = PARTS[part]
-    shared = shared_rank(target, attentions) if where.is_cross else None
+    shared = target.shared_rank(where, attentions)
 
     def run() -> Tensor:
         return runner.run(calibration.held_out, modules=[where.module])[where.module]
@@ -222,14 +228,21 @@ def _convert_layer(
     conf: dict[str, Any],
     statistics: LayerStatistics | None,
 ) -> Any:
-    try:
+    with named(name):
         if target.attention_type == "mla":
             return to_mla(attention, conf["kv_rank"], statistics)
         if target.attention_type == "gqa":
             return to_gqa(attention, conf["num_kv_heads"], statistics)
         return to_linear(attention, conf["feature_map"])
+
+
+@contextmanager
+def named(layer: str) -> Iterator[None]:
+    """Context manager within which UserErrors begin with the name of a layer."""
+    try:
+        yield
     except UserError as error:
-        raise UserError(f"{name}: {error}") from error
+        raise UserError(f"{layer}: {error}") from error
 
 
 def _spectrum(attention: Any, statistics: LayerStatistics | None) -> list[float]:

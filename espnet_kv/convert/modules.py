@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from espnet_kv.attention.base import Attention, HeadSizes, share_state
+from espnet_kv.attention.base import Attention, HeadSizes, share_one_state
 from espnet_kv.attention.grouped import MultiHeadAttention
 from espnet_kv.attention.whisper import NAMES, WhisperAttention, whisper_class
 from espnet_kv.errors import UserError
@@ -97,7 +97,7 @@ def put_in_place(
             setattr(block, attribute, new)
             if getattr(modules[name], "shares_state", False):
                 sharing.append(new)
-    share_state(sharing)  # those of Whisper models are copies
+    share_one_state(sharing)  # those of Whisper models are copies
     return before
 
 

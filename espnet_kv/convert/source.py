@@ -15,6 +15,7 @@ from espnet_kv.attention.grouped import MultiHeadAttention
 from espnet_kv.errors import UserError
 from espnet_kv.espnet.loading import find_files, named_files, read_config
 from espnet_kv.espnet.task import ASRTask
+from espnet_kv.files import read_text
 
 ENCODERS = ("conformer", "branchformer", "e_branchformer", "transformer", "whisper")
 DECODERS = ("transformer", "whisper")
@@ -105,7 +106,7 @@ def load_source(
             "above the config: put it beside config.yaml as bpe.model"
         )
     if isinstance(tokens := changes.get("token_list"), str):
-        changes["token_list"] = Path(tokens).read_text(encoding="utf-8").splitlines()
+        changes["token_list"] = read_text(tokens).splitlines()
 
     class SourceTask(ASRTask):
         @classmethod

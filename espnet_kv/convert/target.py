@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from espnet_kv.attention import ATTENTIONS
+from espnet_kv.convert.source import Part
 from espnet_kv.errors import ArgumentError
 
 
@@ -54,7 +55,7 @@ class Target:
 
     @property
     def shares_a_budget(self) -> bool:
-        """Whether each layer gets its own rank, from one budget for all layers."""
+        """Whether there is one budget for all layers of a part."""
         return self.attention_type == "mla" and self.target_compression is not None
 
     def budget(self, attentions: Mapping[str, Any]) -> int | None:
@@ -72,17 +73,16 @@ class Target:
             raise ArgumentError("target_compression", message)
         return budget
 
+    def shared_rank(self, part: Part, attentions: Mapping[str, Any]) -> int | None:
+        """Size of one latent for all layers of cross-attention; None: each layer has its own.
 
-def shared_rank(target: Target, attentions: Mapping[str, Any]) -> int | None:
-    """Size of one latent for all layers of a cross-attention; None: each layer has its own.
+        A latent of the model size is lossless, so more of the budget is not used.
 
-    A latent of the model size is lossless, so more of the budget is not used.
-
-    Raises:
-        UserError: see `Target.budget`.
-    """
-    budget = target.budget(attentions)
-    return None if budget is None else min(budget, next(iter(attentions.values())).n_feat)
+        Raises:
+            UserError: see `budget`.
+        """
+        budget = self.budget(attentions) if part.is_cross else None
+        return None if budget is None else min(budget, next(iter(attentions.values())).n_feat)
 
 
 def layer_options(target: Target, attentions: Mapping[str, Any]) -> dict[str, Any]:

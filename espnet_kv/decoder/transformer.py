@@ -8,7 +8,7 @@ from espnet2.asr.decoder.transformer_decoder import TransformerDecoder
 from torch import Tensor
 
 from espnet_kv.attention import replace_attention
-from espnet_kv.attention.base import Attention, HeadSizes, share_state
+from espnet_kv.attention.base import Attention, HeadSizes, share_one_state
 from espnet_kv.attention.positions import at_positions
 from espnet_kv.decoder.cached import CachedDecoder, check_places, shares_latent
 from espnet_kv.espnet.loading import refuse_partial_loads
@@ -73,7 +73,7 @@ class KVTransformerDecoder(CachedDecoder, TransformerDecoder):
                 )
                 attention.state_index, attention.cross = index, place == "src"
         if shares_latent(confs["src"][1]):
-            share_state(self.src_attentions)
+            share_one_state(self.src_attentions)
         # ESPnet loads with strict=False and would keep random attention weights
         self.load_guard = refuse_partial_loads(self)
 

@@ -8,7 +8,7 @@ from espnet2.asr.decoder.whisper_decoder import ExpandedTokenEmbedding, OpenAIWh
 from torch import Tensor, nn
 from torch.nn import functional
 
-from espnet_kv.attention.base import Attention, share_state
+from espnet_kv.attention.base import Attention, share_one_state
 from espnet_kv.attention.whisper import replace_whisper_attention
 from espnet_kv.decoder.cached import CachedDecoder, check_places, shares_latent
 from espnet_kv.decoder.search import Hypothesis, transpose_weights
@@ -92,7 +92,7 @@ class KVWhisperDecoder(CachedDecoder, OpenAIWhisperDecoder):
                 attention = replace_whisper_attention(block, slot, places[place][0], conf)
                 attention.state_index, attention.cross = index, place == "src"
         if shares_latent(places["src"][1]):
-            share_state(self.src_attentions)
+            share_one_state(self.src_attentions)
         self.text_positions = len(self.decoders.positional_embedding)
         # ESPnet loads with strict=False and would keep random attention weights
         self.load_guard = refuse_partial_loads(self)

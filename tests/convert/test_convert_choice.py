@@ -10,11 +10,11 @@ from layers import SIZE, Source, layer, outputs
 from espnet_kv.convert.calibration import disturbed
 from espnet_kv.convert.calls import recording
 from espnet_kv.convert.choice import (
+    BY_LAYER,
     EQUAL,
     EXACT,
     KEY_SCALES,
     ONE,
-    SHARED,
     USUAL,
     ModelError,
     candidates,
@@ -52,13 +52,13 @@ def three_layers(rng):
 NAMES = (USUAL, *map(EQUAL.format, KEY_SCALES))
 
 
-@pytest.mark.parametrize("wanted", [*NAMES, SHARED.format(KEY_SCALES[-1])])
+@pytest.mark.parametrize("wanted", [*NAMES, BY_LAYER.format(KEY_SCALES[-1])])
 def test_the_candidate_with_the_smallest_error_of_the_model_is_chosen(three_layers, wanted):
     _, layers, _ = three_layers
     with torch.no_grad():  # the last layer matters most
         list(layers.values())[-1][0].linear_out.weight.mul_(3)
     layers = {n: (a, LayerStatistics.of(a, known.calls)) for n, (a, known) in layers.items()}
-    names = iter([*NAMES, SHARED.format(KEY_SCALES[-1])])
+    names = iter([*NAMES, BY_LAYER.format(KEY_SCALES[-1])])
     errors = {name: 3.0 - n / 10 for n, name in enumerate(NAMES)} | {wanted: 0.0}
 
     def model_error(modules) -> float:
@@ -151,6 +151,7 @@ def test_cross_attention_gets_one_latent_for_a_budget(one_input):
     choice = choose_mla(layers, RANK, 3 * RANK, error.of, lambda: steps.append(1), 3 * RANK)
     assert list(choice.errors) == [USUAL, *map(ONE.format, KEY_SCALES)]
     assert choice.errors[choice.chosen] < choice.errors[USUAL]
+    assert len(set(choice.errors.values())) == len(choice.errors)
     assert {module.kv_rank for module in choice.modules.values()} == {3 * RANK}
     assert all(module.shares_state for module in choice.modules.values())
     assert len(steps) == len(layers) * candidates(3 * RANK, 3 * RANK, SIZE)

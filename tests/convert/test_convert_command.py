@@ -243,8 +243,11 @@ def test_wrong_options_are_one_error_line(options, message, stock, tmp_path, cap
 def test_normalised_keys_are_one_error_line(tmp_path, capsys):
     conf = {"selfattention_layer_type": "selfattn", "pos_enc_layer_type": "abs_pos"}
     source = Experiment(tmp_path / "exp", "conformer", conf | {"qk_norm": True})
-    assert run(source, tmp_path / "out", *FULL) == 1
-    assert_one_error(capsys, "encoder.encoders.0.self_attn: qk_norm")
+    write_audio(tmp_path / "audio")
+    calibrated = ("--calibration_scp", str(tmp_path / "audio/wav.scp"))
+    for options in (FULL, (*FULL, *calibrated)):
+        assert run(source, tmp_path / "out", *options) == 1
+        assert_one_error(capsys, "encoder.encoders.0.self_attn: qk_norm")
 
 
 @pytest.mark.parametrize(

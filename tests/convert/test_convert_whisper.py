@@ -12,6 +12,9 @@ import yaml
 from small_sources import load, outputs, run, write_audio
 
 from espnet_kv.convert.calibration import start_tokens
+from espnet_kv.convert.choice import replaced
+from espnet_kv.convert.factorize import to_shared_mla
+from espnet_kv.convert.modules import plain_attention
 from espnet_kv.convert.record import read_record
 from espnet_kv.convert.source import PARTS
 from espnet_kv.espnet.task import ASRTask
@@ -141,6 +144,21 @@ def test_half_of_every_cache_is_lossless(calibrated, source, audio, tmp_path):
         torch.testing.assert_close(got, expected[module], rtol=1e-4, atol=1e-4)
     first, last = (block.attn.linear_kv_down for block in model.decoder.decoders.blocks)
     assert not torch.equal(first.weight, last.weight)
+    written = yaml.safe_load((tmp_path / "out/config.yaml").read_text())
+    conf = written["decoder_conf"]["src_attention_conf"]
+    assert conf == {"kv_rank": SIZE, "shared_latent": True}  # more would be of no use
+
+
+def test_blocks_share_one_latent_while_they_are_measured(source):
+    part, model = PARTS["decoder_cross"], source.model
+    plain = {name: plain_attention(a) for name, a in part.attentions(model).items()}
+    modules = dict(zip(plain, to_shared_mla(list(plain.values()), SIZE), strict=True))
+    expected = outputs(model)["decoder"]
+    with replaced(model, part, modules):
+        placed = part.attentions(model).values()
+        assert len({id(attention.linear_kv_down) for attention in placed}) == 1
+        assert all(attention.shares_state for attention in placed)
+        torch.testing.assert_close(outputs(model)["decoder"], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_smaller_latent_of_all_blocks_is_chosen_by_the_error(source, audio, tmp_path):
