@@ -102,6 +102,20 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def read_text(path: Path | str) -> str:
+    """The text of a file in UTF-8.
+
+    Raises:
+        UserError: it is missing or not in UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; convert it first") from None
+
+
 def check_writable(path: Path) -> None:
     """Check before long work that its output path can be written to.
 

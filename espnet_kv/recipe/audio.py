@@ -4,25 +4,19 @@ import hashlib
 import io
 import math
 import os
-import re
 import subprocess
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 from urllib.parse import quote
 
 import numpy as np
 
 from espnet_kv.channels import to_mono
-from espnet_kv.recipe.containers import CHECKED, is_cut_short
+from espnet_kv.sound_files import RATES, in_scale, read_sound
 
-RATES = (1000, 768000)
-"""Range of sampling rates in Hz; a header with another rate is damaged."""
-CLIPPED_TO = 1.5
-"""Float samples up to this factor of full scale are clipped; lossy codecs produce them."""
 OVERSHOOT = 0.5
 """Seconds by which a segment may end after its recording, as in Kaldi."""
 
@@ -85,9 +79,12 @@ def read_recording(entry: str, *, allow_pipes: bool = False) -> Recording:
             out of scale, or its command fails.
     """
     samples, rate = _decode(entry, allow_pipes)
-    samples, notes = _in_scale(samples, entry)
-    mono, note = to_mono(samples)
-    return Recording(mono, rate, notes if note is None else (*notes, note))
+    try:
+        samples, scaled = in_scale(samples)
+    except ValueError as error:
+        raise AudioError(f"audio out of scale: {entry}: {error}") from None
+    mono, mixed = to_mono(samples)
+    return Recording(mono, rate, tuple(note for note in (scaled, mixed) if note is not None))
 
 
 def read_audio(entry: str, *, allow_pipes: bool = False) -> tuple[np.ndarray, int]:
@@ -151,23 +148,6 @@ def file_of(entry: str) -> str | None:
     return path if path and offset.isdigit() and not os.path.exists(entry) else entry
 
 
-def _in_scale(samples: np.ndarray, entry: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Samples (T, channels) within [-1, 1], and a note on the scaling."""
-    peak = float(np.abs(samples).max())
-    if peak <= 1:
-        return samples, ()
-    if peak <= CLIPPED_TO:
-        note = f"clipped, its samples reach {peak:.2f} of full scale"
-    elif 64 <= peak <= CLIPPED_TO * 32768:
-        samples, note = samples / 32768, "scaled down by 32768, floats in the scale of integers"
-    else:
-        raise AudioError(
-            f"audio out of scale: {entry}: samples reach {peak:.6g}, where floats end at 1 and "
-            "16-bit integers at 32768; scale the audio to one of them"
-        )
-    return samples.clip(-1, 1), (note,)
-
-
 def _decode(entry: str, allow_pipes: bool) -> tuple[np.ndarray, int]:
     """Samples (T, channels) in float32, and their rate."""
     path = file_of(entry)
@@ -175,14 +155,14 @@ def _decode(entry: str, allow_pipes: bool) -> tuple[np.ndarray, int]:
         if path is None:
             if not allow_pipes:
                 raise AudioError(f"{entry} is a command, and commands are not allowed to run here")
-            samples, rate = _decode_sound(io.BytesIO(_output(entry.rstrip().rstrip("|"))))
+            samples, rate = read_sound(io.BytesIO(_output(entry.rstrip().rstrip("|"))))
         else:
             _check_file(path)
             if path != entry:
                 samples, rate = _decode_ark(path, int(entry.rpartition(":")[2]))
             else:
                 with open(path, "rb") as file:
-                    samples, rate = _decode_sound(file)
+                    samples, rate = read_sound(file)
     except AudioError:
         raise
     except PermissionError:
@@ -273,69 +253,13 @@ def _decode_ark(path: str, offset: int) -> tuple[np.ndarray, int]:
             )
         if magic == b"AUDIO":
             length = int.from_bytes(file.read(file.read(1)[0]), "little")
-            return _decode_sound(io.BytesIO(file.read(length)))
+            return read_sound(io.BytesIO(file.read(length)))
         if magic[:4] in (b"RIFF", b"fLaC"):
             file.seek(offset)
             # The size in a wav header; 0 or very large: everything up to the end.
             size = int.from_bytes((head := file.read(8))[4:], "little") if magic[:1] == b"R" else 0
-            return _decode_sound(io.BytesIO(head + file.read(size or -1)))
+            return read_sound(io.BytesIO(head + file.read(size or -1)))
     rate, samples = kaldiio.load_mat(f"{path}:{offset}")
     if np.issubdtype(samples.dtype, np.integer):
         samples = samples / -float(np.iinfo(samples.dtype).min)
     return samples.astype(np.float32).reshape(len(samples), -1), rate
-
-
-def _decode_sound(file: BinaryIO) -> tuple[np.ndarray, int]:
-    import soundfile
-
-    class Stream(soundfile.SoundFile):
-        """A sound without seeking, which flac of unknown length does not support."""
-
-        def seekable(self) -> bool:
-            return False
-
-    if is_cut_short(file):
-        raise ValueError("the file is cut short")
-    file.seek(0)
-    start = file.read(512)
-    file.seek(0)
-    try:
-        sound = Stream(getattr(file, "name", file))  # libsndfile reads a named file faster
-    except soundfile.LibsndfileError as error:
-        unknown = f"{str(error).rpartition(': ')[2].rstrip('.')}; {_CONVERT}"
-        raise ValueError(_foreign(start) or unknown) from None
-    with sound:
-        if sound.format not in CHECKED:
-            raise ValueError(f"whether {sound.format} is complete cannot be determined; {_CONVERT}")
-        blocks = []
-        while len(block := sound.read(1 << 20, dtype="float32", always_2d=True)):
-            blocks.append(block)
-        samples = np.concatenate(blocks) if blocks else np.zeros((0, 1), np.float32)
-        # The number of frames in an mp3 header may be wrong by the codec's delay.
-        slack = 2 * 1152 if sound.format == "MP3" else 0
-        if len(samples) + slack < sound.frames < 1 << 62:
-            raise ValueError("the file is cut short")
-        return samples, sound.samplerate
-
-
-_CONVERT = "if it is audio, convert it to wav: ffmpeg -i INPUT OUTPUT.wav"
-_FOREIGN = (
-    (r"....ftyp", f"MPEG-4 audio (m4a, mp4) cannot be read; {_CONVERT}"),
-    (r"\x1aE\xdf\xa3", f"WebM or Matroska cannot be read; {_CONVERT}"),
-    (r"\xff[\xf0\xf1\xf8\xf9]", f"AAC cannot be read; {_CONVERT}"),
-    (r"0&\xb2u", f"WMA cannot be read; {_CONVERT}"),
-    (r"#!AMR", f"AMR cannot be read; {_CONVERT}"),
-    (r"FLV", f"Flash video cannot be read; {_CONVERT}"),
-    (r"NIST.*shorten", "compressed SPHERE cannot be read; convert it: sph2pipe -f wav IN OUT.wav"),
-    (r"version https://git-lfs", "this is a pointer of Git LFS, not the audio: git lfs pull"),
-    (r"\s*<(!doctype )?html", "this is a web page, not audio: download it again"),
-)
-
-
-def _foreign(start: bytes) -> str:
-    """Name the format of a file that libsndfile cannot read, by its first bytes; empty: unknown."""
-    text = start.decode("latin-1")
-    for pattern, what in _FOREIGN:
-        if re.match(pattern, text, re.DOTALL | re.IGNORECASE):
-            return what
-    return ""

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 import soxr
 
 from espnet_kv.channels import to_mono
 from espnet_kv.errors import UserError
-from espnet_kv.streaming.sources import open_audio, reason, truncated
+from espnet_kv.files import read_text
+from espnet_kv.sound_files import in_scale
+from espnet_kv.streaming.sources import read_file, reason
 
 
 def read_scp(file: Path | str) -> dict[str, str]:
@@ -55,13 +56,8 @@ def read_recording(entry: str, kind: str) -> tuple[np.ndarray, int | None]:
     if kind == "sound":
         if re.search(r"\.ark:\d+$", entry):
             raise UserError(f"{entry} is in an archive: give its type as kaldi_ark, not sound")
-        with open_audio(entry) as file:
-            try:
-                samples, rate = file.read(), file.samplerate
-            except soundfile.LibsndfileError as error:
-                raise UserError(f"{entry} cannot be read to its end: {reason(error)}") from error
-            if len(samples) < file.frames:
-                raise truncated(entry)
+        samples, rate = read_file(entry, "float64")
+        samples = samples[:, 0] if samples.shape[1] == 1 else samples
     else:
         samples, rate = _read_archive(entry)
     if not np.isfinite(samples).all():
@@ -90,9 +86,16 @@ def read_utterance(
         (N,) samples, or (N, channels) if `channels` is set and the audio has several.
 
     Raises:
-        UserError: as `read_recording`.
+        UserError: as `read_recording`, or the samples are out of scale.
     """
     samples, found = read_recording(entry, kind)
+    if found is not None or samples.ndim == 1:  # else it can be a matrix of features
+        try:
+            samples, changed = in_scale(samples)
+        except ValueError as error:
+            raise UserError(f"{entry}: {error}") from error
+        if changed is not None:
+            note(f"audio {changed}")
     if samples.ndim > 1 and not channels and found is not None:
         samples, changed = to_mono(samples)
         if changed is not None:
@@ -117,12 +120,7 @@ def read_lines(file: Path | str) -> list[str]:
     Raises:
         UserError: the file is missing or not in UTF-8.
     """
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 at byte {error.start}; convert it first") from None
+    text = read_text(file)
     if text.startswith("\ufeff"):
         raise UserError(f"{file}:1: remove the byte order mark before the first key")
     lines = text.split("\n")

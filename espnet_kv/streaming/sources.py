@@ -1,10 +1,10 @@
 """Streams of audio from a file, or raw from a pipe."""
 
 import os
-import re
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -13,66 +13,73 @@ import soundfile
 import soxr
 
 from espnet_kv.channels import channel_note, loud_channel
+from espnet_kv.containers import container_of, is_cut_short
 from espnet_kv.errors import UserError, one_line
+from espnet_kv.sound_files import CutShortError, blocks, join, open_sound, scale_of
 
 FILE_PIECE_SECONDS = 0.2
 # most bytes to read from a pipe at once; a read returns the available bytes without waiting
 PIPE_BYTES = 1 << 16
-HEADERS = {b"RIFF": "WAV", b"fLaC": "FLAC", b"OggS": "Ogg"}
-# in libsndfile's log of a header: bytes of audio in the header, and in the file
-PROMISED = re.compile(
-    r"^ *(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)", re.M
-)
-# programs that write into a pipe put about 2 or 4 GiB for the unknown size
-UNKNOWN_BYTES = 0x7FFF0000
+START_BYTES = 16  # of a pipe, to know a container by
 
 
 class FileSource:
-    """Pieces of an audio file, converted to mono as in `to_mono`.
+    """Pieces of an audio file, converted to mono as in `to_mono` and scaled as in `scale_of`.
 
     Attributes:
         rate: samples per second.
-        notes: notes on the conversion to mono.
+        notes: notes on changes of the samples.
 
     Raises:
-        UserError: the file is missing or not audio; also while reading.
+        UserError: the file is missing, not audio, or out of scale; also while reading.
     """
 
     def __init__(self, path: Path | str):
         self._path = path
-        self._file = open_audio(path)
-        self._frames = 0
-        self.rate = self._file.samplerate
         self.notes: list[str] = []
-        self._channel = None
-        if (channels := self._file.channels) > 1:
-            self._channel = loud_channel(self._blocks())
-            self._file.seek(0)
+        self._channel, self._divisor = None, 1.0
+        with open_audio(path) as sound:
+            self.rate, channels = sound.samplerate, sound.channels
+            if channels > 1 or not sound.subtype.startswith("PCM"):
+                self._look(channels)
+        self._pieces = self._blocks(open_audio(path))
+
+    def _look(self, channels: int) -> None:
+        """Find out from the whole file what to do with its samples."""
+        peak = 0.0
+
+        def seen() -> Iterator[np.ndarray]:
+            nonlocal peak
+            for block in self._blocks(open_audio(self._path)):
+                if not np.isfinite(block).all():
+                    raise UserError(f"{self._path} holds samples that are infinite or NaN")
+                peak = max(peak, float(np.abs(block).max()))
+                yield block
+
+        self._channel = loud_channel(seen())
+        if channels > 1:
             self.notes.append(
                 f"{channels} channels averaged to mono"
                 if self._channel is None
                 else channel_note(self._channel, channels)
             )
-
-    def _blocks(self) -> Iterator[np.ndarray]:
-        """The rest of the file in pieces, (N, channels) float32 each."""
-        while len(piece := self._read()):
-            yield piece
-
-    def _read(self) -> np.ndarray:
         try:
-            return self._file.read(
-                int(FILE_PIECE_SECONDS * self.rate) or 1, dtype="float32", always_2d=True
-            )
-        except soundfile.LibsndfileError as error:
-            raise UserError(f"{self._path} cannot be read to its end: {reason(error)}") from error
+            self._divisor, note = scale_of(peak)
+        except ValueError as error:
+            raise UserError(f"{self._path}: {error}") from error
+        self.notes += [] if note is None else [note]
+
+    def _blocks(self, sound: soundfile.SoundFile) -> Iterator[np.ndarray]:
+        """The samples in pieces, (N, channels) float32 each."""
+        with sound, _reading(self._path):
+            yield from blocks(sound, int(FILE_PIECE_SECONDS * self.rate))
 
     def read(self) -> np.ndarray:
         """The next samples, (N,) float32; N = 0 at the end."""
-        piece = self._read()
-        self._frames += len(piece)
-        if not len(piece) and self._frames < self._file.frames:
-            raise truncated(self._path)
+        piece = next(self._pieces, None)
+        if piece is None:
+            return np.zeros(0, np.float32)
+        piece = (piece / self._divisor).clip(-1, 1)
         return piece.mean(axis=1) if self._channel is None else piece[:, self._channel]
 
 
@@ -97,15 +104,16 @@ class PipeSource:
         """Wait for samples and return those available, (N,) float32; N = 0 at the end."""
         first = self._rest is None
         data = self._rest or b""
-        while len(data) < (4 if first else 2):
+        while len(data) < (START_BYTES if first else 2):
             more = os.read(self._fd, PIPE_BYTES)
             if not more:
                 break
             data += more
-        if first and data[:4] in HEADERS:
+        if first and not data:
+            raise UserError("standard input has no audio: it ended at once")
+        if first and (kind := container_of(data)) is not None:
             raise UserError(
-                f"standard input holds a {HEADERS[data[:4]]} file, not raw 16-bit samples: name "
-                "the file instead"
+                f"standard input holds a {kind} file, not raw 16-bit samples: name the file instead"
             )
         whole = len(data) // 2 * 2
         self._rest = data[whole:]
@@ -159,10 +167,11 @@ class Stream:
 
 
 def open_audio(path: Path | str) -> soundfile.SoundFile:
-    """Open an audio file that libsndfile reads.
+    """Open an audio file (`sound_files.open_sound`).
 
     Raises:
-        UserError: the file is missing, not audio, or shorter than stated in its header.
+        UserError: the file is missing, not audio, shorter than stated in its header, or in a format
+            of which that cannot be said.
     """
     if Path(path).is_dir():
         raise UserError(f"{path} is a directory; name an audio file")
@@ -170,25 +179,34 @@ def open_audio(path: Path | str) -> soundfile.SoundFile:
         raise UserError(f"{path} does not exist")
     if not os.access(path, os.R_OK):
         raise UserError(f"{path} cannot be read: change its permissions")
-    try:
-        file = soundfile.SoundFile(path)
-    except soundfile.LibsndfileError as error:
-        raise UserError(f"{path} cannot be read as audio: {reason(error)}") from error
-    for promised, there in PROMISED.findall(file.extra_info):
-        if int(there) < int(promised) < UNKNOWN_BYTES:
-            raise truncated(path)
-    if file.format == "OGG" and not _has_last_page(path):
-        raise truncated(path)
-    return file
-
-
-def _has_last_page(path: Path | str) -> bool:
-    """Whether the last page of an Ogg file is marked as last; a page has at most 64 KiB."""
     with open(path, "rb") as file:
-        file.seek(max(0, os.path.getsize(path) - (1 << 17)))
-        tail = file.read()
-    page = tail.rfind(b"OggS")
-    return page >= 0 and len(tail) > page + 5 and bool(tail[page + 5] & 4)
+        if is_cut_short(file):
+            raise truncated(path)
+        try:
+            return open_sound(file)
+        except ValueError as error:
+            raise UserError(f"{path} cannot be read as audio: {reason(error)}") from error
+
+
+def read_file(path: Path | str, dtype: str) -> tuple[np.ndarray, int]:
+    """All samples (N, channels) of an audio file, and samples per second.
+
+    Raises:
+        UserError: see `open_audio`.
+    """
+    with open_audio(path) as sound, _reading(path):
+        return join(blocks(sound, 1 << 20, dtype), sound), sound.samplerate
+
+
+@contextmanager
+def _reading(path: Path | str) -> Iterator[None]:
+    """Context manager within which errors of `sound_files.blocks` name the file."""
+    try:
+        yield
+    except CutShortError:
+        raise truncated(path) from None
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read to its end: {error}") from error
 
 
 def truncated(path: Path | str) -> UserError:

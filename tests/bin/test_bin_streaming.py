@@ -342,7 +342,8 @@ class TestStream:
         [
             (["nothing.wav"], b"", "nothing.wav does not exist"),
             ([__file__], b"", "cannot be read as audio"),
-            (["-"], b"", "0 samples of audio are too few"),
+            (["-"], b"", "standard input has no audio"),
+            (["-"], b"\0\0", "1 samples of audio are too few"),
             (["-"], b"RIFF....WAVEfmt ", "standard input holds a WAV file"),
             (["--rate", "8000", __file__], b"", "--rate 8000"),
             (["--rate", "0", "-"], b"", "--rate 0"),
@@ -351,7 +352,19 @@ class TestStream:
             (["--format", "xml", "-"], b"", "--format.*xml"),
             ([], b"", "audio"),
         ],
-        ids=["missing", "text", "empty", "wav", "rate", "rate0", "chunks", "beam", "form", "none"],
+        ids=[
+            "missing",
+            "text",
+            "empty",
+            "short",
+            "wav",
+            "rate",
+            "rate0",
+            "chunks",
+            "beam",
+            "form",
+            "none",
+        ],
     )
     def test_what_cannot_be_used_is_refused_in_one_line(self, model, arguments, data, said):
         assert_one_line(run(stream.main, *model, *arguments, data=data), said)

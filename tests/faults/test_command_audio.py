@@ -13,6 +13,7 @@ from commands import assert_one_line
 from small_models import RATE, save, speech
 
 from espnet_kv.bin import asr_inference, asr_inference_streaming, convert, profile, stream
+from espnet_kv.containers import container_of
 from espnet_kv.errors import UserError
 from espnet_kv.espnet.parser import path_name_type
 from espnet_kv.recipe import audio
@@ -97,6 +98,8 @@ CONTAINERS = {
     "ogg": {},
     "opus": {"format": "OGG", "subtype": "OPUS"},
     "mp3": {},
+    "nist": {"format": "NIST", "subtype": "PCM_16"},
+    "caf": {"format": "CAF", "subtype": "PCM_16"},
 }
 
 
@@ -112,6 +115,79 @@ def test_a_file_that_was_cut_is_told_whatever_its_format(name, folder, tmp_path)
         len(speech("ABAB")), abs=2e3
     )
     assert sum(map(len, Stream(FileSource(whole), RATE))) > 0
+
+
+@pytest.mark.parametrize("form", ["VOC", "AVR", "MAT5"])
+def test_a_format_whose_end_is_not_known_is_refused(form, folder, tmp_path):
+    file = tmp_path / "sound.bin"
+    soundfile.write(file, speech("AB").numpy(), RATE, format=form, subtype="PCM_16")
+    said = f"sound.bin cannot be read as audio: whether {form} is complete .*ffmpeg"
+    for read in (FileSource, lambda file: read_recording(str(file), "sound")):
+        with pytest.raises(UserError, match=said):
+            read(file)
+
+
+def test_flac_of_unknown_length_is_read(folder, tmp_path):
+    """An encoder that writes into a pipe cannot go back to state the number of samples."""
+    soundfile.write(tmp_path / "known.flac", speech("ABBA").numpy(), RATE)
+    content = bytearray((tmp_path / "known.flac").read_bytes())
+    content[21] &= 0xF0  # 36 bits from the middle of byte 21 on
+    content[22:26] = bytes(4)
+    (tmp_path / "unknown.flac").write_bytes(content)
+    expected = soundfile.read(tmp_path / "known.flac")[0]
+    for samples in readings(tmp_path / "unknown.flac"):
+        np.testing.assert_allclose(samples, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [1, 999, 768001, 2147483647])
+def test_a_rate_that_no_audio_has_is_told(rate, folder, tmp_path):
+    content = bytearray((folder / "u1.wav").read_bytes())
+    content[24:28] = struct.pack("<I", rate)
+    (tmp_path / "rate.wav").write_bytes(content)
+    said = f"rate.wav cannot be read as audio: the header states {rate} samples a second"
+    for read in (FileSource, lambda file: read_recording(str(file), "sound")):
+        with pytest.raises(UserError, match=said):
+            read(tmp_path / "rate.wav")
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize(
+    ("factor", "note"),
+    [(32768, "scaled down by 32768"), (1.4, "clipped, its samples reach 1.40")],
+    ids=["integers", "loud"],
+)
+def test_every_way_to_read_scales_floats_alike(factor, note, channels, tmp_path, caplog):
+    left = speech("AB").numpy()
+    left = np.stack([left / np.abs(left).max(), left * 0.1][:channels], axis=1)
+    soundfile.write(tmp_path / "f.wav", left * factor, RATE, subtype="FLOAT")
+    recipe, *others = readings(tmp_path / "f.wav")
+    assert np.abs(recipe).max() <= 1
+    for samples in others:
+        np.testing.assert_allclose(samples, recipe, atol=1e-6)
+    notes = []
+    read_utterance(str(tmp_path / "f.wav"), "sound", RATE, note=notes.append)
+    assert note in notes[0]
+    assert any(note in said for said in FileSource(tmp_path / "f.wav").notes)
+
+
+@pytest.mark.parametrize("factor", [10, 1e30])
+def test_samples_of_no_known_scale_are_refused(factor, tmp_path):
+    loud = speech("AB").numpy()
+    soundfile.write(tmp_path / "f.wav", loud / np.abs(loud).max() * factor, RATE, subtype="FLOAT")
+    for read in (FileSource, lambda file: read_utterance(str(file), "sound", RATE)):
+        with pytest.raises(UserError, match=r"f.wav: samples reach 1.*; scale the audio to one"):
+            read(tmp_path / "f.wav")
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_a_file_on_standard_input_is_told_from_raw_audio(name, folder, tmp_path):
+    soundfile.write(tmp_path / f"a.{name}", speech("ABBA").numpy(), RATE, **CONTAINERS[name])
+    content = (tmp_path / f"a.{name}").read_bytes()
+    known = {"float.wav": "WAV", "rf64": "WAV", "opus": "Ogg", "ogg": "Ogg"}
+    assert container_of(content[:65536]) == known.get(name, name.upper())
+    raw = (speech("ABBA").numpy() * 32767).astype("<i2")
+    for start in (raw, raw[2000:], raw[:3], np.full(9000, -1025, "<i2")):
+        assert container_of(start.tobytes()) is None
 
 
 def test_an_entry_of_an_archive_that_is_called_sound_names_its_type(tmp_path):

@@ -1,8 +1,11 @@
-"""Detection of truncated audio files; libsndfile reads most of them without an error."""
+"""Names of audio containers, and whether a file is truncated; libsndfile reads most such files
+without an error."""
 
 import os
+import re
 import struct
 from collections.abc import Iterator
+from itertools import islice
 from typing import BinaryIO
 
 CHECKED = {"WAV", "WAVEX", "RF64", "AIFF", "AU", "W64", "CAF", "FLAC", "OGG", "MP3", "NIST"}
@@ -14,6 +17,33 @@ _W64 = bytes.fromhex("726966662e91cf11a5d628db04c10000")  # `riff`, its GUID
 _KBITS_V1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
 _KBITS_V2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
 _MP3_RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
+
+
+_NAMES = (
+    (rb"RIFF|RIFX|RF64|BW64", "WAV"),
+    (re.escape(_W64), "W64"),
+    (rb"FORM....AIF", "AIFF"),
+    (rb"\.snd|dns\.", "AU"),
+    (rb"caff", "CAF"),
+    (rb"fLaC", "FLAC"),
+    (rb"OggS", "Ogg"),
+    (rb"NIST_1A", "NIST"),
+    (rb"ID3[\x02-\x04]", "MP3"),
+    (rb"....ftyp", "MPEG-4"),
+    (rb"\x1aE\xdf\xa3", "WebM or Matroska"),
+)
+
+
+def container_of(start: bytes) -> str | None:
+    """Name the container that a file with these first bytes is; None: none that is known.
+
+    Args:
+        start: 16 bytes or more; mp3 without tags is recognised from three frames.
+    """
+    for pattern, name in _NAMES:
+        if re.match(pattern, start, re.DOTALL):
+            return name
+    return "MP3" if len(list(islice(_mp3_frames(start, 0), 3))) == 3 else None
 
 
 def is_cut_short(stream: BinaryIO) -> bool:
@@ -44,7 +74,7 @@ def is_cut_short(stream: BinaryIO) -> bool:
     if start[:4] == b"OggS":
         return not _ends_with_last_ogg_page(stream, size)
     if start[:3] == b"ID3" or (len(start) > 1 and start[0] == 0xFF and start[1] & 0xE6 == 0xE2):
-        return _mp3_end(stream, size) > size
+        return _mp3_end(stream) > size
     return False
 
 
@@ -122,7 +152,7 @@ def _ends_with_last_ogg_page(stream: BinaryIO, size: int) -> bool:
     return complete and bool(tail[page + 5] & 4)
 
 
-def _mp3_end(stream: BinaryIO, size: int) -> int:
+def _mp3_end(stream: BinaryIO) -> int:
     """The expected end of the last frame of layer III; data after the frames is ignored."""
     stream.seek(0)
     content = stream.read()
@@ -130,7 +160,14 @@ def _mp3_end(stream: BinaryIO, size: int) -> int:
     if content[:3] == b"ID3" and len(content) >= 10:
         a, b, c, d = content[6:10]
         position = 10 + (a << 21 | b << 14 | c << 7 | d)
-    while position + 4 <= size:
+    for end in _mp3_frames(content, position):
+        position = end
+    return position
+
+
+def _mp3_frames(content: bytes, position: int) -> Iterator[int]:
+    """Yield the expected end of each frame of layer III from `position` on."""
+    while position + 4 <= len(content):
         sync, flags, rates = content[position], content[position + 1], content[position + 2]
         version = flags >> 3 & 3
         if sync != 0xFF or flags & 0xE6 != 0xE2 or version == 1 or rates >> 2 & 3 == 3:
@@ -141,4 +178,4 @@ def _mp3_end(stream: BinaryIO, size: int) -> int:
         slots = 144000 if version == 3 else 72000
         rate = _MP3_RATES[version][rates >> 2 & 3]
         position += slots * kbits[rates >> 4] // rate + (rates >> 1 & 1)
-    return position
+        yield position
