@@ -28,6 +28,7 @@ RESAMPLES, SEED = 2000, 0
 """Of the bootstrap behind every interval."""
 MISSING = "–"  # noqa: RUF001  (an en dash)
 """Stands in tables where a figure is not known."""
+MOST = 10**12
 COUNTS = ("utterances", "words", "corr", "sub", "del", "ins", "err", "s_err")
 
 
@@ -180,8 +181,14 @@ def _rates(found: Mapping[str, Any], kind: str) -> Rates:
         ValueError, LookupError, TypeError: a value is missing or wrong.
     """
     for name in COUNTS:
-        if type(count := found[name]) is not int or count < 0:
-            raise ValueError(f"{kind}.{name} is {count!r}, not an integer of 0 or more")
+        if type(count := found[name]) is not int or not 0 <= count <= MOST:
+            raise ValueError(f"{kind}.{name} is {count!r:.40}, not an integer from 0 to {MOST}")
+    if found["corr"] + found["sub"] + found["del"] != found["words"]:
+        raise ValueError(f"{kind}: corr, sub and del do not add up to words")
+    if found["sub"] + found["del"] + found["ins"] != found["err"]:
+        raise ValueError(f"{kind}: sub, del and ins do not add up to err")
+    if found["s_err"] > found["utterances"]:
+        raise ValueError(f"{kind}: s_err is more than utterances")
     if (interval := found.get("interval")) is not None:  # absent in files of earlier versions
         low, high = map(float, interval)
         if not 0 <= low <= high < math.inf:

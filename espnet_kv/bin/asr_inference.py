@@ -11,7 +11,7 @@ from espnet_kv.bin.model_options import LANGUAGE_MODEL, MODEL, find_model
 from espnet_kv.bin.streaming_options import check_device
 from espnet_kv.cli import command
 from espnet_kv.errors import UserError, one_line
-from espnet_kv.espnet.parser import PAIRS, check_search, extended
+from espnet_kv.espnet.parser import PAIRS, check_data, check_search, extended
 from espnet_kv.files import check_writable, new_entries
 
 FILES = ("asr_train_config", "asr_model_file", "lm_train_config", "lm_file", "ngram_file")
@@ -72,7 +72,10 @@ def main(cmd: Sequence[str] | None = None) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse what ESPnet would ignore, or end on long after the start."""
+    from espnet2.tasks.asr import ASRTask
+
     check_search(args)
+    check_data(args, ASRTask)
     check_device(args.ngpu)
     for name, other in PAIRS:
         if getattr(args, name) is not None and getattr(args, other) is None:

@@ -11,7 +11,8 @@ from espnet_kv.bin.model_options import MODEL, TAG_HELP, find_model
 from espnet_kv.bin.streaming_options import add_streaming_options, build_recognizer
 from espnet_kv.cli import command
 from espnet_kv.errors import UserError
-from espnet_kv.espnet.parser import check_search, extended
+from espnet_kv.espnet.parser import check_data, check_search, extended
+from espnet_kv.espnet.task import ASRTask
 from espnet_kv.espnet.utterances import decoding_task
 from espnet_kv.files import check_writable, new_entries
 
@@ -81,6 +82,7 @@ def _check(args: argparse.Namespace) -> None:
                 "rescoring, one stream at a time); leave it out"
             )
     check_search(args)
+    check_data(args, ASRTask)
     if not 0 <= args.simulate_chunk_ms <= LONGEST_MS or args.sim_chunk_length < 0:
         raise UserError(
             "--simulate_chunk_ms, --sim_chunk_length: allowed: 0 (at once) or more, at "
@@ -102,7 +104,6 @@ def _decode(args: argparse.Namespace) -> None:
     from espnet2.fileio.datadir_writer import DatadirWriter
     from espnet2.torch_utils.set_all_random_seed import set_all_random_seed
 
-    from espnet_kv.espnet.task import ASRTask
     from espnet_kv.streaming.frontend import TooShortError
     from espnet_kv.streaming.meter import Meter
 

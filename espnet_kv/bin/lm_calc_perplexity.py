@@ -25,7 +25,11 @@ def main(cmd: Sequence[str] | None = None) -> None:
     """
     from espnet2.bin import lm_calc_perplexity as espnet
 
-    options = vars(get_parser().parse_args(cmd))
+    from espnet_kv.espnet.parser import check_data
+
+    args = get_parser().parse_args(cmd)
+    check_data(args, espnet.LMTask)
+    options = vars(args)
     options.pop("config")
     espnet.calc_perplexity(**options)
 

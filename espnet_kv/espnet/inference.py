@@ -37,6 +37,7 @@ from espnet_kv.lm.transformer_lm import KVTransformerLM
 from espnet_kv.names import plain_names
 from espnet_kv.packed import pack_weights
 
+OTHER_SEARCHES = ("enh_s2t_task", "multi_asr", "time_sync", "partial_ar")
 _SIGNATURE = inspect.signature(espnet.Speech2Text)
 
 
@@ -80,6 +81,23 @@ class Speech2Text(espnet.Speech2Text):
                 super().__init__(**given)
         except TypeCheckError as error:
             raise UserError(one_line(error)) from error
+        except ModuleNotFoundError as error:
+            if error.name != "kenlm":
+                raise
+            raise ArgumentError("ngram_file", "needs the Python package kenlm") from error
+        except (AttributeError, AssertionError) as error:
+            # searches and models that ESPnet does not check for
+            others = [name for name in OTHER_SEARCHES if given[name]]
+            if not others:
+                raise
+            message = f"does not go with this model ({one_line(error)}); leave it out"
+            raise ArgumentError(others[0], f"true {message}") from error
+        if given["multi_asr"] and self.asr_train_args.model != "pit_espnet":
+            message = "true is for models of several speakers (model: pit_espnet); leave it out"
+            raise ArgumentError("multi_asr", message)
+        if given["time_sync"] and not hasattr(self.beam_search, "nn_dict"):
+            message = "true: ESPnet's own decoding fails with this search; leave it out"
+            raise ArgumentError("time_sync", message)
         lm_tokens = getattr(lm_task, "tokens", None)  # None: there is no language model
         if lm_tokens is not None and list(lm_tokens) != list(self.asr_model.token_list):
             raise ArgumentError(
@@ -215,6 +233,10 @@ def _check(given: Mapping[str, Any]) -> None:
     for name, other in PAIRS:
         if given[name] is not None and given[other] is None:
             raise ArgumentError(name, f"needs {other}")
+    for name in given["quantize_modules"]:
+        if not hasattr(nn, name):
+            message = f"{name}: torch.nn has no such class; e.g. Linear"
+            raise ArgumentError("quantize_modules", message)
 
 
 def limit_length(speech2text: espnet.Speech2Text) -> None:

@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from espnet_kv.errors import ConfigError, UserError, is_out_of_memory, one_line
+from espnet_kv.errors import ArgumentError, ConfigError, UserError, is_out_of_memory, one_line
 from espnet_kv.espnet.openai_whisper import build_within
 from espnet_kv.names import plain_names
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from espnet2.train.abs_espnet_model import AbsESPnetModel
 
 # keys of the feature statistics in a checkpoint
+TOKEN_TYPES = ("bpe", "char", "word", "phn", "whisper_en", "whisper_multilingual", "hugging_face")
 STATISTICS = ("normalize.mean", "normalize.std")
 TOO_LARGE_STEPS = "lower lr in optim_conf or set use_amp: false"
 
@@ -105,7 +106,7 @@ def refuse_not_finite(state: Mapping[str, Any], file: Path | str) -> None:
 
 
 def check_finite(model: nn.Module, file: Path | str) -> None:
-    """Check that a model has no NaN, and no infinite parameters.
+    """Check that a model has no NaN, and no infinite parameters or feature statistics.
 
     Raises:
         UserError: see `refuse_not_finite`.
@@ -113,8 +114,28 @@ def check_finite(model: nn.Module, file: Path | str) -> None:
     learnt = dict(model.named_parameters())
     # a buffer may hold inf on purpose, as a mask does
     refuse_not_finite(
-        {k: v for k, v in model.state_dict().items() if k in learnt or v.isnan().any()}, file
+        {
+            key: value
+            for key, value in model.state_dict().items()
+            if key in learnt or key in STATISTICS or value.isnan().any()
+        },
+        file,
     )
+
+
+def check_types(model: nn.Module, checkpoint: Mapping[str, Tensor], file: Path | str) -> None:
+    """Check that floats of a model were floats in its file; loading converts any numbers.
+
+    Raises:
+        UserError: names the file and the first other parameter or buffer.
+    """
+    for key, value in model.state_dict().items():
+        given = checkpoint.get(key, value)
+        if value.is_floating_point() and not given.is_floating_point():
+            raise UserError(
+                f"{file}: {key} has numbers of type {str(given.dtype).removeprefix('torch.')}, not "
+                "floats: take a model file that was not quantised or converted"
+            )
 
 
 class LoadGuard:
@@ -196,6 +217,37 @@ def read_config(
         if not config.get(key):
             raise UserError(f"{file} is not a config.yaml of a trained model: it names no {key}")
     return plain_names(config)
+
+
+def check_inference(file: Path | str, config: Mapping[str, Any]) -> None:
+    """Check the keys of a config.yaml that recognition needs besides the model.
+
+    Raises:
+        UserError: names the file and the key.
+    """
+    for key in ("token_type", "use_preprocessor"):
+        if key not in config:
+            raise UserError(f"{file} is not a config.yaml of a trained model: it names no {key}")
+    kind, tokens, rate = config["token_type"], config["token_list"], front_end_rate(config)
+    if kind is not None and kind not in TOKEN_TYPES:
+        raise UserError(f"{file}: token_type: {kind} (allowed: {', '.join(TOKEN_TYPES)})")
+    if rate is not None and not rate > 0:
+        raise UserError(f"{file}: frontend_conf.fs: {rate} samples per second; give 1 or more")
+    if not isinstance(tokens, list):
+        return
+    if wrong := [token for token in tokens if not isinstance(token, str)]:
+        raise UserError(f"{file}: token_list: {wrong[0]!r} is no text; put it in quotes")
+    if len(set(tokens)) < len(tokens):
+        twice = next(token for token in tokens if tokens.count(token) > 1)
+        raise UserError(f"{file}: token_list: {twice!r} occurs twice; keep that of the training")
+    if "<unk>" not in tokens and kind in ("bpe", "char", "word", "phn"):
+        raise UserError(f"{file}: token_list: there is no <unk>; keep that of the training")
+
+
+def front_end_rate(config: Mapping[str, Any]) -> float | None:
+    """frontend_conf.fs if it is a number."""
+    rate = (config.get("frontend_conf") or {}).get("fs")
+    return rate if isinstance(rate, int | float) else None
 
 
 def named_files(config: Mapping[str, Any]) -> dict[str, str]:
@@ -297,10 +349,14 @@ def load_tokenizer(
         token_type, bpemodel: None: as in the training configuration.
 
     Raises:
-        UserError: the sentencepiece model is missing or damaged.
+        UserError: the sentencepiece model is missing or damaged, or the model has tokens of another
+            type.
     """
     from espnet2.text.build_tokenizer import build_tokenizer
 
+    if token_type and args.token_type and token_type != args.token_type:
+        message = f"{token_type}: the model has {args.token_type} tokens; leave it out"
+        raise ArgumentError("token_type", message)
     token_type = token_type or args.token_type
     if token_type and "whisper" in token_type:
         conf = getattr(args, "preprocessor_conf", None) or {}

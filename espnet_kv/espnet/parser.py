@@ -28,8 +28,10 @@ NUMBERS = {
     "lm_weight": (-math.inf, math.inf),
     "ngram_weight": (-math.inf, math.inf),
     "penalty": (-math.inf, math.inf),
-    "maxlenratio": (-math.inf, math.inf),
-    "minlenratio": (-math.inf, math.inf),
+    "maxlenratio": (-1e6, 1e6),
+    "minlenratio": (-1e6, 1e6),
+    "endpoint_silence_ms": (0.0, math.inf),
+    "max_segment_seconds": (0.0, math.inf),
 }
 """Options that are numbers -> their range."""
 
@@ -84,25 +86,64 @@ def path_name_type(text: str) -> tuple[str, str, str]:
     return path, name, kind
 
 
+def check_data(args: argparse.Namespace, task: Any) -> None:
+    """Check names and types in --data_path_and_name_and_type.
+
+    Args:
+        task: ESPnet's task, which knows the names of its data.
+
+    Raises:
+        ArgumentError: says which are allowed.
+    """
+    from espnet2.train.dataset import DATA_TYPES  # takes seconds
+
+    option, given = "data_path_and_name_and_type", args.data_path_and_name_and_type
+    names = [name for _, name, _ in given]
+    required = task.required_data_names(False, True)
+    allowed = {*required, *task.optional_data_names(False, True)}
+    if missing := [name for name in required if name not in names]:
+        raise ArgumentError(option, f"one must have the name {missing[0]}: PATH,{missing[0]},TYPE")
+    for path, name, kind in given:
+        text = f"{path},{name},{kind}"
+        if name not in allowed and not args.allow_variable_data_keys:
+            raise ArgumentError(option, f"{text}: allowed names: {', '.join(sorted(allowed))}")
+        if names.count(name) > 1:
+            raise ArgumentError(option, f"{text}: give {name} once")
+        if not any(re.fullmatch(known, kind) for known in DATA_TYPES):
+            raise ArgumentError(option, f"{text}: allowed types: {', '.join(DATA_TYPES)}")
+
+
 def check_search(args: argparse.Namespace) -> None:
     """Check the numbers in the options of a decoding command, including those from a YAML.
 
     Raises:
         ArgumentError: names the argument and the allowed values.
     """
-    for name, (least, most) in COUNTS.items():
-        value = getattr(args, name, least)
-        if type(value) is not int or not least <= value <= most:
-            raise ArgumentError(name, f"{value}: allowed: whole numbers from {least} to {most}")
-    for name, (low, high) in NUMBERS.items():
-        number = getattr(args, name, low if math.isfinite(low) else 0)
-        if type(number) not in (int, float) or not math.isfinite(number):
-            raise ArgumentError(name, f"{number}: a finite number is needed")
-        if not low <= number <= high:
-            raise ArgumentError(name, f"{number}: allowed: {low:g} to {high:g}")
+    given = vars(args)
+    check_numbers(**{name: given[name] for name in (*COUNTS, *NUMBERS) if name in given})
     if args.nbest > args.beam_size:
         raise ArgumentError(
             "nbest",
             f"{args.nbest} is more than beam_size {args.beam_size}: a search keeps no more "
             "hypotheses than that",
         )
+
+
+def check_numbers(**values: Any) -> None:
+    """Check values of COUNTS and NUMBERS.
+
+    Raises:
+        ArgumentError: names the argument and the allowed values.
+    """
+    for name, value in values.items():
+        if name in COUNTS:
+            least, most = COUNTS[name]
+            if type(value) is not int or not least <= value <= most:
+                raise ArgumentError(name, f"{value}: allowed: whole numbers from {least} to {most}")
+            continue
+        low, high = NUMBERS[name]
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ArgumentError(name, f"{value}: a finite number is needed")
+        if not low <= value <= high:
+            allowed = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+            raise ArgumentError(name, f"{value}: allowed: {allowed}")

@@ -14,6 +14,8 @@ from espnet_kv.errors import ArgumentError, UserError, one_line
 from espnet_kv.espnet.loading import (
     build_filled,
     check_finite,
+    check_inference,
+    check_types,
     find_files,
     read_checkpoint,
     read_config,
@@ -52,9 +54,19 @@ class ASRTask(ESPnetASRTask):
 
     @classmethod
     def build_preprocess_fn(cls, args: argparse.Namespace, train: bool) -> Any:
-        """ESPnet's preprocessing; with Whisper's tokens also with PyPI's openai-whisper."""
-        with with_whisper(vars(args)):
-            return super().build_preprocess_fn(args, train)
+        """ESPnet's preprocessing; with Whisper's tokens also with PyPI's openai-whisper.
+
+        Raises:
+            UserError: the configuration has values that ESPnet's preprocessing cannot take.
+        """
+        try:
+            with with_whisper(vars(args)):
+                return super().build_preprocess_fn(args, train)
+        except (TypeError, ValueError, AttributeError, AssertionError) as error:
+            raise UserError(
+                f"the configuration builds no preprocessor: {type(error).__name__}: "
+                f"{one_line(error)}"
+            ) from error
 
     @classmethod
     def build_model_from_file(
@@ -85,6 +97,7 @@ class ASRTask(ESPnetASRTask):
             config_file = Path(model_file).parent / "config.yaml"
         named = config_file  # for mypy: not None in the class below
         config = read_config(named)
+        check_inference(named, config)
         checkpoint = {} if model_file is None else read_checkpoint(model_file)
         if str(device).startswith("cuda") and not torch.cuda.is_available():
             raise UserError(f"device {device}: no GPU was found; use cpu")
@@ -108,6 +121,7 @@ class ASRTask(ESPnetASRTask):
                 raise UserError(f"{model_file}: {one_line(error)}") from error
             raise
         if model_file is not None:
+            check_types(model, checkpoint, model_file)
             check_finite(model, model_file)
         return model, args
 

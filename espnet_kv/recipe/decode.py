@@ -11,7 +11,7 @@ from typing import Any
 from espnet_kv.cli import Parser
 from espnet_kv.config import load_yaml
 from espnet_kv.errors import UserError
-from espnet_kv.files import write_text
+from espnet_kv.files import read_text, write_text
 from espnet_kv.recipe import whisper_models
 from espnet_kv.recipe.datadir import DataDir
 from espnet_kv.recipe.jobs import Job
@@ -85,7 +85,7 @@ def decode_step(layout: Layout, config_file: Path, name: str, before: Sequence[S
             lines = [
                 line
                 for part in parts
-                for line in (part / "1best_recog" / file).read_text(encoding="utf-8").splitlines()
+                for line in read_text(part / "1best_recog" / file).splitlines()
             ]
             write_text(out / file, "".join(f"{line}\n" for line in sorted(lines)))
         _check_keys(out / "text", dump)
@@ -166,7 +166,7 @@ def _check_keys(hypotheses: Path, dump: Path) -> None:
         UserError: an utterance has no hypothesis, or more than one.
     """
     wanted = DataDir.read(dump).wav_scp.keys()
-    lines = hypotheses.read_text(encoding="utf-8").splitlines()
+    lines = read_text(hypotheses).splitlines()
     found = [line.split(maxsplit=1)[0] for line in lines]
     if len(found) != len(wanted) or set(found) != wanted:
         differ = sorted(wanted ^ set(found)) or ["one of them twice"]

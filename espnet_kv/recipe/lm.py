@@ -9,7 +9,7 @@ from pathlib import Path
 
 from espnet_kv.config import load_yaml
 from espnet_kv.errors import UserError
-from espnet_kv.files import commit, new_directory, write_text
+from espnet_kv.files import commit, new_directory, read_text, write_text
 from espnet_kv.recipe.datadir import DataDir
 from espnet_kv.recipe.jobs import Job
 from espnet_kv.recipe.layout import Layout, last_epoch
@@ -117,7 +117,7 @@ def perplexity_step(layout: Layout, name: str, trained: Step, formatted: Step) -
     def jobs() -> list[Job]:
         shutil.rmtree(new, ignore_errors=True)
         scored = new / "text"  # without empty lines, which ESPnet cannot score
-        lines = text.read_text(encoding="utf-8").splitlines()
+        lines = read_text(text).splitlines()
         write_text(scored, "".join(f"{line}\n" for line in lines if len(line.split()) > 1))
         options = [
             f"--output_dir={new}",

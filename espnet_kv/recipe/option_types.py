@@ -31,8 +31,8 @@ def tag(text: str) -> str:
     return text
 
 
-def more_options(text: str) -> str:
-    """Options of another command, quoted as in a shell."""
+def shell_words(text: str) -> str:
+    """Words, such as options of another command, quoted as in a shell."""
     try:
         shlex.split(text)
     except ValueError as error:

@@ -128,7 +128,8 @@ def parser() -> argparse.ArgumentParser:
     own = " (default: the corpus's; kaldi: paths of your own)"
     add(g, "train_set", "", f"data directory for training{own}")
     add(g, "valid_set", "", f"data directory for validation{own}")
-    add(g, "test_sets", "", f"data directories to decode, split by spaces{own}")
+    sets = f"data directories to decode, split by spaces{own}"
+    add(g, "test_sets", "", sets, type=types.shell_words)
     for corpus, unit in (("synth", "sentences"), ("digits", "strings of each speaker")):
         for part in ("train", "dev", "test"):
             sets = "the training set" if part == "train" else f"each of the {part} sets"
@@ -152,7 +153,7 @@ def parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("language model")
     add(g, "use_lm", False, "train a language model and decode with it")
     add(g, "lm_config", Path("conf/train_lm_transformer.yaml"), "its configuration", type=Path)
-    add(g, "lm_args", "", "more options for espnet2.bin.lm_train", type=types.more_options)
+    add(g, "lm_args", "", "more options for espnet2.bin.lm_train", type=types.shell_words)
     add(
         g,
         "lm_tag",
@@ -170,6 +171,7 @@ def parser() -> argparse.ArgumentParser:
         "asr_config",
         "conf/train_asr_conformer_mha.yaml",
         "training configuration, or several, split by spaces",
+        type=types.shell_words,
     )
     add(
         g,
@@ -185,7 +187,7 @@ def parser() -> argparse.ArgumentParser:
         "name of the experiment (default: made of config and tokens)",
         type=types.tag,
     )
-    add(g, "asr_args", "", "more options for espnet2.bin.asr_train", type=types.more_options)
+    add(g, "asr_args", "", "more options for espnet2.bin.asr_train", type=types.shell_words)
     add(g, "whisper_model", "", "encoder's and decoder's: a name, FILE.pt or a directory")
     add(g, "feats_normalize", "global_mvn", "normalisation of features")
     add(g, "use_streaming", False, "decode piece by piece, with a cache")
@@ -208,7 +210,7 @@ def parser() -> argparse.ArgumentParser:
         "inference_args",
         "",
         "more options for asr_inference, or asr_inference_streaming",
-        type=types.more_options,
+        type=types.shell_words,
     )
     add(g, "inference_asr_model", "valid.acc.ave.pth", "model file to decode with")
     g = p.add_argument_group("conversion of a trained model, in the place of training")
@@ -234,7 +236,7 @@ def parser() -> argparse.ArgumentParser:
         "profile_args",
         "",
         "more options for espnet_kv.bin.profile (stage 14)",
-        type=types.more_options,
+        type=types.shell_words,
     )
 
     g = p.add_argument_group("packing, upload and export")
@@ -243,7 +245,7 @@ def parser() -> argparse.ArgumentParser:
     add(g, "skip_upload_hf", None, f"leave stage 17 out {own} upload)", type=true_or_false)
     add(g, "skip_export", None, f"leave stage 18 out {own} export)", type=true_or_false)
     export = "more options for espnet_kv.bin.export"
-    add(g, "export_args", "", export, type=types.more_options)
+    add(g, "export_args", "", export, type=types.shell_words)
     add(g, "hf_repo", "", "repository USER/NAME of the Hugging Face Hub", type=repository)
 
     g = p.add_argument_group("results")

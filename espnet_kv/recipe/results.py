@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from espnet_kv.errors import UserError
-from espnet_kv.files import write_text
+from espnet_kv.files import read_text, write_text
 from espnet_kv.scores import KINDS, MISSING, Scores, decoding_of, interval_text, scored_sets
 
 BEGIN, END = "<!-- generated -->", "<!-- /generated -->"
@@ -50,7 +50,7 @@ def _placed(out: Path, block: str) -> str:
     """The text of `out` with the earlier block replaced by `block`, or with `block` appended."""
     if not out.exists():
         return block + "\n"
-    text = out.read_text(encoding="utf-8")
+    text = read_text(out)
     marks = text.count(BEGIN), text.count(END)
     if marks == (0, 0):
         return f"{text.rstrip()}\n\n{block}\n".lstrip()

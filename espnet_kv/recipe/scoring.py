@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from espnet_kv.errors import UserError
-from espnet_kv.files import write_text
+from espnet_kv.files import read_text, write_text
 from espnet_kv.recipe import whisper_models
 from espnet_kv.recipe.counts import count_sets, markdown
 from espnet_kv.recipe.datadir import DataDir
@@ -40,7 +40,7 @@ def score_step(layout: Layout, config_file: Path, name: str, decoded: Step) -> S
         pieces = piece_tokenizer(layout.bpe_model) if layout.bpe_model is not None else None
         clean = whisper_models.text_cleaner(layout)
         ref = {utt: clean(text) for utt, text in DataDir.read(dump).text.items()}
-        hyp = {utt: clean(text) for utt, text in read_text(out / "text").items()}
+        hyp = {utt: clean(text) for utt, text in read_hypotheses(out / "text").items()}
         if missing := sorted(ref.keys() - hyp.keys()):
             raise UserError(
                 f"{out / 'text'} lacks {len(missing)} of {len(ref)} utterances (the first: "
@@ -105,9 +105,9 @@ def publish(layout: Layout, scored: Iterable[Path]) -> None:
     print(f"  training curves: tensorboard --logdir {args.expdir.resolve()}")
 
 
-def read_text(path: Path) -> dict[str, str]:
+def read_hypotheses(path: Path) -> dict[str, str]:
     """Utterance -> recognised words."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_text(path).splitlines()
     pairs = (line.split(maxsplit=1) for line in lines if line.strip())
     return {pair[0]: pair[1] if len(pair) > 1 else "" for pair in pairs}
 

@@ -12,7 +12,7 @@ import yaml
 
 from espnet_kv.config import front_end, load_yaml
 from espnet_kv.errors import UserError
-from espnet_kv.files import commit, new_directory, write_text
+from espnet_kv.files import commit, new_directory, read_text, write_text
 from espnet_kv.recipe import whisper_models
 from espnet_kv.recipe.datadir import DataDir
 from espnet_kv.recipe.jobs import Job, visible_gpus
@@ -245,7 +245,7 @@ def check_keys(layout: Layout, files: Sequence[Path], mode: str) -> None:
     dump = layout.set_of(mode)
     wanted = DataDir.read(dump).wav_scp.keys()
     for file in files:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = read_text(file).splitlines()
         found = [line.split()[0] for line in lines]
         if len(found) != len(wanted) or set(found) != wanted:
             differ = sorted(wanted ^ set(found)) or ["one of them twice"]

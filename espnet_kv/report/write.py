@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from espnet_kv.errors import UserError
-from espnet_kv.files import new_directory, new_file, write_text
+from espnet_kv.files import new_directory, new_file, read_text, write_text
 from espnet_kv.profile.schema import Profile
 from espnet_kv.report.comparison import Entry, compare, entries
 from espnet_kv.report.page import page
@@ -41,7 +41,7 @@ def write_report(
     parts = tables(models)
     notes = compare(models, joined(parts))
     try:
-        text = results.read_text(encoding="utf-8") if results.exists() else ""
+        text = read_text(results) if results.exists() else ""
         text = placed(text, title, markdown(models, parts[0], notes, command), results)
         write_text(output / "comparison.csv", comparison_csv(parts, notes))
         print(f"  drawing {len(models)} models", flush=True)

@@ -13,6 +13,7 @@ from espnet_kv.encoder.streaming import subsampling
 from espnet_kv.errors import ArgumentError, UserError
 from espnet_kv.espnet.loading import load_tokenizer
 from espnet_kv.espnet.packs import unpacked
+from espnet_kv.espnet.parser import check_numbers
 from espnet_kv.espnet.task import ASRTask
 from espnet_kv.streaming.engine import EngineBuilder, TorchEngine
 from espnet_kv.streaming.frontend import StreamingFrontend, TooShortError
@@ -94,12 +95,13 @@ class StreamingRecognizer:
         dtype: str = "float32",
         engine: EngineBuilder = TorchEngine,
     ):
-        _check_numbers(
+        check_numbers(
             beam_size=beam_size,
             nbest=nbest,
             ctc_weight=ctc_weight,
             endpoint_silence_ms=endpoint_silence_ms,
             max_segment_seconds=max_segment_seconds,
+            penalty=penalty,
         )
         if dtype not in DTYPES:
             raise ArgumentError("dtype", f"{dtype}: unknown (allowed: {', '.join(DTYPES)})")
@@ -258,14 +260,3 @@ class StreamingRecognizer:
         for kind, held in self.nbytes_by_kind().items():
             self.peak_nbytes[kind] = max(held, self.peak_nbytes.get(kind, 0))
         return ended
-
-
-def _check_numbers(**values: float) -> None:
-    """Refuse values that are not numbers or out of range."""
-    for name, value in values.items():
-        count = name in ("beam_size", "nbest")
-        least, most = (1 if count else 0), (1 if name == "ctc_weight" else math.inf)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not (whole or (isinstance(value, float) and not count)) or not least <= value <= most:
-            bounds = f"{least} to {most}" if most == 1 else f"{least} or more"
-            raise UserError(f"--{name} {value}: allowed: {bounds}")

@@ -5,6 +5,7 @@ import copy
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -118,6 +119,65 @@ def test_another_size_is_one_line_with_the_key(experiments):
     assert "encoder.encoders.0.self_attn.linear_kv_down.weight" in message
     assert "encoder.encoders.1.self_attn.linear_v_up.weight" in message
     assert "\n" not in message
+
+
+CONFIGS = {
+    "no token_type": ("token_type", None, "it names no token_type"),
+    "no use_preprocessor": ("use_preprocessor", None, "it names no use_preprocessor"),
+    "type": ("token_type", "bogus", "token_type: bogus .allowed: bpe, char"),
+    "rate": ("frontend_conf", {"fs": -16000}, "frontend_conf.fs: -16000 samples per second"),
+    "number": ("token_list", ["<blank>", "<unk>", 7, "B", "<sos/eos>"], "7 is no text"),
+    "twice": ("token_list", ["<blank>", "<unk>", "B", "B", "<sos/eos>"], "'B' occurs twice"),
+    "unk": ("token_list", ["<blank>", "C", "A", "B", "<sos/eos>"], "there is no <unk>"),
+}
+
+
+@pytest.mark.parametrize(("key", "value", "said"), CONFIGS.values(), ids=CONFIGS)
+def test_a_damaged_configuration_is_one_line_with_its_key(key, value, said, experiments, tmp_path):
+    config = yaml.safe_load((experiments / "mha/config.yaml").read_text())
+    if value is None:
+        del config[key]
+    else:
+        config[key] = value
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=f"config.yaml.*{said}"):
+        ASRTask.build_model_from_file(tmp_path / "config.yaml", experiments / "mha/model.pth")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"preprocessor": "bogus"}, {"preprocessor_conf": {"bogus": 1}}, {"token_type": "bpe"}],
+    ids=["name", "option", "no bpemodel"],
+)
+def test_a_preprocessor_that_cannot_be_built_is_one_line(changes, experiments):
+    config = yaml.safe_load((experiments / "mha/config.yaml").read_text()) | changes
+    with pytest.raises(UserError, match="the configuration builds no preprocessor: "):
+        ASRTask.build_preprocess_fn(argparse.Namespace(**config), False)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda weight: (weight * 10).to(torch.int8), "has numbers of type int8, not floats"),
+        (lambda weight: weight.to(torch.complex64), "has numbers of type complex64"),
+        (lambda weight: weight * torch.inf, "holds nan or inf"),
+    ],
+    ids=["int8", "complex", "inf"],
+)
+@pytest.mark.parametrize("key", ["ctc.ctc_lo.weight", "normalize.mean"])
+def test_a_checkpoint_of_other_numbers_is_refused(key, change, said, experiments, tmp_path):
+    config = yaml.safe_load((experiments / "mha/config.yaml").read_text())
+    stats = tmp_path / "stats.npz"
+    np.savez(stats, count=9, sum=np.ones(20), sum_square=np.full(20, 9.0))
+    config |= {"normalize": "global_mvn", "normalize_conf": {"stats_file": str(stats)}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    state = ASRTask.build_model(argparse.Namespace(**config)).state_dict()
+    torch.save(state, tmp_path / "model.pth")
+    ASRTask.build_model_from_file(tmp_path / "config.yaml", tmp_path / "model.pth")
+    state[key] = change(state[key] + 1)
+    torch.save(state, tmp_path / "model.pth")
+    with pytest.raises(UserError, match=f"model.pth: {key} {said}"):
+        ASRTask.build_model_from_file(tmp_path / "config.yaml", tmp_path / "model.pth")
 
 
 def test_a_new_model_takes_parts_of_another(experiments):

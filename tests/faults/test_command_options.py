@@ -64,6 +64,21 @@ NUMBERS = [
     ("offline", ["--dtype", "int8"], "--dtype: invalid choice"),
     ("offline", ["--unknown", "1"], "unrecognized arguments: --unknown"),
     ("offline", ["--data_path_and_name_and_type", "wav.scp"], "is not PATH,NAME,TYPE"),
+    ("offline", ["--maxlenratio", "1e308"], "--maxlenratio 1e.308: allowed: -1e.06 to 1e.06"),
+    ("offline", ["--minlenratio", "1e308"], "--minlenratio 1e.308: allowed"),
+    ("offline", ["--quantize_modules", "Bogus"], "--quantize_modules Bogus: torch.nn has no"),
+    ("offline", ["--token_type", "bpe"], "--token_type bpe: the model has char tokens; leave it"),
+    ("offline", ["--enh_s2t_task", "true"], "--enh_s2t_task true does not go with this model"),
+    ("offline", ["--multi_asr", "true"], "--multi_asr true is for models of several speakers"),
+    ("offline", ["--time_sync", "true"], "--time_sync true: ESPnet.s own decoding fails"),
+    ("offline", ["--partial_ar", "true"], "--partial_ar true does not go with this model"),
+    ("streaming", ["--token_type", "bpe"], "--token_type bpe: the model has char tokens"),
+    ("stream", ["--token_type", "bpe"], "--token_type bpe: the model has char tokens"),
+    ("stream", ["--penalty", "nan"], "--penalty nan: a finite number"),
+    ("stream", ["--beam_size", "1000000000"], "--beam_size 1000000000: allowed: whole numbers"),
+    ("stream", ["--endpoint_silence_ms", "inf"], "--endpoint_silence_ms inf: a finite number"),
+    ("stream", ["--max_segment_seconds", "inf"], "--max_segment_seconds inf: a finite number"),
+    ("streaming", ["--max_segment_seconds", "-1"], "--max_segment_seconds -1.0: allowed: 0 or"),
     ("streaming", ["--nbest", "21"], "--nbest 21 is more than beam_size"),
     ("streaming", ["--left_chunks", "1000000000000"], "--left_chunks 1000000000000: at most"),
     ("streaming", ["--chunk_size", "99999999"], "--chunk_size 99999999"),
@@ -89,6 +104,25 @@ NUMBERS = [
 def test_numbers_that_mean_nothing(name, given, said, folder, tmp_path, capsys):
     main, others = options(folder, tmp_path / "out")[name]
     one_error(main([*others, *given]), said, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+DATA = {
+    "no speech": ("{f}/wav.scp,foo,sound", "one must have the name speech"),
+    "another": ("{f}/wav.scp,speech,sound {f}/wav.scp,text,text", "text,text: allowed names: "),
+    "twice": ("{f}/wav.scp,speech,sound {f}/wav.scp,speech,sound", "give speech once"),
+    "type": ("{f}/wav.scp,speech,bogus", "speech,bogus: allowed types: sound, "),
+}
+
+
+@pytest.mark.parametrize(("data", "said"), DATA.values(), ids=DATA)
+@pytest.mark.parametrize("way", ["offline", "streaming"])
+def test_data_of_another_name_or_type(way, data, said, folder, tmp_path, capsys):
+    main, (*others, _, _, out, at, workers, none) = options(folder, tmp_path / "out")[way]
+    others += [out, at, workers, none]
+    for one in data.format(f=folder).split():
+        others += ["--data_path_and_name_and_type", one]
+    one_error(main(others), f"--data_path_and_name_and_type .*{said}", capsys)
     assert not (tmp_path / "out").exists()
 
 

@@ -33,6 +33,8 @@ def options(folder) -> list[str]:
         (["--asr_args", "--max_epoch '3"], '--asr_args: "--max_epoch \'3": no closing quotation'),
         (["--inference_args", '"'], "--inference_args"),
         (["--asr_config", ""], "--asr_config is empty"),
+        (["--asr_config", "conf/o'k.yaml"], "conf/o'k.yaml\": no closing quotation"),
+        (["--test_sets", "it's"], '--test_sets: "it\'s": no closing quotation'),
         (["--asr_config", "conf/no.yaml"], "conf/no.yaml does not exist"),
         (["--overlay", "no.yaml"], "no.yaml does not exist"),
         (["--lm_config", "no.yaml", "--use_lm", "true"], "no.yaml does not exist"),

@@ -80,7 +80,9 @@ class TestScores:
     def test_errors_in_a_reference_without_words_are_no_rate(self, tmp_path):
         decoded = tmp_path / "decode_x/test_clean"
         decoded.mkdir(parents=True)
-        (decoded / "scores.json").write_text(SCORES.replace("40", "0"))
+        record = json.loads(SCORES)
+        record["wer"] |= {"words": 0, "corr": 0, "sub": 0, "ins": 1}
+        (decoded / "scores.json").write_text(json.dumps(record))
         assert read_scores(tmp_path)["streaming"]["test_clean"]["wer"] is None
 
     @pytest.mark.parametrize(
@@ -92,6 +94,11 @@ class TestScores:
             ('"err": 1', '"err": "1"'),
             ('"err": 1', '"err": -1'),
             ('"err": 1', '"err": 1.5'),
+            ('"err": 1', '"err": 2'),
+            ('"words": 40', '"words": 41'),
+            ('"corr": 39', '"corr": 900'),
+            ('"s_err": 1', '"s_err": 5'),
+            ('"ins": 0, "err": 1', f'"ins": {10**400}, "err": {10**400 + 1}'),
             ('"words": 40, ', ""),
             ('"err": 1', '"interval": [3, 1], "err": 1'),
             ('"err": 1', '"interval": 3, "err": 1'),

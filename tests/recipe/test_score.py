@@ -228,6 +228,10 @@ def test_results_page_keeps_handwriting(expdir: Path):
     out.write_text(page.replace(END, ""))
     with pytest.raises(UserError, match="or neither"):
         write_results(expdir, out)
+    out.write_bytes(b"notes caf\xe9\n")
+    with pytest.raises(UserError, match=r"RESULTS.md: not UTF-8 at byte 9; convert it first"):
+        write_results(expdir, out)
+    assert out.read_bytes() == b"notes caf\xe9\n"
 
 
 def test_results_read_sclite(expdir: Path):

@@ -325,24 +325,28 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("wrong", "said"),
         [
-            ({"beam_size": 0}, "--beam_size 0: allowed: 1 or more"),
-            ({"beam_size": 2.5}, "--beam_size 2.5"),
-            ({"ctc_weight": 1.5}, "--ctc_weight 1.5: allowed: 0 to 1"),
-            ({"ctc_weight": math.nan}, "--ctc_weight nan"),
-            ({"endpoint_silence_ms": -1}, "--endpoint_silence_ms -1: allowed: 0 or more"),
+            ({"beam_size": 0}, "beam_size 0: allowed: whole numbers from 1 to 10000"),
+            ({"beam_size": 2.5}, "beam_size 2.5"),
+            ({"ctc_weight": 1.5}, "ctc_weight 1.5: allowed: 0 to 1"),
+            ({"ctc_weight": math.nan}, "ctc_weight nan: a finite number is needed"),
+            ({"penalty": math.inf}, "penalty inf: a finite number is needed"),
+            ({"endpoint_silence_ms": -1}, "endpoint_silence_ms -1: allowed: 0 or more"),
+            ({"max_segment_seconds": math.inf}, "max_segment_seconds inf: a finite number"),
+            ({"token_type": "bpe"}, "token_type bpe: the model has char tokens; leave it out"),
             ({"chunk_size": 0}, "chunk_size 0: allowed: 1 or more encoder frames"),
             ({"left_chunks": -2}, "left_chunks -2: allowed: -1"),
             ({"cache_dtype": "int3"}, "int3"),
             ({"dtype": "int8"}, "dtype int8: unknown"),
-            (
-                {"token_type": "bpe", "bpemodel": "no.model"},
-                "no.model does not exist.*give bpemodel",
-            ),
         ],
         ids=lambda x: ",".join(x) if isinstance(x, dict) else "",
     )
     def test_options(self, options, wrong, said):
         self.refused(said, **options, **wrong)
+
+    def test_a_tokenizer_that_is_not_there(self, options):
+        self.changed(options, token_type="bpe", bpemodel="no.model")
+        self.refused("no.model does not exist.*give bpemodel", **options)
+        self.refused("other.model does not exist", **options, bpemodel="other.model")
 
     def test_a_model_without_chunks_needs_a_chunk_size(self, options):
         self.changed(options, encoder_conf={"chunk_size": 0})

@@ -16,9 +16,11 @@ def score(
 ) -> None:
     """Write the files of a test set that later stages read; `interval`: to either side."""
     decoding.mkdir(parents=True)
+    errors = {"wer": round(wer * WORDS / 100), "cer": round((cer or 0) * WORDS / 100)}
     scores = {
-        kind: {"utterances": 3, "words": WORDS, "corr": WORDS, "sub": 0, "del": 0, "ins": 0}
-        | {"err": round(rate * WORDS / 100), "s_err": 1, "missing": 0}
+        kind: {"utterances": 3, "words": WORDS, "corr": WORDS - min(errors[kind], WORDS)}
+        | {"sub": min(errors[kind], WORDS), "del": 0, "ins": max(0, errors[kind] - WORDS)}
+        | {"err": errors[kind], "s_err": 1, "missing": 0}
         | ({} if interval is None else {"interval": [rate - interval, rate + interval]})
         for kind, rate in (("wer", wer), ("cer", cer))
         if rate is not None
