@@ -123,13 +123,13 @@ class MultiHeadLatentAttention(SoftmaxAttention):
 
 
 def _refuse_another_latent(
-    module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *rest: Any
+    module: Any, state_dict: Mapping[str, Tensor], prefix: str, *rest: Any
 ) -> None:
     """Raise a UserError if a checkpoint has another latent for a layer than for the first.
 
     It would replace that of all layers: parameters with several names are loaded once for each.
     """
-    loaded: Any = module.linear_kv_down.weight  # by now that of the first layer
+    loaded = module.linear_kv_down.weight  # by now that of the first layer
     given = state_dict.get(key := f"{prefix}linear_kv_down.weight")
     if given is None or given.shape != loaded.shape:
         return  # torch reports these

@@ -1,4 +1,4 @@
-"""espnet2.bin.lm_calc_perplexity, with the same options and files, and commas allowed in paths."""
+"""espnet2.bin.lm_calc_perplexity, with the same options and files, and strict loading."""
 
 import argparse
 import sys
@@ -25,13 +25,16 @@ def main(cmd: Sequence[str] | None = None) -> None:
     """
     from espnet2.bin import lm_calc_perplexity as espnet
 
+    from espnet_kv.espnet.inference import language_model_task
     from espnet_kv.espnet.parser import check_data
+    from espnet_kv.espnet.replacing import replaced
 
     args = get_parser().parse_args(cmd)
     check_data(args, espnet.LMTask)
     options = vars(args)
     options.pop("config")
-    espnet.calc_perplexity(**options)
+    with replaced(espnet, LMTask=language_model_task(espnet.LMTask, cached=False)):
+        espnet.calc_perplexity(**options)
 
 
 if __name__ == "__main__":

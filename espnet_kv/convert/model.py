@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from espnet_kv.attention import ATTENTIONS
 from espnet_kv.attention.latent import MultiHeadLatentAttention
 from espnet_kv.convert.calibration import Calibration, CalibrationRunner, start_tokens
 from espnet_kv.convert.calls import Call, recording
@@ -19,7 +20,7 @@ from espnet_kv.convert.factorize import to_mla, to_shared_mla
 from espnet_kv.convert.layer_error import layer_errors
 from espnet_kv.convert.linalg import symmetric_root
 from espnet_kv.convert.measure import cache_bytes
-from espnet_kv.convert.modules import plain_attention, put_in_place, refuse_normed_keys
+from espnet_kv.convert.modules import plain_attention, put_in_place, replacement_module
 from espnet_kv.convert.pooling import to_gqa
 from espnet_kv.convert.source import PARTS
 from espnet_kv.convert.statistics import LayerStatistics
@@ -105,9 +106,11 @@ def convert_model(
     sources = {name: a for attentions in names.values() for name, a in attentions.items()}
     if target.attention_type == "linear" and any(sources[n] is not modules[n] for n in modules):
         raise ArgumentError("attention_type", "linear: Whisper models become mla or gqa only")
-    for name, attention in sources.items():
-        with named(name):
-            refuse_normed_keys(attention)
+    for attentions in names.values():
+        conf = layer_options(target, attentions)
+        for name, attention in attentions.items():
+            with named(name):  # raises what cannot be done, before the model runs
+                replacement_module(attention, ATTENTIONS[target.attention_type], **conf)
     fit_calls: dict[str, list[Call]] = {}
     held_out_calls: dict[str, list[Call]] = {}
     runner = None

@@ -53,6 +53,7 @@ def read_recording(entry: str, kind: str) -> tuple[np.ndarray, int | None]:
     """
     if entry.endswith("|"):
         raise UserError(f"{entry}: a command is not run here; write its audio to a file")
+    rate: int | None
     if kind == "sound":
         if re.search(r"\.ark:\d+$", entry):
             raise UserError(f"{entry} is in an archive: give its type as kaldi_ark, not sound")

@@ -37,7 +37,8 @@ class FileSource:
     def __init__(self, path: Path | str):
         self._path = path
         self.notes: list[str] = []
-        self._channel, self._divisor = None, 1.0
+        self._channel: int | None = None
+        self._divisor = 1.0
         with open_audio(path) as sound:
             self.rate, channels = sound.samplerate, sound.channels
             if channels > 1 or not sound.subtype.startswith("PCM"):

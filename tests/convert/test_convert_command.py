@@ -250,6 +250,15 @@ def test_normalised_keys_are_one_error_line(tmp_path, capsys):
         assert_one_error(capsys, "encoder.encoders.0.self_attn: qk_norm")
 
 
+def test_a_size_that_does_not_fit_is_told_before_the_model_runs(stock, tmp_path, capsys):
+    calibrated = ("--calibration_scp", str(write_audio(tmp_path / "audio")))
+    for size in (("mla", "--kv_rank", "9999"), ("gqa", "--num_kv_heads", "3")):
+        assert run(stock, tmp_path / "out", "--attention_type", *size, *calibrated) == 1
+        printed = capsys.readouterr()
+        assert "encoder.encoders.0.self_attn: attention_conf" in printed.err
+        assert "statistics" not in printed.out + printed.err
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [

@@ -1,6 +1,7 @@
 """Language models in commands and in Speech2Text: which class searches, and what it finds."""
 
 import argparse
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -185,7 +186,7 @@ def test_training_is_espnets_from_the_same_seed(data, tmp_path):
     assert lm_train.main([*resumed, "--max_epoch", "3"]) == 0
 
 
-def test_espnets_commands_know_it(data, tmp_path):
+def test_espnets_commands_know_it(data, tmp_path, capsys):
     """As asr.sh calls them: training, then perplexity by a class of stock weights."""
     given = lm_training(data, tmp_path / "exp", "kv_transformer", attention_type="linear")
     call = [sys.executable, "-m", "espnet_kv", "-m", "espnet2.bin.lm_train", *given]
@@ -203,6 +204,19 @@ def test_espnets_commands_know_it(data, tmp_path):
     }
     assert lm_calc_perplexity.main([f"--{key}={value}" for key, value in options.items()]) == 0
     assert 1 < float((tmp_path / "ppl/ppl").read_text()) < 100
+    state = torch.load(tmp_path / "exp/valid.loss.ave.pth")
+    state.popitem()
+    torch.save(state, tmp_path / "cut.pth")
+    config.pop("lm")
+    (tmp_path / "asr.yaml").write_text(yaml.safe_dump(config))
+    for key, name, said in (
+        ("model_file", "cut.pth", "missing keys: "),
+        ("train_config", "asr.yaml", "asr.yaml is not a config.yaml .*it names no lm"),
+    ):
+        wrong = options | {key: tmp_path / name}
+        assert lm_calc_perplexity.main([f"--{k}={value}" for k, value in wrong.items()]) == 1
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert re.match(f"error: .*{said}", last), last
 
 
 @pytest.mark.parametrize(
