@@ -13,7 +13,7 @@ import soundfile
 import soxr
 
 from espnet_kv.channels import channel_note, loud_channel
-from espnet_kv.containers import container_of, is_cut_short
+from espnet_kv.containers import container_of
 from espnet_kv.errors import UserError, one_line
 from espnet_kv.sound_files import CutShortError, blocks, join, open_sound, scale_of
 
@@ -181,10 +181,10 @@ def open_audio(path: Path | str) -> soundfile.SoundFile:
     if not os.access(path, os.R_OK):
         raise UserError(f"{path} cannot be read: change its permissions")
     with open(path, "rb") as file:
-        if is_cut_short(file):
-            raise truncated(path)
         try:
             return open_sound(file)
+        except CutShortError:
+            raise truncated(path) from None
         except ValueError as error:
             raise UserError(f"{path} cannot be read as audio: {reason(error)}") from error
 
