@@ -68,7 +68,7 @@ class MultiHeadLatentAttention(SoftmaxAttention):
     def share_state(self, first):
         """One latent for all layers: with r = D it can represent the keys and values of each."""
         super().share_state(first)
-        if self is not first:
+        if self.linear_kv_down is not first.linear_kv_down:
             self.linear_kv_down = first.linear_kv_down
             self.register_load_state_dict_pre_hook(_refuse_another_latent)
 

@@ -106,11 +106,11 @@ def convert_model(
     sources = {name: a for attentions in names.values() for name, a in attentions.items()}
     if target.attention_type == "linear" and any(sources[n] is not modules[n] for n in modules):
         raise ArgumentError("attention_type", "linear: Whisper models become mla or gqa only")
-    for attentions in names.values():
-        conf = layer_options(target, attentions)
+    options = {part: layer_options(target, attentions) for part, attentions in names.items()}
+    for part, attentions in names.items():
         for name, attention in attentions.items():
             with named(name):  # raises what cannot be done, before the model runs
-                replacement_module(attention, ATTENTIONS[target.attention_type], **conf)
+                replacement_module(attention, ATTENTIONS[target.attention_type], **options[part])
     fit_calls: dict[str, list[Call]] = {}
     held_out_calls: dict[str, list[Call]] = {}
     runner = None
@@ -137,7 +137,7 @@ def convert_model(
     new_config = copy.deepcopy(dict(config))
     converted: dict[str, Any] = {}
     for part, attentions in names.items():
-        conf = layer_options(target, attentions)
+        conf = options[part]
         confs = dict.fromkeys(attentions, conf)
         if target.attention_type == "mla" and calibration is not None and runner is not None:
             known = {name: (attention, statistics[name]) for name, attention in attentions.items()}

@@ -228,10 +228,11 @@ def check_inference(file: Path | str, config: Mapping[str, Any]) -> None:
     for key in ("token_type", "use_preprocessor"):
         if key not in config:
             raise UserError(f"{file} is not a config.yaml of a trained model: it names no {key}")
-    kind, tokens, rate = config["token_type"], config["token_list"], front_end_rate(config)
+    kind, tokens = config["token_type"], config["token_list"]
     if kind is not None and kind not in TOKEN_TYPES:
         raise UserError(f"{file}: token_type: {kind} (allowed: {', '.join(TOKEN_TYPES)})")
-    if rate is not None and not rate > 0:
+    rate = (config.get("frontend_conf") or {}).get("fs")
+    if isinstance(rate, int | float) and not rate > 0:
         raise UserError(f"{file}: frontend_conf.fs: {rate} samples per second; give 1 or more")
     if not isinstance(tokens, list):
         return
@@ -242,12 +243,6 @@ def check_inference(file: Path | str, config: Mapping[str, Any]) -> None:
         raise UserError(f"{file}: token_list: {twice!r} occurs twice; keep that of the training")
     if "<unk>" not in tokens and kind in ("bpe", "char", "word", "phn"):
         raise UserError(f"{file}: token_list: there is no <unk>; keep that of the training")
-
-
-def front_end_rate(config: Mapping[str, Any]) -> float | None:
-    """frontend_conf.fs if it is a number."""
-    rate = (config.get("frontend_conf") or {}).get("fs")
-    return rate if isinstance(rate, int | float) else None
 
 
 def named_files(config: Mapping[str, Any]) -> dict[str, str]:

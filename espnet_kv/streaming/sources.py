@@ -39,19 +39,20 @@ class FileSource:
         self.notes: list[str] = []
         self._channel: int | None = None
         self._divisor = 1.0
-        with open_audio(path) as sound:
-            self.rate, channels = sound.samplerate, sound.channels
-            if channels > 1 or not sound.subtype.startswith("PCM"):
-                self._look(channels)
-        self._pieces = self._blocks(open_audio(path))
+        sound = open_audio(path)
+        self.rate = sound.samplerate
+        if sound.channels > 1 or not sound.subtype.startswith("PCM"):
+            self._look(sound)
+            sound = open_audio(path)
+        self._pieces = self._blocks(sound)
 
-    def _look(self, channels: int) -> None:
-        """Find out from the whole file what to do with its samples."""
-        peak = 0.0
+    def _look(self, sound: soundfile.SoundFile) -> None:
+        """Find out from the whole file what to do with its samples, and close it."""
+        peak, channels = 0.0, sound.channels
 
         def seen() -> Iterator[np.ndarray]:
             nonlocal peak
-            for block in self._blocks(open_audio(self._path)):
+            for block in self._blocks(sound):
                 if not np.isfinite(block).all():
                     raise UserError(f"{self._path} holds samples that are infinite or NaN")
                 peak = max(peak, float(np.abs(block).max()))
