@@ -1,9 +1,8 @@
 """Peak memory of a run, counted in two ways: by torch's allocator and by the operating system."""
 
-import itertools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import psutil
@@ -19,8 +18,9 @@ METHODS = {"cpu": "torch profiler", "cuda": "cuda allocator"}
 def peak_bytes(device: str, run: Callable[[], object]) -> int:
     """The most bytes that tensors take at once during a run, beyond those that lived before it.
 
-    On a CPU torch's profiler reports every allocation, so the figure is the same in every run. On a
-    GPU the peak is that of torch's caching allocator.
+    On a CPU torch's profiler reports every allocation, so the figure is the same in every run; what
+    the run frees of earlier tensors does not lower it. On a GPU the peak is that of torch's caching
+    allocator.
 
     Args:
         device: cpu or cuda.
@@ -35,9 +35,26 @@ def peak_bytes(device: str, run: Callable[[], object]) -> int:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         run()
-    events: Any = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    memory = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
-    return max(itertools.accumulate((event.nbytes() for event in memory), initial=0))
+    events: Any = profiler.profiler.kineto_results.experimental_event_tree()  # type: ignore[union-attr]
+    # The profiler knows the size of a tensor of before only if an earlier profile saw it made.
+    sizes, held, peak = dict[int, int](), 0, 0
+    for event in sorted(_allocations(events), key=lambda event: event.start_time_ns):
+        block = event.extra_fields
+        if block.alloc_size > 0:
+            sizes[block.ptr] = block.alloc_size
+            held += block.alloc_size
+        else:
+            held -= sizes.pop(block.ptr, 0)
+        peak = max(peak, held)
+    return peak
+
+
+def _allocations(events: Iterable[Any]) -> Iterator[Any]:
+    """The events among these, and within them, at which memory was allocated or freed."""
+    for event in events:
+        if event.name == "[memory]":
+            yield event
+        yield from _allocations(event.children)
 
 
 def peak_resident_bytes(run: Callable[[], object]) -> int:

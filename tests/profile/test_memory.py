@@ -22,6 +22,16 @@ class TestMemory:
         small = 64 * 4  # numbers that are added, and their padding
         assert 0 <= memory.peak_bytes("cpu", self.run) - 3 * self.SIZE // 2 <= small
 
+    def test_what_a_run_frees_of_an_earlier_one_changes_nothing(self):
+        """The profiler knows the sizes of blocks of the runs before that it has measured."""
+        held = [torch.ones(self.SIZE // 4)]
+
+        def replace():
+            held.clear()
+            held.append(torch.ones(self.SIZE // 4))
+
+        assert {memory.peak_bytes("cpu", replace) for _ in range(3)} == {self.SIZE}
+
     def hold(self):
         x = [torch.ones(self.BLOCK // 4) for _ in range(self.SIZE // self.BLOCK)]
         time.sleep(0.5)  # the thread that looks may have to wait for a core
