@@ -8,6 +8,7 @@ import argparse
 import inspect
 import logging
 from collections.abc import Mapping
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ from espnet_kv.espnet.loading import (
     read_config,
     refuse_partial_loads,
 )
-from espnet_kv.espnet.openai_whisper import SAMPLE_RATE, WINDOW, build_within, too_long
+from espnet_kv.espnet.long_audio import joined, most_samples, windows
+from espnet_kv.espnet.openai_whisper import build_within
 from espnet_kv.espnet.packs import unpacked
 from espnet_kv.espnet.parser import PAIRS, check_search
 from espnet_kv.espnet.replacing import replaced
@@ -135,13 +137,19 @@ class Speech2Text(espnet.Speech2Text):
     def __call__(self, speech: Any) -> Any:
         """N-best results of (N,) samples, or a list of them for a list of samples.
 
+        What is longer than the window of a Whisper encoder is decoded in parts; see
+        `espnet_kv.espnet.long_audio`.
+
         Raises:
             TooShortUttError: there are fewer samples than the first frame needs.
-            UserError: there is more than Whisper's 30 s.
         """
-        if not isinstance(speech, list | tuple):
-            _check_length(self.asr_model, [len(speech)])
-        return super().__call__(speech)
+        if isinstance(speech, list | tuple):
+            return self.batch_decode(speech)
+        _check_length(self.asr_model, [len(speech)])
+        if len(speech) <= (most := most_samples(self.asr_model)):
+            return super().__call__(speech)
+        parts = windows(torch.as_tensor(speech), most)
+        return joined(list(map(super().__call__, parts)))
 
     def _hyps_to_results(self, nbest_hyps: list) -> list:
         """ESPnet's n-best list; a text has one line, because files of texts have one for each."""
@@ -154,11 +162,18 @@ class Speech2Text(espnet.Speech2Text):
         """N-best results of each of (B, N) samples.
 
         Raises:
-            TooShortUttError, UserError: as `__call__`.
+            TooShortUttError: as `__call__`.
         """
         lengths = list(map(len, speech)) if speech_lengths is None else speech_lengths
         _check_length(self.asr_model, [int(length) for length in lengths])
-        return super().batch_decode(speech, speech_lengths)
+        if max(lengths) <= (most := most_samples(self.asr_model)):
+            return super().batch_decode(speech, speech_lengths)
+        parts = [
+            windows(torch.as_tensor(samples)[: int(length)], most)
+            for samples, length in zip(speech, lengths, strict=True)
+        ]
+        results = iter(super().batch_decode(list(chain.from_iterable(parts))))
+        return [joined(list(islice(results, len(own)))) for own in parts]
 
 
 def search_task(kv_decoder: bool, partial_ar: bool = False) -> type[ASRTask]:
@@ -269,9 +284,7 @@ def _check_length(model: nn.Module, lengths: list[int]) -> None:
         stft = frontend.stft
         least = stft.n_fft // 2 + 1 if stft.center else stft.n_fft
     elif isinstance(model.encoder, OpenAIWhisperEncoder):
-        least, hop = model.encoder.n_fft // 2 + 1, model.encoder.hop_length
-        if max(lengths) // hop > WINDOW * SAMPLE_RATE // hop:  # ESPnet's drops the rest
-            raise too_long(max(lengths) / SAMPLE_RATE, WINDOW)
+        least = model.encoder.n_fft // 2 + 1
     if min(lengths) < least:
         raise TooShortUttError(
             f"{min(lengths)} samples of audio are too few: features need at least {least}; its "

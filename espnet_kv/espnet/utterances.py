@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from espnet_kv.errors import ArgumentError, UserError, one_line
-from espnet_kv.espnet.openai_whisper import WINDOW, too_long, uses_whisper
+from espnet_kv.espnet.openai_whisper import WINDOW, uses_whisper
 from espnet_kv.streaming.recordings import (
     model_rate,
     read_lines,
@@ -94,17 +94,20 @@ class ReadAudio:
         data = dict(data)
         for name, kind in self.kinds.items():
             try:
-                data[name] = self._read(str(data[name]), kind)
+                data[name] = self._read(key, str(data[name]), kind)
             except UserError as error:
                 raise UserError(f"{key}: {error}") from error
         return data if self.then is None else self.then(key, data)
 
-    def _read(self, entry: str, kind: str) -> np.ndarray:
+    def _read(self, key: str, entry: str, kind: str) -> np.ndarray:
         if not self.prepares:
             return read_recording(entry, kind)[0]
         samples = read_utterance(entry, kind, self.rate, self.channels, self._note)
         if self.most is not None and len(samples) > self.most * self.rate:
-            raise too_long(len(samples) / self.rate, self.most)
+            logging.warning(
+                f"{key}: {len(samples) / self.rate:.2f} s of audio are more than the {self.most:g} "
+                "s that Whisper encodes: decoded in parts, which are cut where it is quietest"
+            )
         return samples
 
     def _note(self, text: str) -> None:

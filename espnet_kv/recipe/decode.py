@@ -12,7 +12,6 @@ from espnet_kv.cli import Parser
 from espnet_kv.config import load_yaml
 from espnet_kv.errors import UserError
 from espnet_kv.files import read_text, write_text
-from espnet_kv.recipe import whisper_models
 from espnet_kv.recipe.datadir import DataDir
 from espnet_kv.recipe.jobs import Job
 from espnet_kv.recipe.layout import Layout
@@ -47,7 +46,6 @@ def decode_step(layout: Layout, config_file: Path, name: str, before: Sequence[S
     def ready() -> None:
         for role in ("model", "config"):
             require_model(reads[role])
-        whisper_models.check_lengths(layout.model_config(config_file), dump)
 
     def jobs() -> list[Job]:
         shutil.rmtree(out, ignore_errors=True)

@@ -130,26 +130,6 @@ def weights(config: Mapping[str, Any]) -> dict[str, Path]:
     return {}
 
 
-def check_lengths(config: Mapping[str, Any], dump: Path) -> None:
-    """Refuse a test set with audio that a Whisper encoder would not see the end of.
-
-    Args:
-        config: of the model. dump: the set after stage 3.
-
-    Raises:
-        UserError: names the first such utterance.
-    """
-    counts = dump / "utt2num_samples"
-    if not _has_whisper(config, "encoder") or not counts.is_file():
-        return
-    for line in counts.read_text(encoding="utf-8").splitlines():
-        utterance, samples = line.split()
-        if (seconds := int(samples) / SAMPLE_RATE) > WINDOW:
-            from espnet_kv.espnet.openai_whisper import too_long  # loads torch
-
-            raise UserError(f"{dump}: {utterance}: {too_long(seconds, WINDOW)}")
-
-
 def tokens_step(layout: Layout) -> Step:
     """Stage 5: the token list of ESPnet's whisper_export_vocabulary, which reads no text."""
     args = layout.args

@@ -21,6 +21,7 @@ from espnet_kv.encoder.whisper_encoder import KVWhisperEncoder
 from espnet_kv.errors import UserError
 from espnet_kv.espnet import whisper_weights
 from espnet_kv.espnet.inference import Speech2Text
+from espnet_kv.espnet.long_audio import joined, windows
 from espnet_kv.espnet.openai_whisper import whisper_for_espnet
 from espnet_kv.espnet.task import ASRTask, TrainingTask
 from espnet_kv.espnet.whisper_weights import weights_follow, whisper_package
@@ -132,25 +133,40 @@ def test_the_command_decodes_it(trained, tmp_path):
     assert len((out / "token_int").read_text().split()) == 1 + 5  # <|notimestamps|> and 4
 
 
-@pytest.mark.parametrize("kv_decoder", ["true", "false"])
-def test_audio_of_more_than_30_s_is_refused_by_its_name(trained, tmp_path, capsys, kv_decoder):
-    assert decode(trained, tmp_path, 31, "--kv_decoder", kv_decoder) == 1
-    message = capsys.readouterr().err
-    assert "error: utt-a: " in message and "31.00 s is longer than the 30 s" in message
-    assert "Traceback" not in message and not (tmp_path / "out").exists()
+LONG = 31
 
 
 @pytest.mark.parametrize("kv_decoder", [True, False])
-def test_the_class_refuses_what_espnets_encoder_would_drop(trained, kv_decoder):
-    speech2text = Speech2Text(**trained, kv_decoder=kv_decoder, beam_size=1, maxlenratio=-1)
-    for decode, speech in (
-        (speech2text, noise(31)),
-        (speech2text, [noise(1), noise(31)]),
-        (speech2text.batch_decode, [noise(1), noise(31)]),
+def test_long_audio_gives_what_its_parts_give(trained, kv_decoder):
+    options = {"beam_size": 2, "nbest": 2, "ctc_weight": 0.0, "maxlenratio": -3}
+    speech2text = Speech2Text(**trained, **options, kv_decoder=kv_decoder)
+    short, long = noise(2), noise(LONG)
+    parts = [part.numpy() for part in windows(torch.as_tensor(long), 30 * RATE)]
+    assert len(parts) == 2
+    alone = list(map(speech2text, parts))
+    assert texts(speech2text(long)) == texts(joined(alone))
+    padded = np.stack([np.pad(short, (0, len(long) - len(short))), long])
+    one, *others = speech2text.batch_decode([short, *parts])
+    for batch in (
+        speech2text([short, long]),
+        speech2text.batch_decode([short, long]),
+        speech2text.batch_decode(padded, [len(short), len(long)]),
     ):
-        with pytest.raises(UserError, match=r"31\.00 s is longer than the 30 s"):
-            decode(speech)
-    assert speech2text(noise(30))
+        assert list(map(texts, batch)) == [texts(one), texts(joined(others))]
+
+
+def texts(results: list[tuple]) -> list[tuple]:
+    assert len(results) == 2
+    return [(*found, pytest.approx(float(scored.score))) for *found, scored in results]
+
+
+def test_the_command_says_which_audio_it_decodes_in_parts(trained, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert not decode(trained, tmp_path, LONG, "--maxlenratio", "-4", "--num_workers", "0")
+    (said,) = [record.message for record in caplog.records if "in parts" in record.message]
+    assert said.startswith("utt-a: 31.00 s of audio are more than the 30 s that Whisper encodes")
+    out = tmp_path / "out/1best_recog"
+    assert len((out / "token_int").read_text().split()) == 1 + 2 * 5
 
 
 def test_the_search_ends_at_the_last_position(trained, caplog):

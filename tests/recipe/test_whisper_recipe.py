@@ -8,18 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from commands import assert_one_line
 from commands import run as call
 from small_recipe import leftovers, make_recipe, run, write_data
 from small_training import weights
 
-from espnet_kv.bin import asr_inference, whisper_export_vocabulary
+from espnet_kv.bin import whisper_export_vocabulary
 from espnet_kv.config import load_yaml
-from espnet_kv.errors import UserError
 from espnet_kv.recipe.card import usage
-from espnet_kv.recipe.layout import Layout
-from espnet_kv.recipe.options import parse
-from espnet_kv.recipe.plan import plan
 
 model = pytest.importorskip("whisper.model", reason="openai-whisper is not installed")
 
@@ -43,6 +38,7 @@ def place(tmp_path_factory) -> Path:
     """A recipe that has run, and its options beside it."""
     folder = tmp_path_factory.mktemp("whisper")
     make_recipe(folder)
+    write_data(folder / "own", "long", 1, seconds=31)
     write_checkpoint(folder / "tiny.pt")
     for name, more in (("finetune", {"max_epoch": 1, "accum_grad": 1}), ("zero_shot", {})):
         stem = f"tuning/train_asr_whisper_{'tiny_' * (name == 'finetune')}{name}.yaml"
@@ -50,7 +46,8 @@ def place(tmp_path_factory) -> Path:
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
     options = [
         *("--corpus", "kaldi", "--train_set", "own/train", "--valid_set", "own/dev"),
-        *("--test_sets", "own/test", "--token_type", "whisper_en", "--whisper_model", "tiny.pt"),
+        *("--test_sets", "own/test own/long", "--token_type", "whisper_en"),
+        *("--whisper_model", "tiny.pt"),
         *("--nj", "1", "--inference_nj", "1", "--ngpu", "0", "--speed_perturb_factors", ""),
         *("--asr_config", "finetune.yaml zero_shot.yaml"),
         *("--inference_args", "--beam_size 2 --maxlenratio -12"),
@@ -134,30 +131,11 @@ def test_a_second_run_does_nothing(place):
     assert "would run" not in out.replace("would run: always done", "")
 
 
-def test_a_test_set_beyond_the_window_is_refused_before_it_is_decoded(place, monkeypatch):
-    monkeypatch.chdir(place)
-    counts = Path("dump/raw/test/utt2num_samples")
-    steps = [step for step in plan(Layout(parse(options_of(place)))) if step.stage == 12]
-    before = counts.read_text()
-    counts.write_text(before.replace("test1 9600", "test1 488000"))
-    for step in steps:
-        with pytest.raises(UserError, match=r"test1: an utterance of 30.50 s is longer"):
-            step.ready()
-    counts.write_text(before)
-    for step in steps:
-        step.ready()
-
-
-def test_the_command_decodes_nothing_of_it_either(place, tmp_path):
-    """What asr.sh calls."""
-    long = write_data(tmp_path, "too_long", 1, seconds=30.5)
-    exp = place / RELEASED
-    ended = call(
-        asr_inference.main,
-        *("--asr_train_config", str(exp / "config.yaml"), "--ngpu", "0", "--maxlenratio", "-5"),
-        *("--asr_model_file", str(exp / "valid.acc.ave.pth"), "--ctc_weight", "0"),
-        *("--data_path_and_name_and_type", f"{long}/wav.scp,speech,sound"),
-        *("--output_dir", str(tmp_path / "out")),
-    )
-    assert_one_line(ended, "too_long0: an utterance of 30.50 s is longer than the 30 s")
-    assert not list(tmp_path.glob("out/1best_recog"))
+@pytest.mark.parametrize("exp", [FINETUNED, RELEASED])
+def test_audio_beyond_the_window_is_decoded_in_parts(place, exp):
+    (decoded,) = place.glob(f"{exp}/decode_asr_whisper_*/long")
+    (ids,) = (decoded / "token_int").read_text().splitlines()
+    primer = ids.split()[1]
+    assert ids.split().count(primer) == 2
+    (log,) = decoded.glob("logdir/*.log")
+    assert "long0: 31.00 s of audio are more than the 30 s that Whisper encodes" in log.read_text()
