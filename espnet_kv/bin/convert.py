@@ -68,7 +68,11 @@ def get_parser() -> argparse.ArgumentParser:
         help="wav.scp of audio similar to the training data, without transcripts; if missing, only "
         "the weights are used",
     )
-    add("--calibration_type", default="sound", choices=("sound", "kaldi_ark"), help="type of audio")
+    add(
+        "--calibration_type",
+        choices=("sound", "kaldi_ark"),
+        help="type of audio; default: kaldi_ark for archive.ark:offset, else sound",
+    )
     add("--calibration_minutes", type=_positive, default=10.0, help="minutes of audio to use")
     add(
         "--transfer_steps",

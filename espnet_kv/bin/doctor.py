@@ -3,6 +3,7 @@
 Besides the standard library it needs nothing at its start, so that it can say what is missing.
 """
 
+import argparse
 import ast
 import importlib
 import os
@@ -10,7 +11,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,24 @@ SCTK = Path("/usr/lib/sctk/bin")
 OK, NOTE, ERROR = "ok", "note", "error"
 
 
-def main() -> int:
+def main(cmd: Sequence[str] = ()) -> int:
     """Print one line per finding.
+
+    Args:
+        cmd: the arguments; --help is the only one.
 
     Returns:
         1 if something required is missing, too old or broken, else 0.
     """
+    parser = argparse.ArgumentParser(
+        prog="python -m espnet_kv doctor",
+        description="Print what is installed, and what is missing, too old or broken.",
+        allow_abbrev=False,
+    )
+    _, unknown = parser.parse_known_args(cmd)
+    if unknown:
+        print(f"error: unrecognized arguments: {' '.join(unknown)} (see --help)", file=sys.stderr)
+        return 1
     failed = False
     for kind, text in findings():
         failed |= kind == ERROR
@@ -164,4 +177,4 @@ def _broken(name: str, error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

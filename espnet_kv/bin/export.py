@@ -28,7 +28,11 @@ def get_parser() -> argparse.ArgumentParser:
         required=True,
         help="wav.scp of recordings to compare graph and model on, e.g. of a test set",
     )
-    add("--check_type", default="sound", choices=("sound", "kaldi_ark"), help="type of audio")
+    add(
+        "--check_type",
+        choices=("sound", "kaldi_ark"),
+        help="type of audio; default: kaldi_ark for archive.ark:offset, else sound",
+    )
     add("--check_utterances", type=whole(1), default=20, help="recordings to compare on")
     add("--chunk_size", type=whole(1), help="encoder frames in a chunk; default: the model's")
     add("--left_chunks", type=whole(-1), help="chunks of left context; default: the model's")

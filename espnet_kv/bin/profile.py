@@ -3,7 +3,6 @@
 import argparse
 import logging
 import os
-import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -321,8 +320,7 @@ def _sound(args: argparse.Namespace, subject: "Subject") -> "Sound":
     samples, notes = [], set[str]()
     for utterance in chosen:
         try:
-            kind = "kaldi_ark" if re.search(r"\.ark:\d+$", scp[utterance]) else "sound"
-            audio = read_utterance(scp[utterance], kind, subject.sample_rate, note=notes.add)
+            audio = read_utterance(scp[utterance], None, subject.sample_rate, note=notes.add)
         except UserError as error:
             raise UserError(f"{wav_scp}: {utterance}: {error}") from error
         length = len(audio) / subject.sample_rate

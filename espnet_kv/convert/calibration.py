@@ -21,7 +21,7 @@ from torch import Tensor
 from espnet_kv.decoder.cached import CachedDecoder
 from espnet_kv.errors import UserError
 from espnet_kv.espnet.openai_whisper import whisper_package
-from espnet_kv.streaming.recordings import model_rate, read_scp, read_utterance
+from espnet_kv.streaming.recordings import entry_kind, model_rate, read_scp, read_utterance
 
 KINDS = ("kaldi_ark", "sound")
 # every fifth utterance is held out from the fit, to measure errors on it
@@ -49,7 +49,7 @@ class Calibration:
 
 
 def read_calibration(
-    scp: Path, kind: str, minutes: float, seed: int, args: Any, task: Any
+    scp: Path, kind: str | None, minutes: float, seed: int, args: Any, task: Any
 ) -> Calibration:
     """Draw random utterances from a wav.scp until there are `minutes` of audio.
 
@@ -58,7 +58,8 @@ def read_calibration(
 
     Args:
         scp: a wav.scp.
-        kind: kaldi_ark or sound, as in ESPnet's --train_data_path_and_name_and_type.
+        kind: kaldi_ark or sound, as in ESPnet's --train_data_path_and_name_and_type. None: what
+            each entry is.
         seed: for the choice of utterances, including those held out.
         args: the model's training arguments; samples are preprocessed as for decoding.
         task: the ESPnet task class.
@@ -66,7 +67,7 @@ def read_calibration(
     Raises:
         UserError: fewer than two utterances are long enough, or a file cannot be read.
     """
-    if kind not in KINDS:
+    if kind not in (*KINDS, None):
         raise ValueError(f"kind {kind!r}: allowed: {', '.join(KINDS)}")
     entries = read_scp(scp)
     utterances = sorted(entries)
@@ -83,7 +84,8 @@ def read_calibration(
             speech = read_utterance(entries[utterance], kind, rate, note=notes.add)
         except UserError as error:
             raise UserError(
-                f"{scp}: {utterance}: {error} (read as {kind}; kinds: {', '.join(KINDS)})"
+                f"{scp}: {utterance}: {error} "
+                f"(read as {kind or entry_kind(entries[utterance])}; kinds: {', '.join(KINDS)})"
             ) from error
         if preprocess is not None:
             speech = preprocess(utterance, {"speech": speech})["speech"]

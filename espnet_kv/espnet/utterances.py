@@ -11,6 +11,7 @@ import numpy as np
 from espnet_kv.errors import ArgumentError, UserError, one_line
 from espnet_kv.espnet.openai_whisper import WINDOW, uses_whisper
 from espnet_kv.streaming.recordings import (
+    entry_kind,
     model_rate,
     read_lines,
     read_recording,
@@ -156,7 +157,7 @@ def _check(data: Sequence[tuple[str, str, str]], key_file: str | None) -> list[s
         if names.count(name) > 1:
             raise ArgumentError("data_path_and_name_and_type", f"{name} is given twice; keep one")
     listed: dict[str, str] = {}
-    for path, _, kind in data:
+    for path, name, kind in data:
         if not Path(path).is_file():
             raise UserError(f"{path} does not exist")
         if kind not in AUDIO:
@@ -164,6 +165,10 @@ def _check(data: Sequence[tuple[str, str, str]], key_file: str | None) -> list[s
         entries = read_scp(path)
         listed = listed or entries
         for key, entry in entries.items():
+            if kind == "sound" and entry_kind(entry) != kind:
+                raise UserError(
+                    f"{path}: {key}: {entry} is in an archive: give {path},{name},kaldi_ark"
+                )
             file = entry if kind == "sound" else entry.rpartition(":")[0] or entry
             if not entry.endswith("|") and not Path(file).exists():
                 raise UserError(f"{path}: {key}: {file} does not exist")

@@ -50,12 +50,13 @@ FITTED_TOKEN_ERRORS = 5.0
 """Highest error rate in % of the best path's tokens with fitted features, the own as reference."""
 
 
-def read_recordings(model: Any, scp: Path, kind: str, utterances: int) -> list[Tensor]:
+def read_recordings(model: Any, scp: Path, kind: str | None, utterances: int) -> list[Tensor]:
     """Samples (N,) of the first recordings of a wav.scp, at the model's rate.
 
     Args:
         model: ESPnetASRModel with a frontend that streams.
-        scp: the wav.scp. kind: sound or kaldi_ark. utterances: how many to read.
+        scp: the wav.scp. kind: sound or kaldi_ark; None: what each entry is.
+        utterances: how many to read.
 
     Raises:
         UserError: a recording cannot be read.

@@ -37,12 +37,17 @@ def read_scp(file: Path | str) -> dict[str, str]:
     return entries
 
 
-def read_recording(entry: str, kind: str) -> tuple[np.ndarray, int | None]:
+def entry_kind(entry: str) -> str:
+    """ESPnet's type of the audio of an entry of a wav.scp: kaldi_ark for archive.ark:offset."""
+    return "kaldi_ark" if re.search(r"\.ark:\d+$", entry) else "sound"
+
+
+def read_recording(entry: str, kind: str | None) -> tuple[np.ndarray, int | None]:
     """Read the audio of an entry of a wav.scp, as ESPnet does.
 
     Args:
         entry: a file, or archive.ark:offset.
-        kind: sound or kaldi_ark, as in --data_path_and_name_and_type.
+        kind: sound or kaldi_ark, as in --data_path_and_name_and_type. None: what the entry is.
 
     Returns:
         Samples (N,) or (N, channels), integers scaled to -1 to 1, and samples per second; None if
@@ -54,8 +59,9 @@ def read_recording(entry: str, kind: str) -> tuple[np.ndarray, int | None]:
     if entry.endswith("|"):
         raise UserError(f"{entry}: a command is not run here; write its audio to a file")
     rate: int | None
+    kind = kind or entry_kind(entry)
     if kind == "sound":
-        if re.search(r"\.ark:\d+$", entry):
+        if entry_kind(entry) != kind:
             raise UserError(f"{entry} is in an archive: give its type as kaldi_ark, not sound")
         samples, rate = read_file(entry, "float64")
         samples = samples[:, 0] if samples.shape[1] == 1 else samples
@@ -70,7 +76,7 @@ def read_recording(entry: str, kind: str) -> tuple[np.ndarray, int | None]:
 
 def read_utterance(
     entry: str,
-    kind: str,
+    kind: str | None,
     rate: int,
     channels: bool = False,
     note: Callable[[str], object] = lambda text: None,

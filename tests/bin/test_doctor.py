@@ -39,6 +39,20 @@ def test_an_environment_that_works(capsys):
     assert out.endswith("everything required is there\n") and "error" not in out
 
 
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_help_looks_at_nothing(word, monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "findings", lambda: pytest.fail("something was looked at"))
+    with pytest.raises(SystemExit, match="0"):
+        doctor.main([word])
+    assert capsys.readouterr().out.startswith("usage: python -m espnet_kv doctor [-h]")
+
+
+def test_other_arguments_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "findings", lambda: pytest.fail("something was looked at"))
+    assert doctor.main(["--hepl", "x"]) == 1
+    assert capsys.readouterr().err == "error: unrecognized arguments: --hepl x (see --help)\n"
+
+
 def test_every_requirement_has_a_line(capsys):
     text = "\n".join(lines(capsys))
     required, extras = doctor.requirements()
