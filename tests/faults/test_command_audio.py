@@ -5,12 +5,11 @@ import os
 import struct
 from pathlib import Path
 
-import kaldiio
 import numpy as np
 import pytest
 import soundfile
 import soxr
-from commands import assert_one_line, run
+from commands import assert_one_line
 from small_models import RATE, save, speech
 
 from espnet_kv.bin import asr_inference, asr_inference_streaming, convert, profile, stream
@@ -189,42 +188,6 @@ def test_a_file_on_standard_input_is_told_from_raw_audio(name, folder, tmp_path)
     raw = (speech("ABBA").numpy() * 32767).astype("<i2")
     for start in (raw, raw[2000:], raw[:3], np.full(9000, -1025, "<i2")):
         assert container_of(start.tobytes()) is None
-
-
-def test_an_entry_of_an_archive_that_is_called_sound_names_its_type(tmp_path):
-    entry = f"{tmp_path / 'data_wav.1.ark'}:11"
-    with pytest.raises(UserError, match=r"\.ark:11 is in an archive.*kaldi_ark, not sound"):
-        read_recording(entry, "sound")
-
-
-@pytest.mark.parametrize("name", DECODERS)
-def test_the_recipes_archives_are_decoded_with_their_type_only(name, folder, files, tmp_path):
-    whole = write_archive(tmp_path, speech("ABBA").numpy())
-    for kind in ("sound", "kaldi_ark"):
-        data = f"{tmp_path}/wav.scp,speech,{kind}"
-        options = ["--data_path_and_name_and_type", data, "--output_dir", f"{tmp_path}/{kind}"]
-        ended = run(DECODERS[name], *files, *options, "--num_workers", "0", "--beam_size", "2")
-        if kind == "sound":
-            assert_one_line(ended, f"u1: {whole} is in an archive: give .*wav.scp,speech,kaldi_ark")
-        else:
-            assert not ended.returncode, ended.stderr
-            text = (tmp_path / kind / "1best_recog/text").read_text()
-            assert text.startswith("u1 ") and "ABBA" in text
-
-
-def test_without_a_type_an_entry_is_read_as_what_it_is(folder, tmp_path):
-    whole = write_archive(tmp_path, speech("ABBA").numpy())
-    archived, rate = read_recording(whole, None)
-    assert rate == RATE
-    np.testing.assert_allclose(archived, read_recording(f"{folder}/u1.wav", None)[0], atol=1e-4)
-
-
-def write_archive(folder: Path, samples: np.ndarray) -> str:
-    """An archive of u1 as the recipe writes them, and a wav.scp; its entry."""
-    options = f"ark,scp:{folder}/data_wav.1.ark,{folder}/wav.scp"
-    with kaldiio.WriteHelper(options, write_function="soundfile") as writer:
-        writer["u1"] = RATE, (samples * 32767).astype("int16")
-    return (folder / "wav.scp").read_text().split()[1]
 
 
 @pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFF000], ids=["unknown", "2 GiB"])
