@@ -11,11 +11,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import commands
+import kaldiio
+import numpy as np
 import pytest
 import soundfile
 import yaml
 from packed import packed
-from small_models import RATE, save, speech, write_scp
+from small_models import RATE, TOKENS, save, speech, write_scp
 
 from espnet_kv.bin import export
 from espnet_kv.espnet.whisper_weights import weights_follow
@@ -230,6 +232,50 @@ def directory_of_a_reader(tmp_path_factory) -> Path:
         options += ["--check_scp", str(write_scp(here, LETTERS))]
         assert export.main([*options, "--output_dir", str(experiment / "onnx")]) == 0
     return here
+
+
+@pytest.fixture(scope="module")
+def recipe_of_a_reader(tmp_path_factory) -> Path:
+    """After training: a model without chunks of its own, and data in archives."""
+    here = tmp_path_factory.mktemp("recipe")
+    experiment = here / "exp/asr_x"
+    experiment.mkdir(parents=True)
+    chunks = {"chunk_size": 0, "left_chunks": -1, "dynamic_chunk_training": True}
+    many = [*TOKENS[:-1], *(f"<{n}>" for n in range(20)), TOKENS[-1]]  # more than a beam
+    mha = {"attention_type": "mha", "attention_conf": None}
+    save(experiment, token_list=many, encoder_conf=chunks | mha)
+    shutil.move(experiment / "model.pth", experiment / "valid.acc.ave.pth")
+    (here / "conf").symlink_to(REPO / "conf")
+    for name in ("test_clean", "train_clean_100"):
+        folder = here / "dump/raw" / name
+        folder.mkdir(parents=True)
+        scp = f"ark,scp:{folder}/data_wav.1.ark,{folder}/wav.scp"
+        with kaldiio.WriteHelper(scp, write_function="soundfile") as writer:
+            for letters in ("ABBA_AB", "BA_ABB", "AABB", "B_A", "ABAB", "BBA_B"):
+                writer[letters] = RATE, np.tile(speech(letters).numpy(), 2)
+    soundfile.write(here / "speech.wav", speech("ABBA").numpy(), RATE)
+    (here / "hotwords.txt").write_text("ABBA\n")
+    return here
+
+
+# a server does not end; see tests/serve
+ENDING = [c for c in OURS if re.search(r"exp/asr_x\b", c) and "bin.serve" not in c]
+QUICK = {"profile": ["--lengths", "2", "--utterances", "1", "--repeats", "1"]}
+
+
+@pytest.mark.parametrize("command", ENDING)
+def test_commands_for_one_model_run(command, recipe_of_a_reader, monkeypatch):
+    monkeypatch.chdir(recipe_of_a_reader)
+    words = shlex.split(command)
+    if "onnx" in command or words[2].endswith(".export"):
+        pytest.importorskip("onnx", reason="the extra [serve] is not installed")
+        pytest.importorskip("onnxruntime", reason="the extra [serve] is not installed")
+    if "--onnx_model" in words and not Path("exp/asr_x/onnx").exists():
+        (first,) = (c for c in ENDING if c.endswith("--output_dir exp/asr_x/onnx"))
+        commands.run(commands.run_module, *shlex.split(first)[2:])
+    more = QUICK.get(words[2].rpartition(".")[-1], [])
+    ended = commands.run(commands.run_module, *words[2:], *more)
+    assert ended.returncode == 0, ended.stderr
 
 
 def snippets() -> list:

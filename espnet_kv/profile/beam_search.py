@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from espnet2.bin import asr_inference as espnet
 from torch import Tensor
 from typeguard import TypeCheckError
 
@@ -36,6 +37,27 @@ OPTIONS = ("beam_size", "ctc_weight", "penalty", "maxlenratio", "minlenratio")
 """What of an inference configuration plays a part here."""
 
 
+def search_options(subject: Subject, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of OPTIONS, with ESPnet's defaults.
+
+    Args:
+        subject: what is searched with.
+        options: of an inference configuration.
+
+    Raises:
+        ConfigError: an option cannot be used.
+    """
+    defaults = inspect.signature(espnet.Speech2Text).parameters
+    known = {key: options.get(key, defaults[key].default) for key in OPTIONS}
+    _check(known)
+    if known["beam_size"] > (tokens := len(subject.model.token_list)):
+        raise ConfigError(
+            f"beam_size: {known['beam_size']} is more than the {tokens} tokens of the model; give "
+            "a smaller one"
+        )
+    return known
+
+
 class Recognizer:
     """ESPnet's Speech2Text of an already loaded model, with our CTC scorer and cached decoder.
 
@@ -49,16 +71,8 @@ class Recognizer:
 
     def __init__(self, subject: Subject, options: Mapping[str, Any]):
         self.subject = subject
-        with _espnet_inference(subject) as espnet:
-            defaults = inspect.signature(espnet.Speech2Text).parameters
-            self.options = {key: options.get(key, defaults[key].default) for key in OPTIONS}
-            tokens = len(subject.model.token_list)
-            _check(self.options)
-            if self.options["beam_size"] > tokens:
-                raise ConfigError(
-                    f"beam_size: {self.options['beam_size']} is more than the "
-                    f"{tokens} tokens of the model; give a smaller one"
-                )
+        self.options = search_options(subject, options)
+        with _of_the_loaded_model(subject):
             try:
                 with with_whisper(vars(subject.args)):
                     self.speech2text = espnet.Speech2Text(device=subject.device, **self.options)
@@ -102,9 +116,8 @@ def _check(options: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _espnet_inference(subject: Subject) -> Iterator[Any]:
-    """ESPnet's inference module, which within it builds searches of the loaded model."""
-    from espnet2.bin import asr_inference as espnet
+def _of_the_loaded_model(subject: Subject) -> Iterator[None]:
+    """Within it ESPnet's inference module builds searches of the loaded model."""
 
     class Loaded:
         """Stands in for the task."""
@@ -114,7 +127,7 @@ def _espnet_inference(subject: Subject) -> Iterator[Any]:
             return subject.model, subject.args
 
     with replaced(espnet, ASRTask=Loaded, CTCPrefixScorer=FastCTCPrefixScorer):
-        yield espnet
+        yield
 
 
 def time_utterances(

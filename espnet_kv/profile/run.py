@@ -17,6 +17,7 @@ from espnet_kv.profile.beam_search import (
     Recognizer,
     decoder_conf,
     measure_decoder,
+    search_options,
     time_utterances,
 )
 from espnet_kv.profile.engines import measure_engines
@@ -59,6 +60,7 @@ def profile(
     Raises:
         UserError: a measurement cannot be made, or a cache does not hold what it should.
     """
+    search = search_options(subject, options.search)  # before anything is measured
     streamed = _stream(subject, sound, options, say) if subject.streams else Streamed()
     task = growth.Task(
         subject.source, sound, options.seconds, subject.chunk_size, subject.left_chunks
@@ -67,7 +69,7 @@ def profile(
     engines = measure_engines(subject, sound, options.engines, options.streaming_search, say)
     hour = time_hour(subject, sound) if options.hour and subject.streams else []
     # must come last: it changes the output bias of random weights in place
-    recognizer = Recognizer(subject, options.search)
+    recognizer = Recognizer(subject, search)
     utterance_ms, rtf = time_utterances(recognizer, sound, options.repeats)
     say(f"utterances: {utterance_ms.mean:.0f} ms, real-time factor {rtf:.3f}")
     return schema.Profile(

@@ -21,7 +21,7 @@ from espnet_kv.espnet.register import CHOICES
 from espnet_kv.profile import analytic, cache_bytes, growth, macs
 from espnet_kv.profile.beam_search import Recognizer, measure_decoder, watch
 from espnet_kv.profile.latency import Streamer, time_chunks, time_hour
-from espnet_kv.profile.run import attention_label
+from espnet_kv.profile.run import Options, attention_label, profile
 from espnet_kv.profile.schema import Ratio
 from espnet_kv.profile.sound import Sound, features
 from espnet_kv.profile.subject import Source, Subject
@@ -286,6 +286,9 @@ class TestSearch:
     def test_a_beam_of_more_than_all_tokens(self, tone_subject):
         with pytest.raises(UserError, match=r"beam_size: 6 .* 5 tokens"):
             Recognizer(tone_subject, {"beam_size": 6})
+        options = Options([3], [], repeats=1, hour=False, search={"beam_size": 6})
+        with pytest.raises(UserError, match="beam_size: 6"):  # before anything is measured
+            profile("tones", tone_subject, tones(), options, pytest.fail)
 
     def test_random_weights_emit_tokens_at_a_rate(self, tone_subject):
         bias = tone_subject.model.decoder.output_layer.bias.detach().clone()

@@ -138,7 +138,7 @@ def fit_ctc(model: torch.nn.Module) -> None:
         heard = sounds(letters, seconds, pause)
         targets.append(heard[FRAME // 2 + FRAME * torch.arange(len(encoded[0]))])
     x = torch.nn.functional.pad(torch.cat(rows), (0, 1), value=1.0).double()
-    y = torch.nn.functional.one_hot(torch.cat(targets), len(TOKENS)).double()
+    y = torch.nn.functional.one_hot(torch.cat(targets), model.ctc.ctc_lo.out_features).double()
     ridge = 1e-4 * torch.eye(x.size(1), dtype=x.dtype)
     solution = 12 * torch.linalg.solve(x.T @ x / len(x) + ridge, x.T @ y / len(x))
     model.ctc.ctc_lo.weight.copy_(solution[:-1].T)
