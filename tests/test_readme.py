@@ -7,7 +7,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import commands
@@ -17,9 +16,8 @@ import pytest
 import soundfile
 import yaml
 from packed import packed
-from small_models import RATE, TOKENS, save, speech, write_scp
+from small_models import RATE, TOKENS, save, speech
 
-from espnet_kv.bin import export
 from espnet_kv.espnet.whisper_weights import weights_follow
 from espnet_kv.recipe import options
 
@@ -216,35 +214,17 @@ def test_the_yaml_examples_build(block):
 
 @pytest.fixture(scope="module")
 def directory_of_a_reader(tmp_path_factory) -> Path:
-    """With a trained model and a recording, under the names that the pages use."""
+    """Where a model was trained, under the names that the pages use: it has no chunks of its own,
+    and its data is in archives."""
     here = tmp_path_factory.mktemp("reader")
     experiment = here / "exp/asr_x"
     experiment.mkdir(parents=True)
-    save(experiment)
-    shutil.move(experiment / "model.pth", experiment / "valid.acc.ave.pth")
-    soundfile.write(here / "speech.wav", speech("ABBA").numpy(), RATE)
-    packed(here).rename(here / "asr_x_valid.acc.ave.zip")
-    if find_spec("onnx") and find_spec("onnxruntime"):
-        from exports import LETTERS
-
-        options = ["--asr_train_config", str(experiment / "config.yaml")]
-        options += ["--asr_model_file", str(experiment / "valid.acc.ave.pth")]
-        options += ["--check_scp", str(write_scp(here, LETTERS))]
-        assert export.main([*options, "--output_dir", str(experiment / "onnx")]) == 0
-    return here
-
-
-@pytest.fixture(scope="module")
-def recipe_of_a_reader(tmp_path_factory) -> Path:
-    """After training: a model without chunks of its own, and data in archives."""
-    here = tmp_path_factory.mktemp("recipe")
-    experiment = here / "exp/asr_x"
-    experiment.mkdir(parents=True)
     chunks = {"chunk_size": 0, "left_chunks": -1, "dynamic_chunk_training": True}
+    conf = {"encoder_conf": chunks | {"attention_type": "mha", "attention_conf": None}}
     many = [*TOKENS[:-1], *(f"<{n}>" for n in range(20)), TOKENS[-1]]  # more than a beam
-    mha = {"attention_type": "mha", "attention_conf": None}
-    save(experiment, token_list=many, encoder_conf=chunks | mha)
+    save(experiment, token_list=many, **conf)
     shutil.move(experiment / "model.pth", experiment / "valid.acc.ave.pth")
+    packed(here, **conf).rename(here / "asr_x_valid.acc.ave.zip")
     (here / "conf").symlink_to(REPO / "conf")
     for name in ("test_clean", "train_clean_100"):
         folder = here / "dump/raw" / name
@@ -264,18 +244,29 @@ QUICK = {"profile": ["--lengths", "2", "--utterances", "1", "--repeats", "1"]}
 
 
 @pytest.mark.parametrize("command", ENDING)
-def test_commands_for_one_model_run(command, recipe_of_a_reader, monkeypatch):
-    monkeypatch.chdir(recipe_of_a_reader)
+def test_commands_for_one_model_run(command, directory_of_a_reader, monkeypatch):
+    monkeypatch.chdir(directory_of_a_reader)
     words = shlex.split(command)
-    if "onnx" in command or words[2].endswith(".export"):
-        pytest.importorskip("onnx", reason="the extra [serve] is not installed")
-        pytest.importorskip("onnxruntime", reason="the extra [serve] is not installed")
-    if "--onnx_model" in words and not Path("exp/asr_x/onnx").exists():
-        (first,) = (c for c in ENDING if c.endswith("--output_dir exp/asr_x/onnx"))
-        commands.run(commands.run_module, *shlex.split(first)[2:])
+    if words[2].endswith(".export"):
+        needs_graphs()
+    if "--onnx_model" in words:
+        a_graph()
     more = QUICK.get(words[2].rpartition(".")[-1], [])
     ended = commands.run(commands.run_module, *words[2:], *more)
     assert ended.returncode == 0, ended.stderr
+
+
+def needs_graphs() -> None:
+    for package in ("onnx", "onnxruntime"):
+        pytest.importorskip(package, reason="the extra [serve] is not installed")
+
+
+def a_graph() -> None:
+    """Export what the pages read, if no test has done it."""
+    needs_graphs()
+    if not Path("exp/asr_x/onnx").exists():
+        (command,) = (c for c in ENDING if c.endswith("--output_dir exp/asr_x/onnx"))
+        assert commands.run(commands.run_module, *shlex.split(command)[2:]).returncode == 0
 
 
 def snippets() -> list:
@@ -299,12 +290,11 @@ def test_python_snippets_run(code, shown, directory_of_a_reader, monkeypatch):
 
     They run in forks that have loaded ESPnet and this package, so their imports are looked at.
     """
-    if "OnnxEngine" in code:
-        pytest.importorskip("onnx", reason="the extra [serve] is not installed")
-        pytest.importorskip("onnxruntime", reason="the extra [serve] is not installed")
     assert "espnet2" not in code or re.search(r"^(import|from) espnet_kv\b", code, re.M)
     monkeypatch.setenv("HOME", str(directory_of_a_reader))  # where packs are unpacked
     monkeypatch.chdir(directory_of_a_reader)
+    if "OnnxEngine" in code:
+        a_graph()
     script = directory_of_a_reader / "snippet.py"
     script.write_text(code, encoding="utf-8")
     ended = commands.run(commands.run_script, str(script))
