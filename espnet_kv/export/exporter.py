@@ -65,8 +65,11 @@ def read_recordings(model: Any, scp: Path, kind: str | None, utterances: int) ->
     entries = list(read_scp(scp).items())[:utterances]
     recordings = []
     with progress("reading recordings", len(entries)) as counter:
-        for _, entry in entries:
-            samples = read_utterance(entry, kind, frontend.sample_rate)
+        for utterance, entry in entries:
+            try:
+                samples = read_utterance(entry, kind, frontend.sample_rate)
+            except UserError as error:
+                raise UserError(f"{scp}: {utterance}: {error}") from error
             recordings.append(torch.as_tensor(samples).float())
             counter.update()
     return recordings

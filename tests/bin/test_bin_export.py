@@ -59,6 +59,14 @@ def test_what_cannot_be_exported_is_said_in_one_line(model, tmp_path, capsys, op
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_recording_that_cannot_be_read_is_named(model, tmp_path, capsys):
+    files, _ = model
+    scp = tmp_path / "wav.scp"
+    scp.write_text("u1 nowhere.wav\n")
+    assert main([*files, "--check_scp", str(scp), "--output_dir", str(tmp_path / "onnx")]) == 1
+    assert f"error: {scp}: u1: nowhere.wav does not exist" in capsys.readouterr().err
+
+
 def test_a_directory_is_not_overwritten(model, tmp_path, capsys):
     files, check = model
     assert main([*files, *check, "--output_dir", str(tmp_path)]) == 1
