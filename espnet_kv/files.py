@@ -102,6 +102,25 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def placed(text: str, begin: str, end: str, block: str, path: Path) -> str:
+    """`text`, which is the content of `path`, with `block` in place of all between two markers.
+
+    Without markers, `block` is added at the end between new ones.
+
+    Raises:
+        UserError: one marker is missing or a marker is there twice.
+    """
+    whole = f"{begin}\n{block}\n{end}"
+    marks = text.count(begin), text.count(end)
+    if marks == (0, 0):
+        return f"{text.rstrip()}\n\n{whole}\n".lstrip()
+    before, _, rest = text.partition(begin)
+    _, found, after = rest.partition(end)
+    if marks != (1, 1) or not found:
+        raise UserError(f"{path}: keep one line {begin} and below it one line {end}, or neither")
+    return before + whole + after
+
+
 def read_text(path: Path | str) -> str:
     """The text of a file in UTF-8.
 

@@ -34,8 +34,8 @@ class Chunks:
 
     def visible(self, queries: Tensor, keys: Tensor) -> Tensor:
         """(Q, S) bool: whether frame keys[j] is visible to frame queries[i]."""
-        ahead = queries[:, None] // self.size - keys[None, :] // self.size  # chunks back
-        return (ahead >= 0) if self.left < 0 else (ahead >= 0) & (ahead <= self.left)
+        back = queries[:, None] // self.size - keys[None, :] // self.size  # in chunks
+        return (back >= 0) if self.left < 0 else (back >= 0) & (back <= self.left)
 
 
 def draw_chunks(frames: int, generator: torch.Generator | None = None) -> tuple[int, int]:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from espnet2.text.abs_tokenizer import AbsTokenizer
     from espnet2.train.abs_espnet_model import AbsESPnetModel
 
-# keys of the feature statistics in a checkpoint
 TOKEN_TYPES = ("bpe", "char", "word", "phn", "whisper_en", "whisper_multilingual", "hugging_face")
+# keys of the feature statistics in a checkpoint
 STATISTICS = ("normalize.mean", "normalize.std")
 TOO_LARGE_STEPS = "lower lr in optim_conf or set use_amp: false"
 

@@ -54,7 +54,6 @@ class GraphStep(CacheStep):
         self.valid = (new < lengths[:, None])[:, None, :, None]
         if not tables:
             self.positions = frames[:, None] + new  # (B, C)
-        self._lengths, self._new = lengths, new
         self._updated: dict[int, Tensor] = {}
 
     def hide(self, bias: Tensor) -> Tensor:

@@ -17,10 +17,11 @@ from espnet_kv.cache import FrameState
 from espnet_kv.decoder.cached import CachedDecoder
 from espnet_kv.decoder.search import Search
 from espnet_kv.decoder.whisper_decoder import KVWhisperDecoder
-from espnet_kv.errors import ConfigError, one_line
+from espnet_kv.errors import ArgumentError, ConfigError, one_line
 from espnet_kv.espnet.ctc_prefix import FastCTCPrefixScorer
 from espnet_kv.espnet.inference import limit_length
 from espnet_kv.espnet.openai_whisper import with_whisper
+from espnet_kv.espnet.parser import check_numbers
 from espnet_kv.espnet.replacing import replaced
 from espnet_kv.profile import schema
 from espnet_kv.profile.analytic import decoder_bytes
@@ -49,7 +50,10 @@ def search_options(subject: Subject, options: Mapping[str, Any]) -> dict[str, An
     """
     defaults = inspect.signature(espnet.Speech2Text).parameters
     known = {key: options.get(key, defaults[key].default) for key in OPTIONS}
-    _check(known)
+    try:
+        check_numbers(**known)
+    except ArgumentError as error:  # a key of a YAML and no option of a command
+        raise ConfigError(str(error)) from error
     if known["beam_size"] > (tokens := len(subject.model.token_list)):
         raise ConfigError(
             f"beam_size: {known['beam_size']} is more than the {tokens} tokens of the model; give "
@@ -102,17 +106,6 @@ class Recognizer:
             self.speech2text.maxlenratio = -float(math.ceil(TOKENS_PER_SECOND * seconds))
         with self.subject.offline():
             return self.speech2text(samples)
-
-
-def _check(options: Mapping[str, Any]) -> None:
-    """Refuse numbers that no search can use; those of a YAML are of any type."""
-    for key, value in options.items():
-        least, most = (1, math.inf) if key == "beam_size" else (-math.inf, math.inf)
-        least, most = (0, 1) if key == "ctc_weight" else (least, most)
-        number = type(value) is int or (type(value) is float and key != "beam_size")
-        if not number or not least <= value <= most or not math.isfinite(value):
-            bounds = "from 0 to 1" if most == 1 else f"of {least} or more" if least == 1 else ""
-            raise ConfigError(f"{key}: {value!r} is no number {bounds}".rstrip())
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 
 from espnet_kv.cli import warn_each
 from espnet_kv.errors import UserError
+from espnet_kv.files import read_text
 from espnet_kv.recipe.audio import file_of
 from espnet_kv.recipe.disk_table import Table
 from espnet_kv.recipe.kaldi import Segment, entries, read_segments, read_speakers, split_words
@@ -255,6 +256,25 @@ def refuse_dropped(name: str, dropped: Mapping[str, str], total: int) -> None:
         )
 
 
+def require_keys(file: Path, dump: Path, name: str, way_out: str) -> None:
+    """Check that the lines of a file are of the utterances of a data directory, one for each.
+
+    Args:
+        name: of the file, for the message. way_out: what to do otherwise.
+
+    Raises:
+        UserError: an utterance is missing, unknown, or there twice.
+    """
+    wanted = DataDir.read(dump).wav_scp.keys()
+    found = [words[0] for line in read_text(file).splitlines() if (words := line.split())]
+    if len(found) != len(wanted) or set(found) != wanted:
+        differ = sorted(wanted ^ set(found)) or ["one of them twice"]
+        raise UserError(
+            f"{name} has {len(found)} utterances where {dump} has {len(wanted)} (the first that "
+            f"differs: {differ[0]}): {way_out}"
+        )
+
+
 def require_conserved(
     name: str, before: Iterable[str], kept: Collection[str], dropped: Collection[str]
 ) -> None:
@@ -324,11 +344,3 @@ def _find_relative(recordings: MutableMapping[str, str], directory: Path) -> Non
 @functools.cache
 def _say_once(line: str) -> None:
     print(line, flush=True)
-
-
-def add_data(data: DataDir, directory: Path) -> None:
-    """Write the Kaldi files of `data` into `directory`, and keep its other files."""
-    data.write(directory / "kaldi")  # DataDir.write replaces a whole directory
-    for file in (directory / "kaldi").iterdir():
-        file.replace(directory / file.name)
-    (directory / "kaldi").rmdir()

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +13,11 @@ from espnet_kv.cli import Parser
 from espnet_kv.config import load_yaml
 from espnet_kv.errors import UserError
 from espnet_kv.files import read_text, write_text
-from espnet_kv.recipe.datadir import DataDir
+from espnet_kv.recipe.datadir import DataDir, require_keys
 from espnet_kv.recipe.jobs import Job
 from espnet_kv.recipe.layout import Layout
 from espnet_kv.recipe.steps import Step
-from espnet_kv.recipe.train import config_option, part_of, split_options, write_keys
+from espnet_kv.recipe.train import config_option, part_of, write_keys
 from espnet_kv.scores import RECORD, Decoding, other_cache
 
 RESULT_FILES = ("text", "token", "token_int", "score")
@@ -68,7 +69,7 @@ def decode_step(layout: Layout, config_file: Path, name: str, before: Sequence[S
                 Job(
                     f"{exp.name} {name} {n}/{count}",
                     f"espnet_kv.bin.{module}",
-                    [*common, *more, *split_options(args.inference_args)],
+                    [*common, *more, *shlex.split(args.inference_args)],
                     log_dir / f"asr_inference.{n}.log",
                     int(args.gpu_inference),
                     output=output,
@@ -86,7 +87,8 @@ def decode_step(layout: Layout, config_file: Path, name: str, before: Sequence[S
                 for line in read_text(part / "1best_recog" / file).splitlines()
             ]
             write_text(out / file, "".join(f"{line}\n" for line in sorted(lines)))
-        _check_keys(out / "text", dump)
+        way_out = "look into the logs beside it, then run stage 12 again"
+        require_keys(out / "text", dump, str(out / "text"), way_out)
         how = Decoding(
             args.use_streaming,
             other_cache(_given(layout).cache_dtype) if args.use_streaming else None,
@@ -131,7 +133,7 @@ def _given(layout: Layout) -> argparse.Namespace:
     known.add_argument("--onnx_model", type=Path)
     known.add_argument("--cache_dtype")
     known.set_defaults(**load_yaml(layout.args.inference_config))
-    given, _ = known.parse_known_args(split_options(layout.args.inference_args))
+    given, _ = known.parse_known_args(shlex.split(layout.args.inference_args))
     return given
 
 
@@ -155,20 +157,3 @@ def _options(layout: Layout) -> dict[str, Any]:
     if args.use_ngram:
         options["ngram_file"] = str(layout.ngram)
     return options
-
-
-def _check_keys(hypotheses: Path, dump: Path) -> None:
-    """Check that each utterance of a test set has one hypothesis.
-
-    Raises:
-        UserError: an utterance has no hypothesis, or more than one.
-    """
-    wanted = DataDir.read(dump).wav_scp.keys()
-    lines = read_text(hypotheses).splitlines()
-    found = [line.split(maxsplit=1)[0] for line in lines]
-    if len(found) != len(wanted) or set(found) != wanted:
-        differ = sorted(wanted ^ set(found)) or ["one of them twice"]
-        raise UserError(
-            f"{hypotheses} has {len(found)} utterances where {dump} has {len(wanted)} (the first "
-            f"that differs: {differ[0]}): look into the logs beside it, then run stage 12 again"
-        )

@@ -23,7 +23,6 @@ from espnet_kv.recipe.audio import (
 from espnet_kv.recipe.datadir import (
     DataDir,
     Segment,
-    add_data,
     refuse_dropped,
     require_conserved,
     write_lines,
@@ -103,7 +102,7 @@ def format_audio(
         warn_each(label, unreadable, "utterances dropped for their audio")
         refuse_mostly_dropped(label, dropped, total)
         require_conserved(label, before, kept.wav_scp, dropped)
-        add_data(kept, partial)
+        kept.write_files(partial)
         write_text(partial / "feats_type", "raw\n")
         write_text(partial / "audio_format", f"{audio_format}\n")
         write_lines(partial / "utt2num_samples", num_samples)

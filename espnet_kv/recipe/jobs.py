@@ -9,9 +9,9 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
 
-from espnet_kv.errors import UserError
+from espnet_kv.errors import UserError, one_line
 from espnet_kv.recipe.job import CUDA_DEVICES, Job, Running
-from espnet_kv.recipe.pool import CLUSTER, cores, end_groups, most_at_once, terminate_on_signals
+from espnet_kv.recipe.pool import CLUSTER, cores, end_groups, most_at_once
 
 __all__ = [
     "Job",
@@ -19,7 +19,6 @@ __all__ = [
     "cores",
     "gpu_names",
     "run_jobs",
-    "terminate_on_signals",
     "visible_gpus",
 ]
 
@@ -151,7 +150,12 @@ def _count_gpus(devices: str | None) -> int:
         counted = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
         )
-    except (OSError, subprocess.TimeoutExpired):
-        return 0
-    last = counted.stdout.split()[-2:]
-    return int(last[1]) if len(last) == 2 and last[0] == "gpus" else 0
+    except (OSError, subprocess.TimeoutExpired) as error:
+        said = one_line(error)
+    else:
+        last = counted.stdout.split()[-2:]
+        if len(last) == 2 and last[0] == "gpus":
+            return int(last[1])
+        said = (counted.stderr.splitlines() or ["torch did not say how many there are"])[-1]
+    print(f"warning: GPUs cannot be counted, none is used: {said}", file=sys.stderr, flush=True)
+    return 0

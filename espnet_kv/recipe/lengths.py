@@ -10,7 +10,7 @@ from espnet_kv.cli import warn_each
 from espnet_kv.errors import UserError
 from espnet_kv.files import new_directory
 from espnet_kv.recipe.audio import AudioError, read_audio
-from espnet_kv.recipe.datadir import DataDir, add_data, entries, require_conserved, write_lines
+from espnet_kv.recipe.datadir import DataDir, entries, require_conserved, write_lines
 from espnet_kv.recipe.disk_table import Table
 
 SHORTEST = 0.1
@@ -105,7 +105,7 @@ def filter_lengths(
     label = f"lengths {src.name}"
     require_conserved(label, data.wav_scp, kept.wav_scp, dropped)
     with new_directory(dst) as partial:
-        add_data(kept, partial)
+        kept.write_files(partial)
         for name in ("feats_type", "audio_format"):
             shutil.copyfile(src / name, partial / name)
         write_lines(partial / "utt2num_samples", ((utt, num_samples[utt]) for utt in kept.wav_scp))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -21,7 +22,6 @@ from espnet_kv.recipe.train import (
     config_option,
     default_gpus,
     run_options,
-    split_options,
 )
 
 
@@ -84,7 +84,7 @@ def train_lm_step(layout: Layout, before: Sequence[Step]) -> Step:
         write_text(exp / "run.json", json.dumps(run, indent=1) + "\n")
         option = config_option(exp / "train.yaml", options)
         epochs = last_epoch(options, args.lm_args)
-        more = [option, *split_options(args.lm_args)]
+        more = [option, *shlex.split(args.lm_args)]
         return [Job(exp.name, "espnet_kv.bin.lm_train", more, exp / "train.log", ngpu, epochs)]
 
     return Step(

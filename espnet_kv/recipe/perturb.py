@@ -17,7 +17,7 @@ from espnet_kv.recipe.audio import (
     to_int16,
     write_audio,
 )
-from espnet_kv.recipe.datadir import DataDir, Segment, add_data, require_conserved, write_lines
+from espnet_kv.recipe.datadir import DataDir, Segment, require_conserved, write_lines
 from espnet_kv.recipe.disk_table import Table
 from espnet_kv.recipe.pool import parallel_map
 
@@ -73,7 +73,7 @@ def perturb_speed(
         warn_each(label, dropped, f"of {number} copies cannot be made")
         refuse_mostly_dropped(label, dropped, number)
         require_conserved(label, before, perturbed.wav_scp, dropped)
-        add_data(perturbed, partial)
+        perturbed.write_files(partial)
         write_lines(partial / "dropped", dropped)
 
 

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from espnet_kv.errors import UserError
-from espnet_kv.files import read_text, write_text
+from espnet_kv.files import placed, read_text, write_text
 from espnet_kv.scores import KINDS, MISSING, Scores, decoding_of, interval_text, scored_sets
 
 BEGIN, END = "<!-- generated -->", "<!-- /generated -->"
@@ -43,22 +43,8 @@ def write_page(out: Path, header: Iterable[str], experiments: Iterable[Path]) ->
     sections = [_experiment(exp, f"{exp.parent.name}/{exp.name}") for exp in experiments]
     parts = ["# RESULTS", _environments(out.parent), "\n".join(header), *sections]
     generated = "\n\n".join(part for part in parts if part)
-    write_text(out, _placed(out, f"{BEGIN}\n{generated}\n{END}"))
-
-
-def _placed(out: Path, block: str) -> str:
-    """The text of `out` with the earlier block replaced by `block`, or with `block` appended."""
-    if not out.exists():
-        return block + "\n"
-    text = read_text(out)
-    marks = text.count(BEGIN), text.count(END)
-    if marks == (0, 0):
-        return f"{text.rstrip()}\n\n{block}\n".lstrip()
-    before, _, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if marks != (1, 1) or not end:
-        raise UserError(f"{out}: keep one line {BEGIN} and below it one line {END}, or neither")
-    return before + block + after
+    before = read_text(out) if out.exists() else ""
+    write_text(out, placed(before, BEGIN, END, generated, out))
 
 
 def _environments(checkout: Path) -> str:

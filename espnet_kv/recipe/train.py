@@ -11,10 +11,9 @@ from typing import Any
 import yaml
 
 from espnet_kv.config import front_end, load_yaml
-from espnet_kv.errors import UserError
-from espnet_kv.files import commit, new_directory, read_text, write_text
+from espnet_kv.files import commit, new_directory, write_text
 from espnet_kv.recipe import whisper_models
-from espnet_kv.recipe.datadir import DataDir
+from espnet_kv.recipe.datadir import DataDir, require_keys
 from espnet_kv.recipe.jobs import Job, visible_gpus
 from espnet_kv.recipe.layout import Layout, last_epoch
 from espnet_kv.recipe.steps import Step
@@ -58,7 +57,7 @@ def stats_step(layout: Layout, config_file: Path, before: Sequence[Step]) -> Ste
                 file = new / f"{mode}.keys.{n}.scp"
                 write_keys(file, part_of(keys[mode], n, count))
                 options[f"{mode}_shape_file"] = [str(file)]
-            more = [config_option(new / f"stats.{n}.yaml", options), *split_options(args.asr_args)]
+            more = [config_option(new / f"stats.{n}.yaml", options), *shlex.split(args.asr_args)]
             log = args.expdir / f"{out.name}.log" / f"{part.name}.log"
             name = f"{out.name} {n}/{count}"
             made.append(Job(name, "espnet_kv.bin.asr_train", more, log, output=part))
@@ -163,7 +162,7 @@ def training_step(
         chosen |= run_options(exp, ngpu)
         run = {"command": args.command, **stated, "commit": commit(Path())}
         write_text(exp / "run.json", json.dumps(run, indent=1) + "\n")
-        more = [config_option(exp / "train.yaml", chosen), *split_options(args.asr_args)]
+        more = [config_option(exp / "train.yaml", chosen), *shlex.split(args.asr_args)]
         epochs = last_epoch(chosen, args.asr_args)
         log = exp / "train.log"
         return [Job(exp.name, "espnet_kv.bin.asr_train", more, log, ngpu, epochs)]
@@ -231,25 +230,12 @@ def config_option(file: Path, options: Mapping[str, Any]) -> str:
     return f"--config={file}"
 
 
-def split_options(options: str) -> list[str]:
-    """Split an option that contains further options, quoted as in a shell."""
-    return shlex.split(options)
-
-
 def check_keys(layout: Layout, files: Sequence[Path], mode: str) -> None:
     """Check that shape files list all utterances, because training batches are made from them.
 
     Raises:
         UserError: statistics and dump have different utterances.
     """
-    dump = layout.set_of(mode)
-    wanted = DataDir.read(dump).wav_scp.keys()
     for file in files:
-        lines = read_text(file).splitlines()
-        found = [line.split()[0] for line in lines]
-        if len(found) != len(wanted) or set(found) != wanted:
-            differ = sorted(wanted ^ set(found)) or ["one of them twice"]
-            raise UserError(
-                f"{file.name} of the {mode} statistics has {len(found)} utterances where {dump} "
-                f"has {len(wanted)} (the first that differs: {differ[0]}): run stage 10 again"
-            )
+        name = f"{file.name} of the {mode} statistics"
+        require_keys(file, layout.set_of(mode), name, "run stage 10 again")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from espnet_kv.errors import UserError
+from espnet_kv import files
 from espnet_kv.profile.schema import Profile, Settings
 from espnet_kv.report.comparison import Entry, Notes, attention_name, options, origin
 from espnet_kv.scores import MISSING, interval_text
@@ -365,14 +365,7 @@ def placed(text: str, title: str, block: str, path: Path) -> str:
     """
     name = title.replace("--", "-").replace(">", "")
     begin, end = f"<!-- comparison: {name} -->", f"<!-- /comparison: {name} -->"
-    whole = f"{begin}\n{block}\n{end}"
-    if begin not in text and end not in text:
-        return f"{text.rstrip()}\n\n{whole}\n".lstrip()
-    before, _, rest = text.partition(begin)
-    _, found, after = rest.partition(end)
-    if text.count(begin) != 1 or text.count(end) != 1 or not found:
-        raise UserError(f"{path}: keep one line {begin} and below it one line {end}, or neither")
-    return before + whole + after
+    return files.placed(text, begin, end, block, path)
 
 
 def _code(text: str) -> str:

@@ -137,7 +137,7 @@ def read_lines(file: Path | str) -> list[str]:
 def _read_archive(entry: str) -> tuple[np.ndarray, int | None]:
     from omniio import kaldi
 
-    file = re.sub(r":\d+(\[[\d:,]*\])?$", "", entry)
+    file = re.sub(r":\d+$", "", entry)
     if not Path(file).is_file():
         raise UserError(f"{file} does not exist")
     try:

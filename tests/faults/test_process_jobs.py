@@ -180,6 +180,32 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("espnet2", "t
             check_gpus(1, "--ngpu")
         check_gpus(0, "--ngpu")
 
+    @pytest.mark.parametrize(
+        ("ended", "said"),
+        [
+            (
+                subprocess.CompletedProcess([], 1, "", "Traceback\nOSError: no libcuda\n"),
+                "no libcuda",
+            ),
+            (subprocess.TimeoutExpired(["python"], 120), "timed out after 120 seconds"),
+        ],
+        ids=["broken", "hanging"],
+    )
+    def test_gpus_that_cannot_be_counted_are_said(self, ended, said, monkeypatch, capsys):
+        def run(*_, **__):
+            if isinstance(ended, Exception):
+                raise ended
+            return ended
+
+        monkeypatch.setattr(jobs.glob, "glob", lambda pattern: ["/dev/nvidia0"])
+        monkeypatch.setattr(jobs.subprocess, "run", run)
+        jobs._count_gpus.cache_clear()
+        assert jobs._count_gpus("0") == 0
+        jobs._count_gpus.cache_clear()
+        message = capsys.readouterr().err
+        assert message.startswith("warning: GPUs cannot be counted, none is used: ")
+        assert said in message and message.count("\n") == 1
+
     def test_a_job_for_a_gpu_that_is_not_there_does_not_start(self, tmp_path, monkeypatch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
         assert "ngpu 1: torch finds no GPU" in failure(tmp_path, "say", "x", gpus=1)

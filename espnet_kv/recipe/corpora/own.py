@@ -7,7 +7,7 @@ from pathlib import Path
 from espnet_kv.errors import UserError
 from espnet_kv.files import new_directory
 from espnet_kv.recipe.audio import file_of
-from espnet_kv.recipe.datadir import DataDir, add_data, entries, require_conserved
+from espnet_kv.recipe.datadir import DataDir, entries, require_conserved
 
 MARK = "source"
 """File in each directory of `import_sources` with the path of the source directory."""
@@ -75,7 +75,7 @@ def import_sources(
     for name, data in read.items():
         target = data_dir / name
         with new_directory(target) as partial:
-            add_data(data, partial)
+            data.write_files(partial)
             (partial / MARK).write_text(f"{sources[name]}\n", encoding="utf-8")
         require_conserved(name, data.wav_scp, DataDir.read(target, allow_pipes=True).wav_scp, {})
         speakers = len(set(data.utt2spk.values()))
