@@ -18,6 +18,7 @@ from espnet2.bin import asr_inference as espnet
 from espnet2.bin.asr_inference import Hypothesis, TooShortUttError
 from espnet2.tasks.lm import LMTask
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from typeguard import TypeCheckError
 
 from espnet_kv.errors import ArgumentError, UserError, one_line
@@ -118,7 +119,10 @@ class Speech2Text(espnet.Speech2Text):
         if given["dtype"] in ("float16", "bfloat16"):
             _features_in_32_bits(self.asr_model, getattr(torch, given["dtype"]))
             self.dtype = "float32"  # type of the audio
-        pack_weights(self.asr_model.encoder)
+        encoder = self.asr_model.encoder
+        if isinstance(encoder, OpenAIWhisperEncoder) and not encoder.do_pad_trim:
+            _encode_apart(self.asr_model)
+        pack_weights(encoder)
         if hasattr(self.asr_model.decoder, "prepare_search"):
             self.asr_model.decoder.prepare_search()
         limit_length(self)
@@ -276,6 +280,21 @@ def limit_length(speech2text: espnet.Speech2Text) -> None:
         return own(i, least if isinstance(maxlen, list) else least[0], *rest)
 
     search.post_process = post_process
+
+
+def _encode_apart(model: Any) -> None:
+    """Encode each utterance of a batch alone: Whisper's encoder sees what fills up a batch."""
+    encode = model.encode
+
+    def apart(speech: Tensor, speech_lengths: Tensor) -> tuple[Tensor, Tensor]:
+        if len(set(speech_lengths.tolist())) == 1:
+            return encode(speech, speech_lengths)
+        utterances = zip(speech, speech_lengths, strict=True)
+        encoded = [encode(one[None, :length], length[None]) for one, length in utterances]
+        frames, lengths = zip(*encoded, strict=True)
+        return pad_sequence([one[0] for one in frames], batch_first=True), torch.cat(lengths)
+
+    model.encode = apart
 
 
 def _check_length(model: nn.Module, lengths: list[int]) -> None:

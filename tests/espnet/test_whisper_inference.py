@@ -147,6 +147,8 @@ def test_long_audio_gives_what_its_parts_give(trained, kv_decoder):
     assert texts(speech2text(long)) == texts(joined(alone))
     padded = np.stack([np.pad(short, (0, len(long) - len(short))), long])
     one, *others = speech2text.batch_decode([short, *parts])
+    if kv_decoder:  # ESPnet's decoder attends to what fills up a batch
+        assert [texts(one), *map(texts, others)] == [texts(speech2text(short)), *map(texts, alone)]
     for batch in (
         speech2text([short, long]),
         speech2text.batch_decode([short, long]),
@@ -157,7 +159,7 @@ def test_long_audio_gives_what_its_parts_give(trained, kv_decoder):
 
 def texts(results: list[tuple]) -> list[tuple]:
     assert len(results) == 2
-    return [(*found, pytest.approx(float(scored.score))) for *found, scored in results]
+    return [(*found, pytest.approx(float(scored.score), 1e-5)) for *found, scored in results]
 
 
 def test_the_command_says_which_audio_it_decodes_in_parts(trained, tmp_path, caplog):
