@@ -31,7 +31,7 @@ test:  ## run the test suite
 	    --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-checkout:  ## run the recipe inside the real ESPnet, which is downloaded (some ten minutes)
-	@$(MAKE) --no-print-directory test ARGS="tests/checkout -m checkout $(ARGS)"
+	@$(MAKE) --no-print-directory test ARGS="tests/checkout -m checkout -rs $(ARGS)"
 
 # ESPNET_KV_TEST_DEVICE=cpu runs the same tests without a GPU
 test-gpu:  ## run the tests that need a GPU, where there is one
@@ -46,7 +46,8 @@ test-gpu:  ## run the tests that need a GPU, where there is one
 
 lint:  ## check style and types
 	@python=$$(scripts/environment.sh) && "$$python" -m ruff check . && \
-	    "$$python" -m ruff format --check . && "$$python" -m mypy
+	    "$$python" -m ruff format --check . && "$$python" -m mypy && \
+	    MYPYPATH=tests/support "$$python" -m mypy --follow-imports silent tests/checkout
 
 constraints:  ## write constraints.txt: the versions of dependencies in the environment just tested
 	@python=$$(scripts/environment.sh) && \

@@ -13,8 +13,10 @@ NAME = "librispeech_100_kv"
 RECIPE = REPO / "egs2" / NAME / "asr1"
 VERSION = metadata.version("espnet")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "espnet_kv"
-MADE = ("data", "dump", "exp", "demo", "downloads", "asr.sh", "scripts", "pyscripts")
-MADE += ("steps", "utils", "profiles", "report")
+MADE = (
+    *("data", "dump", "exp", "demo", "downloads", "asr.sh", "scripts", "pyscripts"),
+    *("steps", "utils", "profiles", "report"),
+)
 
 # its options are the variables of ESPnet's own that tests give; it prints how it was called
 STAND_IN = """#!/usr/bin/env bash

@@ -116,7 +116,7 @@ class TestCalls:
     def test_whisper_is_trained_with_what_suits_its_tokens(self, asr1, tools):
         (asr1 / "tiny.pt").write_text("weights")
         config = "conf/tuning/train_asr_whisper_tiny_finetune.yaml"
-        given = ("--token_type", "whisper_en", "--asr_config", config)
+        given = ["--token_type", "whisper_en", "--asr_config", config]
         (call,) = called(run(asr1, "--stop_stage=13", *given, PATH=tools))
         assert call["--asr_config"] == config
         assert call["--token_type"] == call["--cleaner"] == "whisper_en"
@@ -309,7 +309,7 @@ class TestRefused:
     def test_every_option_of_ours_alone_is_sorted(self):
         """A new option of run.sh needs its word on what it means inside a checkout."""
         options = {action.dest for action in parser()._actions} - {"help"}
-        group = next(g for g in parser()._action_groups if g.title.startswith("conversion"))
+        group = next(g for g in parser()._action_groups if str(g.title).startswith("conversion"))
         conversion = {action.dest for action in group._group_actions}
         other_corpora = {name for name in options if name.startswith(("synth_", "digits_"))}
         handed = set(asr_sh.AS_GIVEN) | {"stage", "stop_stage", "ngpu", "speed_perturb_factors"}

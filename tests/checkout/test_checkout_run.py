@@ -88,16 +88,16 @@ def test_stages_14_and_15_find_what_asr_sh_made(asr1):
 
 
 def test_streaming(asr1):
-    options = ("--stage", "12", "--stop_stage", "13", "--asr_config", LINEAR)
+    options = ["--stage", "12", "--stop_stage", "13", "--asr_config", LINEAR]
     options += ("--inference_config", "conf/decode_asr_streaming.yaml", "--use_streaming", "true")
     work(asr1, *options, "--test_sets", "test_clean")
     decoding = "decode_asr_streaming_asr_model_valid.acc.ave"
     assert rows(asr1, decoding) == ["test_clean"]
-    assert read_scored_set(asr1 / EXPS[1] / decoding / "test_clean").streaming
+    assert read_scored_set(asr1 / EXPS[1] / decoding / "test_clean").how.streaming
 
 
 def test_a_language_model_and_an_experiment_of_ones_own_name(asr1):
-    lm = ("--use_lm", "true", "--lm_config", "conf/train_lm_small.yaml")
+    lm = ["--use_lm", "true", "--lm_config", "conf/train_lm_small.yaml"]
     lm += ("--lm_args", "--max_epoch 1 --keep_nbest_models 1", "--lm_exp", "models/lm")
     work(asr1, *lm, "--stage", "6", "--stop_stage", "8", "--asr_config", MHA)
     perplexity = float((asr1 / "models/lm/perplexity_test/ppl").read_text())
@@ -107,7 +107,7 @@ def test_a_language_model_and_an_experiment_of_ones_own_name(asr1):
     mine.mkdir()
     for name in ("config.yaml", "valid.acc.ave.pth"):
         shutil.copy(asr1 / EXPS[0] / name, mine)
-    options = ("--asr_exp", "models/mine", "--asr_config", MHA, "--test_sets", "test_clean")
+    options = ["--asr_exp", "models/mine", "--asr_config", MHA, "--test_sets", "test_clean"]
     options += ("--profile_args", "--lengths 3 --utterances 1 --repeats 1")
     work(asr1, *lm, *options, "--stage", "12", "--stop_stage", "15")
     decoding = "decode_asr_fast_lm_lm_valid.loss.ave_asr_model_valid.acc.ave"
