@@ -251,6 +251,8 @@ def test_commands_for_one_model_run(command, directory_of_a_reader, monkeypatch)
         needs_graphs()
     if "--onnx_model" in words:
         a_graph()
+    if "--output_dir" in words:  # other tests and pages may have made it
+        shutil.rmtree(words[words.index("--output_dir") + 1], ignore_errors=True)
     more = QUICK.get(words[2].rpartition(".")[-1], [])
     ended = commands.run(commands.run_module, *words[2:], *more)
     assert ended.returncode == 0, ended.stderr

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import os
 import shlex
 import sys
@@ -334,7 +335,13 @@ def _sound(args: argparse.Namespace, subject: "Subject") -> "Sound":
     for note in sorted(notes):
         _print_line(f"{wav_scp}: {note}")
     if not samples:
-        raise UserError(f"{wav_scp}: no utterance has {SHORTEST_SECONDS} s or more")
+        fits = f"{SHORTEST_SECONDS} s or more"
+        if math.isfinite(subject.most_seconds):
+            fits = f"from {SHORTEST_SECONDS} s to {subject.most_seconds:g} s"
+        raise UserError(
+            f"{wav_scp}: none of the {count} utterances that were chosen has {fits}: name another "
+            "--wav_scp, or more --utterances"
+        )
     return Sound(str(wav_scp), subject.sample_rate, samples)
 
 

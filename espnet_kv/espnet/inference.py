@@ -5,10 +5,11 @@ larger than the vocabulary. The subclass here handles these cases.
 """
 
 import argparse
+import functools
 import inspect
 import logging
-from collections.abc import Mapping
-from itertools import chain, islice
+from collections.abc import Callable, Mapping
+from itertools import batched, chain, islice
 from typing import Any
 
 import torch
@@ -119,10 +120,7 @@ class Speech2Text(espnet.Speech2Text):
         if given["dtype"] in ("float16", "bfloat16"):
             _features_in_32_bits(self.asr_model, getattr(torch, given["dtype"]))
             self.dtype = "float32"  # type of the audio
-        encoder = self.asr_model.encoder
-        if isinstance(encoder, OpenAIWhisperEncoder) and not encoder.do_pad_trim:
-            _encode_apart(self.asr_model)
-        pack_weights(encoder)
+        pack_weights(self.asr_model.encoder)
         if hasattr(self.asr_model.decoder, "prepare_search"):
             self.asr_model.decoder.prepare_search()
         limit_length(self)
@@ -168,6 +166,10 @@ class Speech2Text(espnet.Speech2Text):
         Raises:
             TooShortUttError: as `__call__`.
         """
+        if isinstance(speech, list | tuple):
+            speech_lengths = None  # as ESPnet's
+        elif speech_lengths is None:
+            return super().batch_decode(speech)  # which refuses it
         lengths = list(map(len, speech)) if speech_lengths is None else speech_lengths
         _check_length(self.asr_model, [int(length) for length in lengths])
         if max(lengths) <= (most := most_samples(self.asr_model)):
@@ -176,8 +178,19 @@ class Speech2Text(espnet.Speech2Text):
             windows(torch.as_tensor(samples)[: int(length)], most)
             for samples, length in zip(speech, lengths, strict=True)
         ]
-        results = iter(super().batch_decode(list(chain.from_iterable(parts))))
+        found: list[Any] = []
+        for batch in batched(chain.from_iterable(parts), len(parts)):
+            found += super().batch_decode(list(batch))
+        results = iter(found)
         return [joined(list(islice(results, len(own)))) for own in parts]
+
+    def _batch_decode_padded(self, speech: Tensor, speech_lengths: Tensor) -> Any:
+        """ESPnet's, with the utterances encoded alone where the encoder sees what fills up."""
+        encoder, encode = self.asr_model.encoder, self.asr_model.encode
+        if isinstance(encoder, OpenAIWhisperEncoder) and not encoder.do_pad_trim:
+            encode = functools.partial(_encode_apart, encode)
+        with replaced(self.asr_model, encode=encode):
+            return super()._batch_decode_padded(speech, speech_lengths)
 
 
 def search_task(kv_decoder: bool, partial_ar: bool = False) -> type[ASRTask]:
@@ -282,19 +295,14 @@ def limit_length(speech2text: espnet.Speech2Text) -> None:
     search.post_process = post_process
 
 
-def _encode_apart(model: Any) -> None:
-    """Encode each utterance of a batch alone: Whisper's encoder sees what fills up a batch."""
-    encode = model.encode
-
-    def apart(speech: Tensor, speech_lengths: Tensor) -> tuple[Tensor, Tensor]:
-        if len(set(speech_lengths.tolist())) == 1:
-            return encode(speech, speech_lengths)
-        utterances = zip(speech, speech_lengths, strict=True)
-        encoded = [encode(one[None, :length], length[None]) for one, length in utterances]
-        frames, lengths = zip(*encoded, strict=True)
-        return pad_sequence([one[0] for one in frames], batch_first=True), torch.cat(lengths)
-
-    model.encode = apart
+def _encode_apart(
+    encode: Callable[..., Any], speech: Tensor, speech_lengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What `encode` gives for each utterance of a batch alone: (B, T, D) and (B,)."""
+    utterances = zip(speech, speech_lengths, strict=True)
+    encoded = [encode(one[None, :length], length[None]) for one, length in utterances]
+    frames, lengths = zip(*encoded, strict=True)
+    return pad_sequence([one[0] for one in frames], batch_first=True), torch.cat(lengths)
 
 
 def _check_length(model: nn.Module, lengths: list[int]) -> None:

@@ -20,11 +20,12 @@ STEP = SAMPLE_RATE // 100
 
 
 def most_samples(model: nn.Module) -> int:
-    """Samples that the encoder of an ASR model takes at once."""
+    """Samples that the encoder of an ASR model takes at once, as whole frames."""
     encoder = model.encoder
     if not isinstance(encoder, OpenAIWhisperEncoder):
         return sys.maxsize
-    return 2 * len(encoder.encoders.positional_embedding) * encoder.hop_length
+    frames = 2 * len(encoder.encoders.positional_embedding)  # the second convolution halves them
+    return (frames + 1) * encoder.hop_length - 1
 
 
 def windows(speech: Tensor, most: int) -> list[Tensor]:
@@ -71,10 +72,11 @@ def _joined(
     hypotheses: Sequence[Hypothesis],
 ) -> tuple[str | None, list[str], list[int], Hypothesis]:
     said = [text.strip() for text in texts if text is not None]
+    names = getattr(hypotheses[0], "scores", {})  # those of a transducer have none
     hypothesis = Hypothesis(
-        yseq=torch.cat([one.yseq for one in hypotheses]),
+        yseq=torch.cat([torch.as_tensor(one.yseq) for one in hypotheses]),
         score=sum(one.score for one in hypotheses),
-        scores={name: sum(one.scores[name] for one in hypotheses) for name in hypotheses[0].scores},
+        scores={name: sum(one.scores[name] for one in hypotheses) for name in names},
     )
     text = " ".join(filter(None, said)) if said else None
     return text, list(chain.from_iterable(tokens)), list(chain.from_iterable(ids)), hypothesis

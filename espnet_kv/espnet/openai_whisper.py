@@ -22,6 +22,7 @@ from espnet_kv.espnet.whisper_weights import load_whisper, whisper_package
 MELS = 80  # of all models before large-v3
 SAMPLE_RATE = 16000
 WINDOW = 30.0  # seconds that the encoder takes
+HOP = 160  # samples from one frame to the next
 # merges of GPT-2's vocabulary, and of the multilingual one: <|endoftext|> counts in the first
 VOCABULARY = 50257
 TIMESTAMP = "<|0.00|>"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from espnet_kv.errors import ArgumentError, UserError, one_line
-from espnet_kv.espnet.openai_whisper import WINDOW, uses_whisper
+from espnet_kv.espnet.openai_whisper import HOP, WINDOW, uses_whisper
 from espnet_kv.streaming.recordings import (
     entry_kind,
     model_rate,
@@ -104,7 +104,7 @@ class ReadAudio:
         if not self.prepares:
             return read_recording(entry, kind)[0]
         samples = read_utterance(entry, kind, self.rate, self.channels, self._note)
-        if self.most is not None and len(samples) > self.most * self.rate:
+        if self.most is not None and len(samples) >= self.most * self.rate + HOP:
             logging.warning(
                 f"{key}: {len(samples) / self.rate:.2f} s of audio are more than the {self.most:g} "
                 "s that Whisper encodes: decoded in parts, which are cut where it is quietest"

@@ -156,6 +156,6 @@ def _count_gpus(devices: str | None) -> int:
         last = counted.stdout.split()[-2:]
         if len(last) == 2 and last[0] == "gpus":
             return int(last[1])
-        said = (counted.stderr.splitlines() or ["torch did not say how many there are"])[-1]
+        said = counted.stderr.strip().rpartition("\n")[2] or f"status {counted.returncode}"
     print(f"warning: GPUs cannot be counted, none is used: {said}", file=sys.stderr, flush=True)
     return 0

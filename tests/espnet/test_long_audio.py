@@ -1,5 +1,7 @@
 """Audio beyond Whisper's window: where it is cut, and what its parts give together."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from espnet2.bin.asr_inference import Hypothesis
@@ -42,6 +44,12 @@ def test_the_best_of_each_part_are_joined():
     assert together.yseq.tolist() == [1, 5, 2, 1, 7, 2, 1, 5, 2]
     assert together.score == -17 and together.scores == {"decoder": -8.5}
     assert joined(results[:1]) == results[0]
+
+
+def test_hypotheses_of_a_transducer_have_lists_and_no_scores():
+    best = SimpleNamespace(yseq=[0, 5], score=-1.0)
+    ((*_, together),) = joined([[("a", ["a"], [5], best)], [("b", ["b"], [5], best)]])
+    assert together.yseq.tolist() == [0, 5, 0, 5] and together.score == -2 and not together.scores
 
 
 def test_without_a_tokenizer_there_is_no_text():

@@ -21,7 +21,7 @@ from espnet_kv.encoder.whisper_encoder import KVWhisperEncoder
 from espnet_kv.errors import UserError
 from espnet_kv.espnet import whisper_weights
 from espnet_kv.espnet.inference import Speech2Text
-from espnet_kv.espnet.long_audio import joined, windows
+from espnet_kv.espnet.long_audio import joined, most_samples, windows
 from espnet_kv.espnet.openai_whisper import whisper_for_espnet
 from espnet_kv.espnet.task import ASRTask, TrainingTask
 from espnet_kv.espnet.whisper_weights import weights_follow, whisper_package
@@ -137,11 +137,12 @@ LONG = 31
 
 
 @pytest.mark.parametrize("kv_decoder", [True, False])
-def test_long_audio_gives_what_its_parts_give(trained, kv_decoder):
+def test_long_audio_gives_what_its_parts_give(trained, kv_decoder, monkeypatch):
     options = {"beam_size": 2, "nbest": 2, "ctc_weight": 0.0, "maxlenratio": -3}
     speech2text = Speech2Text(**trained, **options, kv_decoder=kv_decoder)
     short, long = noise(2), noise(LONG)
-    parts = [part.numpy() for part in windows(torch.as_tensor(long), 30 * RATE)]
+    most = most_samples(speech2text.asr_model)
+    parts = [part.numpy() for part in windows(torch.as_tensor(long), most)]
     assert len(parts) == 2
     alone = list(map(speech2text, parts))
     assert texts(speech2text(long)) == texts(joined(alone))
@@ -149,12 +150,32 @@ def test_long_audio_gives_what_its_parts_give(trained, kv_decoder):
     one, *others = speech2text.batch_decode([short, *parts])
     if kv_decoder:  # ESPnet's decoder attends to what fills up a batch
         assert [texts(one), *map(texts, others)] == [texts(speech2text(short)), *map(texts, alone)]
+    sizes = []
+    decode = Speech2Text._batch_decode_padded
+    monkeypatch.setattr(
+        Speech2Text,
+        "_batch_decode_padded",
+        lambda self, speech, lengths: sizes.append(len(speech)) or decode(self, speech, lengths),
+    )
     for batch in (
         speech2text([short, long]),
         speech2text.batch_decode([short, long]),
         speech2text.batch_decode(padded, [len(short), len(long)]),
     ):
         assert list(map(texts, batch)) == [texts(one), texts(joined(others))]
+    assert sizes == 3 * [2, 1]  # no more at once than were given
+
+
+def test_audio_of_the_window_and_a_part_of_a_frame_is_decoded_whole(trained):
+    speech2text = Speech2Text(**trained, beam_size=1, ctc_weight=0.0, maxlenratio=-2)
+    ids = [speech2text(noise(40)[: 30 * RATE + more])[0][2] for more in (159, 160)]
+    assert len(ids[1]) == 2 * len(ids[0])
+
+
+def test_a_batch_of_long_audio_needs_its_lengths(trained):
+    speech2text = Speech2Text(**trained, beam_size=1)
+    with pytest.raises(ValueError, match="speech_lengths is required"):
+        speech2text.batch_decode(np.stack([noise(31), noise(31)]))
 
 
 def texts(results: list[tuple]) -> list[tuple]:

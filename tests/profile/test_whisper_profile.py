@@ -107,6 +107,13 @@ def test_lengths_beyond_the_window_alone_are_refused(tmp_path, scp):
     assert not (tmp_path / "profile.json").exists()
 
 
+def test_recordings_beyond_the_window_alone_are_refused(tmp_path, scp):
+    only = tmp_path / "wav.scp"
+    only.write_text("".join(line for line in scp.open() if line.startswith("c ")))
+    ended = profile(tmp_path, only, config(), "--lengths", "1")
+    assert_one_line(ended, "none of the 1 utterances that were chosen has from 0.3 s to 30 s")
+
+
 def test_the_json_says_which_attention_is_where(tmp_path, scp):
     ended = profile(tmp_path, scp, config("gqa", **of("mla", "linear")), "--lengths", "1")
     assert ended.returncode == 0, ended.stderr
