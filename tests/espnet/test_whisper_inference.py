@@ -81,6 +81,7 @@ def experiment(folder: Path, **conf) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
+    torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(whisper_weights.SIZES, "nano", (SIZE, 4, 2))
         return experiment(tmp_path_factory.mktemp("whisper"))
@@ -147,7 +148,8 @@ def test_long_audio_gives_what_its_parts_give(trained, kv_decoder, monkeypatch):
     alone = list(map(speech2text, parts))
     assert texts(speech2text(long)) == texts(joined(alone))
     padded = np.stack([np.pad(short, (0, len(long) - len(short))), long])
-    one, *others = speech2text.batch_decode([short, *parts])
+    # batches of two: all the utterances that are given
+    one, *others = speech2text.batch_decode([short, parts[0]]) + speech2text.batch_decode(parts[1:])
     if kv_decoder:  # ESPnet's decoder attends to what fills up a batch
         assert [texts(one), *map(texts, others)] == [texts(speech2text(short)), *map(texts, alone)]
     sizes = []
