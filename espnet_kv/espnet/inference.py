@@ -8,7 +8,7 @@ import argparse
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import batched, chain, islice
 from typing import Any
 
@@ -120,7 +120,11 @@ class Speech2Text(espnet.Speech2Text):
         if given["dtype"] in ("float16", "bfloat16"):
             _features_in_32_bits(self.asr_model, getattr(torch, given["dtype"]))
             self.dtype = "float32"  # type of the audio
-        pack_weights(self.asr_model.encoder)
+        encoder = self.asr_model.encoder
+        if isinstance(encoder, OpenAIWhisperEncoder) and not encoder.do_pad_trim:
+            # it sees what fills up a batch
+            self.asr_model.encode = functools.partial(_encode_apart, self.asr_model)
+        pack_weights(encoder)
         if hasattr(self.asr_model.decoder, "prepare_search"):
             self.asr_model.decoder.prepare_search()
         limit_length(self)
@@ -183,14 +187,6 @@ class Speech2Text(espnet.Speech2Text):
             found += super().batch_decode(list(batch))
         results = iter(found)
         return [joined(list(islice(results, len(own)))) for own in parts]
-
-    def _batch_decode_padded(self, speech: Tensor, speech_lengths: Tensor) -> Any:
-        """ESPnet's, with the utterances encoded alone where the encoder sees what fills up."""
-        encoder, encode = self.asr_model.encoder, self.asr_model.encode
-        if isinstance(encoder, OpenAIWhisperEncoder) and not encoder.do_pad_trim:
-            encode = functools.partial(_encode_apart, encode)
-        with replaced(self.asr_model, encode=encode):
-            return super()._batch_decode_padded(speech, speech_lengths)
 
 
 def search_task(kv_decoder: bool, partial_ar: bool = False) -> type[ASRTask]:
@@ -295,12 +291,13 @@ def limit_length(speech2text: espnet.Speech2Text) -> None:
     search.post_process = post_process
 
 
-def _encode_apart(
-    encode: Callable[..., Any], speech: Tensor, speech_lengths: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What `encode` gives for each utterance of a batch alone: (B, T, D) and (B,)."""
+def _encode_apart(model: Any, speech: Tensor, speech_lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """ESPnet's `encode`, (B, T, D) and (B,), for each utterance alone if their lengths differ."""
+    encode = type(model).encode
+    if len(set(speech_lengths.tolist())) == 1:
+        return encode(model, speech, speech_lengths)
     utterances = zip(speech, speech_lengths, strict=True)
-    encoded = [encode(one[None, :length], length[None]) for one, length in utterances]
+    encoded = [encode(model, one[None, :length], length[None]) for one, length in utterances]
     frames, lengths = zip(*encoded, strict=True)
     return pad_sequence([one[0] for one in frames], batch_first=True), torch.cat(lengths)
 

@@ -256,23 +256,24 @@ def refuse_dropped(name: str, dropped: Mapping[str, str], total: int) -> None:
         )
 
 
-def require_keys(file: Path, dump: Path, name: str, way_out: str) -> None:
-    """Check that the lines of a file are of the utterances of a data directory, one for each.
+def require_keys(files: Mapping[str, Path], dump: Path, way_out: str) -> None:
+    """Check that the lines of files are of the utterances of a data directory, one for each.
 
     Args:
-        name: of the file, for the message. way_out: what to do otherwise.
+        files: by their names in the message. way_out: what to do otherwise.
 
     Raises:
         UserError: an utterance is missing, unknown, or there twice.
     """
     wanted = DataDir.read(dump).wav_scp.keys()
-    found = [words[0] for line in read_text(file).splitlines() if (words := line.split())]
-    if len(found) != len(wanted) or set(found) != wanted:
-        differ = sorted(wanted ^ set(found)) or ["one of them twice"]
-        raise UserError(
-            f"{name} has {len(found)} utterances where {dump} has {len(wanted)} (the first that "
-            f"differs: {differ[0]}): {way_out}"
-        )
+    for name, file in files.items():
+        found = [words[0] for line in read_text(file).splitlines() if (words := line.split())]
+        if len(found) != len(wanted) or set(found) != wanted:
+            differ = sorted(wanted ^ set(found)) or ["one of them twice"]
+            raise UserError(
+                f"{name} has {len(found)} utterances where {dump} has {len(wanted)} (the first "
+                f"that differs: {differ[0]}): {way_out}"
+            )
 
 
 def require_conserved(

@@ -88,7 +88,7 @@ def decode_step(layout: Layout, config_file: Path, name: str, before: Sequence[S
             ]
             write_text(out / file, "".join(f"{line}\n" for line in sorted(lines)))
         way_out = "look into the logs beside it, then run stage 12 again"
-        require_keys(out / "text", dump, str(out / "text"), way_out)
+        require_keys({str(out / "text"): out / "text"}, dump, way_out)
         how = Decoding(
             args.use_streaming,
             other_cache(_given(layout).cache_dtype) if args.use_streaming else None,

@@ -236,6 +236,5 @@ def check_keys(layout: Layout, files: Sequence[Path], mode: str) -> None:
     Raises:
         UserError: statistics and dump have different utterances.
     """
-    for file in files:
-        name = f"{file.name} of the {mode} statistics"
-        require_keys(file, layout.set_of(mode), name, "run stage 10 again")
+    named = {f"{file.name} of the {mode} statistics": file for file in files}
+    require_keys(named, layout.set_of(mode), "run stage 10 again")
